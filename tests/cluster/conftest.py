@@ -1,0 +1,22 @@
+"""The `cluster` fixture: two fresh nodes for one test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.two_nodes import TwoNodes, what_is_missing
+
+
+@pytest.fixture(scope="session")
+def _nodes_can_be_made() -> None:
+    if missing := what_is_missing():
+        pytest.skip(missing)
+
+
+@pytest.fixture
+def cluster(_nodes_can_be_made: None, tmp_path: Path) -> Iterator[TwoNodes]:
+    scratch = tmp_path / "cluster"
+    scratch.mkdir()
+    with TwoNodes(scratch) as nodes:
+        yield nodes
