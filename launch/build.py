@@ -1,0 +1,93 @@
+"""Joins model and parallel: from a job and a mesh to an engine that trains.
+
+The order is fixed by memory: shapes on the meta device, the tensor-parallel cut, then one module at a time filled and (at
+stage 3) partitioned, so that no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from launch.config import JobConfig
+from model.attention import AttentionFunction, KernelAttention
+from model.gpt import GPT
+from model.kernels import select_kernel
+from parallel.materialize import materialize
+from parallel.mesh import ParallelMesh
+from parallel.ring import RingAttention
+from parallel.tensor import apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
+from parallel.zero import Precision, ZeroEngine, ZeroSettings, partitioner
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroSettings:
+    """What ZeRO needs of the job. The device type decides what `precision: auto` means."""
+    return ZeroSettings(
+        stage=job.parallel.zero_stage,
+        precision=job.resolve_precision(device_type),
+        micro_batch_size=job.training.micro_batch_size,
+        accumulation_steps=job.accumulation_steps(mesh.shape.world_size),
+        gradient_clipping=job.training.gradient_clipping,
+    )
+
+
+def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tuple[AttentionFunction, str]:
+    """The attention seam for this mesh, and a sentence saying which kernel serves it and why."""
+    config = job.model
+    kernel, reason = select_kernel(
+        config.attention_backend,
+        device_type=device_type,
+        dtype=DTYPES[job.resolve_precision(device_type)],
+        head_dim=config.head_dim,
+        window=config.sliding_window is not None,
+        documents=job.data.document_mask,
+    )
+    deterministic = job.training.deterministic
+    if mesh.cp_size == 1:
+        return KernelAttention(kernel, config, deterministic=deterministic), reason
+    ring = RingAttention(
+        mesh.cp_group,
+        kernel,
+        scale=config.head_dim**-0.5,
+        window=config.sliding_window,
+        deterministic=deterministic,
+    )
+    return ring, f"{reason}; zigzag ring over {mesh.cp_size} ranks"
+
+
+def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[ZeroEngine, str]:
+    """The model, filled and sharded, and its optimizer; and the sentence on attention."""
+    config, settings = job.model, zero_settings(job, mesh, device.type)
+    check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
+    attend, attention_note = build_attention(job, mesh, device.type)
+    with torch.device("meta"):
+        model = GPT(config, attend, activation_checkpointing=job.training.activation_checkpointing == "full")
+    shards = apply_tensor_parallel(model, model.tensor_parallel_plan, mesh.tp_group)
+    # Stage 0 computes bf16 under autocast: its parameters are their own fp32 masters.
+    dtype = DTYPES[settings.precision] if settings.stage > 0 else torch.float32
+    materialize(
+        model,
+        shards,
+        model.initial_distribution,
+        seed=job.job.seed,
+        device=device,
+        dtype=dtype,
+        partition=partitioner(mesh, settings),
+    )
+    sum_partial_gradients(model, shards, mesh.tp_group)
+    engine = ZeroEngine(
+        model,
+        shards,
+        mesh,
+        settings,
+        betas=job.optimizer.betas,
+        eps=job.optimizer.eps,
+        weight_decay=job.optimizer.weight_decay,
+        device=device,
+    )
+    return engine, attention_note

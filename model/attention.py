@@ -1,0 +1,53 @@
+"""Grouped-query attention around a seam: anything that maps (q, k, v, documents) to outputs can attend.
+
+Shapes: B batch, S sequence, E hidden_size, H query heads, K key/value heads, D head_dim. Heads are counted with -1, so the
+same module runs on all heads or on one rank's share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.kernels import AttentionKernel, AttentionMask, Documents, attention
+from model.layers import RMSNorm, rotate
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Documents | None"], Tensor]
+"""(q [B, S, H, D], k and v [B, S, K, D], documents) -> [B, S, H, D]: causal self-attention, windowed if configured."""
+
+
+class KernelAttention:
+    """The seam's plain side: one kernel call over the whole sequence on one device."""
+
+    def __init__(self, kernel: AttentionKernel, config: ModelConfig, *, deterministic: bool = False):
+        self.kernel, self.deterministic = kernel, deterministic
+        self.window, self.scale = config.sliding_window, config.head_dim**-0.5
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        mask = AttentionMask(causal=True, window=self.window, documents=documents)
+        return attention(q, k, v, kernel=self.kernel, scale=self.scale, mask=mask, deterministic=self.deterministic)
+
+
+class Attention(nn.Module):
+    """GQA (arXiv:2305.13245) with RoPE and optional QK-norm. KV heads are never repeated here."""
+
+    def __init__(self, config: ModelConfig, attend: AttentionFunction):
+        super().__init__()
+        self.head_dim, self.attend = config.head_dim, attend
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        return self.o_proj(self.attend(q, k, v, documents).flatten(-2))

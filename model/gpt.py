@@ -1,0 +1,92 @@
+"""A Llama-family GPT for one device, top to bottom.
+
+Shapes: B batch, S sequence, E hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Attention, AttentionFunction
+from model.config import ModelConfig
+from model.head import Head
+from model.kernels import Documents
+from model.layers import FeedForward, RMSNorm, rotary_tables
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. [B, S, E] -> [B, S, E]."""
+
+    def __init__(self, config: ModelConfig, attend: AttentionFunction):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, attend)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, documents)
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+
+
+class GPT(nn.Module):
+    """Decoder-only language model. Build it under `torch.device("meta")` and fill its weights afterwards
+    (`initial_distribution` says with what)."""
+
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "vocab_embedding",
+        "layers.*.attention_norm": "region_input",
+        "layers.*.attention.[qkv]_proj": "column",
+        "layers.*.attention.[qk]_norm": "partial_grad",
+        "layers.*.attention.o_proj": "row",
+        "layers.*.feed_forward_norm": "region_input",
+        "layers.*.feed_forward.gate_proj": "column",
+        "layers.*.feed_forward.up_proj": "column",
+        "layers.*.feed_forward.down_proj": "row",
+        "lm_head": "vocab_head",
+    }
+    """How each module splits by heads, features or vocabulary: plain data, applied elsewhere."""
+
+    def __init__(self, config: ModelConfig, attend: AttentionFunction, *, activation_checkpointing: bool = False):
+        super().__init__()
+        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, attend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            assert isinstance(self.embed_tokens.weight, nn.Parameter)
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Token ids, their positions and (already shifted) labels, all [B, S] -> (loss_sum, token_count).
+
+        Without labels: the logits [B, S, V]. Tokens attend within their document where `documents` are given.
+        """
+        hidden = self.embed_tokens(input_ids)
+        rotary = rotary_tables(position_ids, self.config, hidden.dtype)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, rotary, documents, use_reentrant=False)
+            else:
+                hidden = layer(hidden, rotary, documents)
+        return self.lm_head(self.norm(hidden), labels)
+
+    def initial_distribution(self, name: str) -> tuple[float, float]:
+        """(mean, standard deviation) of the parameter `name` before training: norms are 1, matrices are normal."""
+        if name.endswith("norm.weight"):
+            return 1.0, 0.0
+        std = self.config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * self.config.num_hidden_layers)
+        return 0.0, std

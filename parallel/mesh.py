@@ -1,0 +1,124 @@
+"""The mesh of processes: which rank stands where, and which ranks it talks to along each axis.
+
+    rank = (dp * context_parallel_size + cp) * tensor_parallel_size + tp
+
+Tensor parallelism is innermost because it talks most (twice a layer, on the critical path) and so belongs inside one
+node; context parallelism comes next (once a layer, hidden behind attention); data parallelism is outermost. ZeRO shards
+over dp x cp together: every rank of that product holds the same tensor-parallel slice of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the three axes; needs no process group, so a login node can reason about it."""
+
+    tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    @classmethod
+    def fit(cls, world_size: int, tensor_parallel_size: int, context_parallel_size: int) -> MeshShape:
+        """The mesh of `world_size` ranks. Raises ValueError where tp x cp does not divide it."""
+        model_parallel_size = tensor_parallel_size * context_parallel_size
+        if world_size < 1 or world_size % model_parallel_size:
+            raise ValueError(
+                f"world size ({world_size}) must be a multiple of tensor_parallel_size x context_parallel_size "
+                f"({tensor_parallel_size} x {context_parallel_size} = {model_parallel_size}); start "
+                f"{max(1, world_size // model_parallel_size) * model_parallel_size} processes or change the sizes"
+            )
+        return cls(tensor_parallel_size, context_parallel_size, world_size // model_parallel_size)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.context_parallel_size * self.data_parallel_size
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tp, cp, dp) of `rank`."""
+        rest, tp = divmod(rank, self.tensor_parallel_size)
+        dp, cp = divmod(rest, self.context_parallel_size)
+        return tp, cp, dp
+
+    def rank_at(self, tp: int, cp: int, dp: int) -> int:
+        """The rank that stands at (tp, cp, dp)."""
+        return (dp * self.context_parallel_size + cp) * self.tensor_parallel_size + tp
+
+    def __str__(self) -> str:
+        return f"tp {self.tensor_parallel_size} x cp {self.context_parallel_size} x dp {self.data_parallel_size}"
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """This rank's place in the mesh and its process groups. Made once by `ParallelMesh.create`, then passed on.
+
+    No group is ever None: torch reads None as the whole world.
+    """
+
+    shape: MeshShape
+    rank: int
+    tp_group: ProcessGroup
+    """Ranks that hold slices of the same layers and see the same tokens."""
+    cp_group: ProcessGroup
+    """Ranks that hold parts of the same sequences; the ring's own communicator."""
+    zero_group: ProcessGroup
+    """dp x cp: ranks over which ZeRO shards states and averages gradients."""
+
+    @classmethod
+    def create(cls, shape: MeshShape) -> ParallelMesh:
+        """Collective over the world: every rank must call it. Needs an initialised default process group."""
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        assert shape.world_size == world_size, f"mesh {shape} has {shape.world_size} ranks, the world {world_size}"
+        tps, cps, dps = (
+            range(n) for n in (shape.tensor_parallel_size, shape.context_parallel_size, shape.data_parallel_size)
+        )
+        return cls(
+            shape=shape,
+            rank=rank,
+            tp_group=_own_group(rank, [[shape.rank_at(t, c, d) for t in tps] for c in cps for d in dps]),
+            cp_group=_own_group(rank, [[shape.rank_at(t, c, d) for c in cps] for t in tps for d in dps]),
+            zero_group=_own_group(rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
+        )
+
+    @property
+    def tp_rank(self) -> int:
+        return self.shape.coordinates(self.rank)[0]
+
+    @property
+    def cp_rank(self) -> int:
+        return self.shape.coordinates(self.rank)[1]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.shape.coordinates(self.rank)[2]
+
+    @property
+    def tp_size(self) -> int:
+        return self.shape.tensor_parallel_size
+
+    @property
+    def cp_size(self) -> int:
+        return self.shape.context_parallel_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.shape.data_parallel_size
+
+    @property
+    def zero_rank(self) -> int:
+        return dist.get_rank(self.zero_group)
+
+    @property
+    def zero_size(self) -> int:
+        return self.dp_size * self.cp_size
+
+
+def _own_group(rank: int, partition: list[list[int]]) -> ProcessGroup:
+    """Creates every group of the partition (each rank must take part in each creation) and returns this rank's."""
+    groups = [dist.new_group(ranks) for ranks in partition]
+    return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)

@@ -1,0 +1,389 @@
+"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: the only file that speaks DeepSpeed's vocabulary.
+
+Context parallelism is folded into what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters and
+their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed loss
+by the size of that group. DeepSpeed's own sequence-parallel hooks are not used: with them stage 3 never reduces over cp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__ as _deepspeed_ops
+from torch import Tensor, nn
+
+from parallel.mesh import ParallelMesh
+from parallel.tensor import TensorShard
+
+Precision = Literal["fp32", "bf16", "fp16"]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two states of each parameter, by torch's names."""
+
+_LARGEST_BUCKET = 100_000_000
+"""Elements of the largest buffer in which gradients are reduced together."""
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What ZeRO needs to know of a job. `gradient_clipping` 0 means off."""
+
+    stage: int
+    precision: Precision
+    micro_batch_size: int
+    accumulation_steps: int
+    gradient_clipping: float
+
+
+@dataclass(frozen=True)
+class StateFragment:
+    """This rank's part of one parameter's training state: `numel` elements from `start` of the flattened local tensor.
+
+    `tensors` holds the fp32 weight ("parameter") and AdamW's moments, flat; writing into them and calling
+    `ZeroEngine.adopt_state` changes the model.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.tensors["parameter"].numel()
+
+
+def initialize_distributed(device_type: str) -> None:
+    """Joins the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...): gloo on CPU, NCCL on GPUs."""
+    # DeepSpeed would compile a shared-memory collective for CPUs here: half a minute, and 69 MB left in /dev/shm by every
+    # process that used it. gloo serves.
+    _deepspeed_ops["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+
+
+def partitioner(mesh: ParallelMesh, settings: ZeroSettings) -> Callable[[nn.Module], None]:
+    """A function that keeps only this rank's share of a module's own parameters (stage 3); below stage 3, it keeps all."""
+    if settings.stage < 3:
+        return lambda module: None
+    config, mpu = _deepspeed_config(settings, parameters=0), _ModelParallelUnit(mesh)
+
+    def partition(module: nn.Module) -> None:
+        # The group must be named: without it, tensor-parallel shards of rank 0 would be broadcast to all ranks.
+        deepspeed.zero.Init(module=module, data_parallel_group=mesh.zero_group, mpu=mpu, config_dict_or_path=config)
+
+    return partition
+
+
+class ZeroEngine:
+    """A model, its AdamW and its gradients, sharded at stage 0 to 3.
+
+    One step: `accumulation_steps` times `loss = engine(...)` and `engine.backward(loss)`, then `engine.step(lr)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shards: Mapping[str, TensorShard],
+        mesh: ParallelMesh,
+        settings: ZeroSettings,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        device: torch.device,
+    ):
+        self.model, self.shards, self.mesh, self.settings = model, shards, mesh, settings
+        self.device = device
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            # Without this mark the clipping norm would leave out, or count twice, a rank's slice.
+            if shards[name].dim is not None:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(model, shards, weight_decay),
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+            fused=device.type == "cuda",
+            foreach=False if device.type == "cpu" else None,
+        )
+        parameters = sum(math.prod(shard.sizes) for shard in shards.values())
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            mpu=_ModelParallelUnit(mesh),
+            config=_deepspeed_config(settings, parameters),
+            dist_init_required=False,
+        )
+        self._create_moments()
+        self._grad_norm = torch.zeros((), device=device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. Stage 0 below fp32 keeps fp32 weights and computes under autocast."""
+        with self._autocast():
+            return self.engine(*args, **kwargs)
+
+    def train(self) -> None:
+        self.engine.train()
+
+    def eval(self) -> None:
+        self.engine.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates one micro-batch's gradients. DeepSpeed divides by accumulation_steps and averages over dp x cp."""
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch; the last one's step is `step`
+
+    def step(self, learning_rate: float) -> bool:
+        """One AdamW update after the last micro-batch; False if a loss scaler skipped it (fp16 overflow)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.settings.stage == 0:
+            self._grad_norm = self._clip_whole_gradients()
+        self.engine.step()
+        if self.settings.stage > 0:
+            self._grad_norm = self.engine.get_global_grad_norm()
+        return bool(self.engine.was_step_applied())
+
+    @property
+    def grad_norm(self) -> Tensor | float:
+        """2-norm of the last step's full gradient, before clipping, over all axes of the mesh."""
+        return self._grad_norm
+
+    # -- state, for checkpoints ----------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[StateFragment]:
+        """This rank's share of the state, each element of the local model on exactly one rank of dp x cp."""
+        for name, parameter in self.model.named_parameters():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                yield fragment
+
+    def adopt_state(self, fragments: Iterator[StateFragment] | list[StateFragment], step_count: int) -> None:
+        """Takes written fragments (of `fragments()`) as the model's state, after `step_count` updates."""
+        written = {fragment.name: fragment for fragment in fragments}
+        for name, parameter in self.model.named_parameters():
+            fragment = written.get(name)
+            if fragment is not None and self.settings.stage == 3:
+                self._store_stage3(parameter, fragment)
+        for state in self._base_optimizer_state():
+            state["step"].fill_(step_count)
+        self._refresh_working_copies()
+
+    @property
+    def step_count(self) -> int:
+        """Updates AdamW has made (skipped ones not counted); its bias correction depends on it."""
+        return int(next(iter(self._base_optimizer_state()))["step"].item())
+
+    @property
+    def loss_scaler_state(self) -> dict[str, float]:
+        """The dynamic loss scaler's numbers (fp16), empty otherwise."""
+        scaler = self._loss_scaler()
+        return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER_FIELDS if hasattr(scaler, key)}
+
+    @loss_scaler_state.setter
+    def loss_scaler_state(self, state: Mapping[str, float]) -> None:
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            for key, value in state.items():
+                setattr(scaler, key, value)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.stage == 0 and self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _loss_scaler(self) -> Any:
+        return getattr(self.engine.optimizer, "loss_scaler", None) if self.settings.precision == "fp16" else None
+
+    def _clip_whole_gradients(self) -> Tensor:
+        """Stage 0: DeepSpeed gives no norm for fp32 parameters, so the norm and the clipping are ours."""
+        split = torch.zeros((), device=self.device)
+        whole = torch.zeros((), device=self.device)
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                square = parameter.grad.float().pow(2).sum()
+                if self.shards[name].dim is None:
+                    whole += square
+                else:
+                    split += square
+        dist.all_reduce(split, group=self.mesh.tp_group)
+        norm = (split + whole).sqrt()
+        if self.settings.gradient_clipping > 0:
+            factor = (self.settings.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        return norm
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that AdamW really updates."""
+        optimizer = self.engine.optimizer
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
+            if hasattr(optimizer, attribute):
+                return list(getattr(optimizer, attribute))
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _create_moments(self) -> None:
+        """AdamW makes its moments at its first step; made now, memory is known and a checkpoint can be loaded."""
+        device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        for master in self._flat_masters():
+            self.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                **{moment: torch.zeros_like(master) for moment in MOMENTS},
+            }
+        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:  # stages 1 and 2 map parameters to the flat moments
+            link()
+
+    def _base_optimizer_state(self) -> list[dict[str, Tensor]]:
+        return [self.optimizer.state[master] for master in self._flat_masters()]
+
+    def _fragment(self, name: str, parameter: nn.Parameter) -> StateFragment | None:
+        if self.settings.stage == 0:
+            if self.mesh.zero_rank != 0:
+                return None  # all ranks of dp x cp hold the same; one speaks for them
+            state = self.optimizer.state[parameter]
+            tensors = {"parameter": parameter.data, **{moment: state[moment] for moment in MOMENTS}}
+            return StateFragment(name, 0, {key: tensor.view(-1) for key, tensor in tensors.items()})
+        if self.settings.stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return None
+            tensors = {"parameter": mapping.get_hp_fragment()}
+            tensors |= {moment: mapping.get_hp_fragment(moment) for moment in MOMENTS}
+            return StateFragment(name, mapping.lp_fragment_address.start, tensors)
+        partition = deepspeed.utils.safe_get_local_fp32_param(parameter)
+        start = self.mesh.zero_rank * partition.numel()
+        numel = min(partition.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if numel <= 0:
+            return None  # only padding here
+        tensors = {"parameter": partition}
+        tensors |= {m: deepspeed.utils.safe_get_local_optimizer_state(parameter, m) for m in MOMENTS}
+        return StateFragment(name, start, {key: tensor[:numel] for key, tensor in tensors.items()})
+
+    def _store_stage3(self, parameter: nn.Parameter, fragment: StateFragment) -> None:
+        """Stage 3 hands out views where the state lives on the compute device, and copies where it is offloaded."""
+        whole = deepspeed.utils.safe_get_local_fp32_param(parameter)
+        padding = whole.numel() - fragment.numel
+        pad = torch.nn.functional.pad
+        deepspeed.utils.safe_set_local_fp32_param(parameter, pad(fragment.tensors["parameter"], (0, padding)))
+        for moment in MOMENTS:
+            value = pad(fragment.tensors[moment], (0, padding))
+            deepspeed.utils.safe_set_local_optimizer_state(parameter, value, moment)
+
+    def _refresh_working_copies(self) -> None:
+        """Makes the parameters that compute equal to the fp32 state."""
+        optimizer = self.engine.optimizer
+        if self.settings.stage == 0:
+            for parameter in self.model.parameters():  # rank 0 of dp x cp was written; its peers follow
+                for tensor in (
+                    parameter.data,
+                    *(self.optimizer.state[parameter][moment] for moment in MOMENTS),
+                ):
+                    dist.broadcast(tensor, dist.get_global_rank(self.mesh.zero_group, 0), group=self.mesh.zero_group)
+        elif self.settings.stage < 3:
+            optimizer.update_lp_params()
+        else:
+            persistent = optimizer.persistent_parameters  # gathered for good; re-gather them from what was written
+            if persistent:
+                persistent[0].partition(persistent)
+            for sub_group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if persistent:
+                persistent[0].all_gather(persistent)
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _decay_groups(model: nn.Module, shards: Mapping[str, TensorShard], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not. By full shape: at stage 3 the local one is empty."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if len(shards[name].full_shape) > 1 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _deepspeed_config(settings: ZeroSettings, parameters: int) -> dict[str, Any]:
+    """`parameters`: elements on this rank before ZeRO, which bound the buckets."""
+    bucket = max(1, min(_LARGEST_BUCKET, parameters))
+    sharded = settings.stage > 0
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.accumulation_steps,
+        "gradient_clipping": settings.gradient_clipping if sharded else 0.0,
+        "zero_optimization": {
+            "stage": settings.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+        "bf16": {"enabled": sharded and settings.precision == "bf16"},
+        "fp16": {"enabled": settings.precision == "fp16"},
+        # DeepSpeed accumulates in the parameters' type unless told otherwise
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+class _ModelParallelUnit:
+    """The mesh in the words DeepSpeed asks for. It must not define any *sequence_parallel* method."""
+
+    def __init__(self, mesh: ParallelMesh):
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.zero_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.zero_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.zero_rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._mesh.zero_group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tp_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tp_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_global_rank(self._mesh.tp_group, 0)
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
