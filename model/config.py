@@ -12,7 +12,7 @@ Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "torch_flash", "cpu", 
 class RopeScaling(BaseModel):
     """Llama-3's frequency scaling (The Llama 3 Herd of Models, section 3.2; the numbers of its `config.json`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     factor: float = Field(gt=1.0)
     """Wavelengths longer than the original context are stretched by this much."""
@@ -36,7 +36,7 @@ class RopeScaling(BaseModel):
 class ModelConfig(BaseModel):
     """A Llama-family decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     vocab_size: int = Field(gt=0)
     """Rows of the embedding. A tokenizer may use fewer; padding for tensor parallelism is added on top and never stored."""

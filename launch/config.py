@@ -1,0 +1,355 @@
+"""A job's configuration: sections, the numbers derived from them, and strict loading.
+
+A field's own rules stand with its type; rules that join keys are in `launch.rules`. Whatever can be known
+without a process group or a device is checked, so that a bad job dies on the login node, with all its faults
+in one report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from launch import rules
+from launch.violations import ConfigError, Violation, section_violations, unknown_section
+from launch.yaml_strict import KeyPath, read_yaml, write_yaml
+from model.config import ModelConfig
+from parallel.mesh import MeshShape
+
+Precision = Literal["fp32", "bf16", "fp16"]
+BYTES = "bytes"
+"""The tokenizer that needs no file: a token is a byte."""
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no conversion between types, no infinities, no change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class JobSection(Section):
+    """What the run is called and where it runs."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: letters, digits, dots, dashes and underscores."""
+    run_directory: str = Field(default="runs/{name}", min_length=1)
+    """Where checkpoints, events and the resolved configuration go, relative to the working directory; {name}
+    stands for job.name."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seeds initialisation and the order of the data."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs when every process of the node can have one, else the CPU."""
+
+
+class ParallelSection(Section):
+    """How the job is spread over processes; the data-parallel size is what remains of the world."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that split each sequence (ring attention)."""
+    zero_stage: int = Field(default=3, ge=0, le=3)
+    """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
+    too."""
+
+
+class DataSection(Section):
+    """The corpus and how it becomes tokens."""
+
+    source: Literal["python_stdlib", "files"]
+    """python_stdlib reads the running interpreter's own library; files reads what data.files names."""
+    files: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Glob patterns of the text files, relative to the working directory; only with source: files."""
+    tokenizer: str = Field(default=BYTES, min_length=1)
+    """bytes, or the path of a Hugging Face tokenizer.json."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the corpus held out for evaluation; whole files go to one side or the other."""
+    document_mask: bool = False
+    """A token sees only its own document, where several are packed in one sequence."""
+    cache_directory: str | None = None
+    """Where token files are kept between runs; null keeps them in the run directory."""
+
+
+class OptimizerSection(Section):
+    """AdamW (arXiv:1711.05101) and its learning-rate schedule."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak of the schedule."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.95)
+    """Decay of Adam's two running means, each in [0, 1)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second mean."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices; norms are left alone."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after the warmup: cosine to the minimum, constant and a last decay (WSD, arXiv:2404.06395), or
+    constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise to the peak."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last step's learning rate as a share of the peak; not used by constant."""
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Share of all steps that wsd spends decaying."""
+
+
+class TrainingSection(Section):
+    """Batches, length, precision and evaluation."""
+
+    sequence_length: int = Field(ge=1)
+    """Tokens of one sequence, before it is split over context-parallel ranks."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences of one forward pass of one data-parallel rank."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences of one optimizer step, all ranks together. Gradient accumulation is derived from it."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop at the first step that has seen this many tokens; with max_steps too, whichever comes first."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on GPUs and fp32 on CPUs; fp16 brings loss scaling."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full keeps only each block's input and computes the rest again in the backward pass."""
+    evaluation_interval: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates only at the end."""
+    evaluation_batches: int = Field(default=8, ge=1)
+    """Global batches of one evaluation."""
+    deterministic: bool = False
+    """Ask torch and the attention kernel for bitwise repeatable results, at some cost in speed."""
+    sample_tokens: int = Field(default=0, ge=0)
+    """Length of the sample that the trained model writes at the end; 0 writes none."""
+    sample_prompt: str = ""
+    """What the sample starts from."""
+
+
+class CheckpointSection(Section):
+    """Saving and resuming; checkpoints are in the run directory."""
+
+    save_interval: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = Field(default=3, ge=1)
+    """Checkpoints kept; older ones are removed after a new one is complete."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto continues from the newest checkpoint if there is one, required fails if there is none."""
+
+
+class MonitorSection(Section):
+    """What is written while training."""
+
+    log_interval: int = Field(default=10, ge=1)
+    """Steps between lines of the log."""
+    histograms: bool = False
+    """Histograms of parameters in TensorBoard, at each evaluation."""
+    progress_bar: Literal["auto", "on", "off"] = "auto"
+    """auto shows one on a terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class SlurmSection(Section):
+    """What to ask Slurm for."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of the job."""
+    gpus_per_node: int = Field(default=8, ge=1)
+    """GPUs of each node, one process each."""
+    partition: str | None = None
+    """Partition to submit to; null takes the cluster's default."""
+    account: str | None = None
+    """Account to charge."""
+    time: str | None = Field(default=None, pattern=r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$")
+    """Time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    constraint: str | None = None
+    """Node features to require."""
+
+
+class JobConfig(Section):
+    """One job, complete and consistent. Derived numbers are methods and properties, never keys."""
+
+    job: JobSection = Field(default_factory=JobSection)
+    model: ModelConfig
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    data: DataSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    monitor: MonitorSection = Field(default_factory=MonitorSection)
+    slurm: SlurmSection = Field(default_factory=SlurmSection)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        violations = rules.violations(dict(self), broken=frozenset(), world_size=None)
+        if violations:
+            raise ConfigError("JobConfig", violations)
+        return self
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """The inverse of `to_yaml`. Raises ConfigError."""
+        return cls.model_validate(_validated(text, "configuration", (), None))
+
+    def to_yaml(self) -> str:
+        """Every key with its resolved value; `from_yaml` reads it back equal."""
+        return write_yaml(self.model_dump(mode="json"))
+
+    @property
+    def run_path(self) -> Path:
+        """Run directory, relative to the working directory unless configured absolute."""
+        return Path(self.job.run_directory.replace("{name}", self.job.name))
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where this run's checkpoints are."""
+        return self.run_path / "checkpoints"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, all ranks together."""
+        return rules.tokens_per_step(self.training)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps until max_steps or max_tokens is reached, whichever comes first."""
+        return rules.total_steps(self.training)
+
+    def mesh_shape(self, world_size: int) -> MeshShape:
+        """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""
+        return MeshShape.fit(world_size, self.parallel.tensor_parallel_size, self.parallel.context_parallel_size)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that see different sequences. Raises ValueError where tp x cp does not divide the world."""
+        return self.mesh_shape(world_size).data_parallel_size
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro batches of one optimizer step. Raises ValueError where they do not come out whole."""
+        data_parallel_size = self.data_parallel_size(world_size)
+        rules.check_global_batch(self.training.global_batch_size, self.training.micro_batch_size, data_parallel_size)
+        return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
+
+    def resolve_precision(self, device_type: str) -> Precision:
+        """The precision that this job uses on "cpu" or "cuda"."""
+        if self.training.precision != "auto":
+            return self.training.precision
+        return "bf16" if device_type == "cuda" else "fp32"
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: info.annotation
+    for name, info in JobConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+}
+
+
+def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> JobConfig:
+    """The job in the YAML file `path`, changed by `section.key=value` overrides, of which the last counts.
+
+    With `world_size` (processes of the job) the rules that need it are checked too. Touches no process group
+    and no device. Raises ConfigError with every violation of the file, the overrides and the rules.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror}); check the path given to --config"
+        raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
+    return JobConfig.model_validate(_validated(text, str(path), overrides, world_size))
+
+
+def _validated(text: str, source: str, overrides: Sequence[str], world_size: int | None) -> dict[str, BaseModel]:
+    """The sections, each valid and all in agreement; raises ConfigError with every fault."""
+    document = read_yaml(text)
+    places: dict[KeyPath, str] = {path: f"{source}:{line}" for path, line in document.lines.items()}
+    found = [
+        Violation(problem.path, problem.message, place=f"{source}:{problem.line}") for problem in document.problems
+    ]
+    raw = document.value if document.value is not None else {}
+    if not isinstance(raw, dict):
+        found.append(Violation((), f"must be sections of keys: {', '.join(SECTIONS)}", place=f"{source}:1"))
+        raw = {}
+    if any(not problem.path for problem in document.problems):  # half a document would only raise false alarms
+        raise ConfigError(source, found)
+    found += _apply_overrides(raw, overrides, places)
+    for name in [name for name in raw if name not in SECTIONS]:
+        found.append(Violation((name,), unknown_section(name, SECTIONS)))
+
+    sections: dict[str, BaseModel] = {}
+    broken: set[KeyPath] = set()
+    for name, section in SECTIONS.items():
+        sections[name], faults = _validate_section(name, section, raw.get(name))
+        found += faults
+        for fault in faults:
+            broken.update(path[:2] for path in (fault.path, *fault.related))
+    found += rules.violations(sections, frozenset(broken), world_size)
+    if found:
+        raise ConfigError(source, [_placed(violation, places, source) for violation in found])
+    return sections
+
+
+def _validate_section(name: str, section: type[BaseModel], raw: object) -> tuple[BaseModel, list[Violation]]:
+    """The section, or as much of it as is sound, and its faults."""
+    values = {} if raw is None else raw
+    try:
+        return section.model_validate(values), []
+    except ValidationError as error:
+        faults = section_violations(name, section, error, SECTIONS)
+        wrong = {fault.path[1] for fault in faults if len(fault.path) > 1}
+        sound = values if isinstance(values, Mapping) else {}
+        return section.model_construct(**{key: value for key, value in sound.items() if key not in wrong}), faults
+
+
+def _apply_overrides(raw: dict, overrides: Sequence[str], places: dict[KeyPath, str]) -> list[Violation]:
+    """Writes each `section.key=value` into `raw` and notes its place; returns the faults of form."""
+    faults = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path: KeyPath = tuple(key.split("."))
+        if not equals or len(path) < 2 or not all(path):
+            message = f"{override!r} is not of the form section.key=value, such as training.max_steps=100"
+            faults.append(Violation((), message, place="command line"))
+            continue
+        document = read_yaml(text)
+        faults += [Violation(path, problem.message, text, "command line") for problem in document.problems]
+        if document.problems:
+            continue
+        group = raw
+        for depth, part in enumerate(path[:-1]):
+            if group.get(part) is None:
+                group[part] = {}
+            group = group[part]
+            if not isinstance(group, dict):
+                above = ".".join(map(str, path[: depth + 1]))
+                faults.append(Violation(path, f"{above} is a value, not a group of keys", text, "command line"))
+                break
+        else:
+            group[path[-1]] = document.value
+            for known in [known for known in places if known[: len(path)] == path]:
+                del places[known]
+            places[path] = "command line"
+    return faults
+
+
+def _placed(violation: Violation, places: Mapping[KeyPath, str], source: str) -> Violation:
+    """The violation with the place of its key, else of a key in it, else of the nearest group around it."""
+    if violation.place:
+        return violation
+    path = violation.path
+    inside = [known for known in places if path and known[: len(path)] == path]
+    around = [path[:depth] for depth in range(len(path), 0, -1) if path[:depth] in places]
+    known = next(iter([*(p for p in inside if p == path), *inside, *around]), None)
+    return replace(violation, place=places[known] if known is not None else source)

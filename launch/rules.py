@@ -1,0 +1,197 @@
+"""The rules that join keys of a job, or a job and its world size: all are checked, none stops the rest.
+
+A rule names the keys it reads. It is left out where one of them is already in error, since its verdict would
+be about a value that has to change anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.violations import Violation
+from launch.yaml_strict import KeyPath
+from parallel.mesh import MeshShape
+from parallel.sequence import check_sequence_length
+from parallel.tensor import check_head_divisibility
+
+if TYPE_CHECKING:
+    from launch.config import TrainingSection
+
+
+@dataclass(frozen=True)
+class Job:
+    """The sections as the rules see them; one that is in error has only its sound keys."""
+
+    sections: Mapping[str, Any]
+    world_size: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        return self.sections[name]
+
+    def value(self, path: KeyPath) -> object:
+        """The value at ("section", "key")."""
+        section, key = path
+        return getattr(self.sections[str(section)], str(key))
+
+
+Rule = Callable[[Job], None]
+"""Raises ValueError with both numbers and a remedy."""
+
+_RULES: list[tuple[tuple[KeyPath, ...], Rule]] = []
+
+
+def violations(
+    sections: Mapping[str, Any], broken: frozenset[KeyPath], world_size: int | None = None
+) -> list[Violation]:
+    """Every broken rule. `broken` holds the ("section", "key") or ("section",) paths already in error."""
+    job, found = Job(sections, world_size), []
+    for needs, rule in _RULES:
+        if any(path in broken or path[:1] in broken for path in needs):
+            continue
+        try:
+            rule(job)
+        except ValueError as error:
+            found.append(Violation(needs[0], str(error), job.value(needs[0])))
+    return found
+
+
+def tokens_per_step(training: TrainingSection) -> int:
+    """Tokens of one optimizer step, all ranks together."""
+    return training.global_batch_size * training.sequence_length
+
+
+def total_steps(training: TrainingSection) -> int:
+    """Optimizer steps until max_steps or max_tokens is reached, whichever comes first."""
+    limits = [training.max_steps] if training.max_steps is not None else []
+    if training.max_tokens is not None:
+        limits.append(-(-training.max_tokens // tokens_per_step(training)))
+    return min(limits)
+
+
+def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+    """Raises ValueError unless each data-parallel rank gets a whole number of micro batches."""
+    unit = micro_batch_size * data_parallel_size
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        raise ValueError(
+            f"global_batch_size ({global_batch_size}) must be divisible by micro_batch_size x "
+            f"data_parallel_size ({micro_batch_size} x {data_parallel_size} = {unit}); nearest valid sizes: "
+            f"{f'{below}, ' if below else ''}{below + unit}"
+        )
+
+
+def _rule(*needs: str) -> Callable[[Rule], Rule]:
+    """Registers a rule under the keys it reads; the first is the one its report points at."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES.append((tuple(tuple(need.split(".")) for need in needs), rule))
+        return rule
+
+    return register
+
+
+@_rule("parallel.tensor_parallel_size", "model.num_attention_heads", "model.num_key_value_heads")
+def _heads_split_evenly(job: Job) -> None:
+    check_head_divisibility(
+        job.model.num_attention_heads, job.model.num_key_value_heads, job.parallel.tensor_parallel_size
+    )
+
+
+@_rule("parallel.tensor_parallel_size", "model.intermediate_size")
+def _inner_projections_split_evenly(job: Job) -> None:
+    width, size = job.model.intermediate_size, job.parallel.tensor_parallel_size
+    if width % size:
+        below = width // size * size
+        raise ValueError(
+            f"intermediate_size ({width}) must be divisible by tensor_parallel_size ({size}); "
+            f"nearest valid widths: {f'{below}, ' if below else ''}{below + size}"
+        )
+
+
+@_rule("training.sequence_length", "parallel.context_parallel_size")
+def _sequence_splits_evenly(job: Job) -> None:
+    check_sequence_length(job.training.sequence_length, job.parallel.context_parallel_size)
+
+
+@_rule("parallel.tensor_parallel_size", "parallel.context_parallel_size")
+def _mesh_fits_the_world(job: Job) -> None:
+    if job.world_size is not None:
+        MeshShape.fit(job.world_size, job.parallel.tensor_parallel_size, job.parallel.context_parallel_size)
+
+
+@_rule(
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "parallel.tensor_parallel_size",
+    "parallel.context_parallel_size",
+)
+def _global_batch_divides(job: Job) -> None:
+    ranks_per_replica = job.parallel.tensor_parallel_size * job.parallel.context_parallel_size
+    if job.world_size is None or job.world_size % ranks_per_replica:  # the second is another rule's to report
+        data_parallel_size = 1
+    else:
+        data_parallel_size = job.world_size // ranks_per_replica
+    check_global_batch(job.training.global_batch_size, job.training.micro_batch_size, data_parallel_size)
+
+
+@_rule("data.files", "data.source")
+def _source_has_its_files(job: Job) -> None:
+    if job.data.source == "files" and not job.data.files:
+        raise ValueError("files is empty but source is files; give glob patterns, such as [data/*.txt]")
+    if job.data.source != "files" and job.data.files:
+        raise ValueError(
+            f"files is given but source ({job.data.source}) does not read it; remove files or set source: files"
+        )
+
+
+@_rule("training.max_steps", "training.max_tokens")
+def _job_ends(job: Job) -> None:
+    if job.training.max_steps is None and job.training.max_tokens is None:
+        raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
+
+
+@_rule("model.vocab_size", "data.tokenizer")
+def _bytes_fit_the_vocabulary(job: Job) -> None:
+    if job.data.tokenizer == "bytes" and job.model.vocab_size < 256:
+        raise ValueError(
+            f"vocab_size ({job.model.vocab_size}) must be at least 256 for tokenizer bytes, "
+            "which has 256 tokens; raise it or give a tokenizer.json"
+        )
+
+
+@_rule("parallel.zero_stage", "training.precision")
+def _fp16_has_master_weights(job: Job) -> None:
+    if job.training.precision == "fp16" and job.parallel.zero_stage == 0:
+        raise ValueError(
+            "zero_stage (0) must be 1 or more with precision fp16, because DeepSpeed's stage 0 would "
+            "accumulate gradients in fp16; set parallel.zero_stage=1 or training.precision=bf16"
+        )
+
+
+@_rule(
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.decay_fraction",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.global_batch_size",
+    "training.sequence_length",
+)
+def _schedule_fits_the_run(job: Job) -> None:
+    if job.training.max_steps is None and job.training.max_tokens is None:
+        return  # another rule's to report
+    total, warmup = total_steps(job.training), job.optimizer.warmup_steps
+    if warmup > total:
+        raise ValueError(
+            f"warmup_steps ({warmup}) must not exceed the job's steps ({total}); "
+            "lower it, or raise training.max_steps or training.max_tokens"
+        )
+    decay = round(job.optimizer.decay_fraction * total)
+    if job.optimizer.schedule == "wsd" and warmup + decay > total:
+        raise ValueError(
+            f"warmup_steps ({warmup}) and wsd's decay ({job.optimizer.decay_fraction} of {total} steps, {decay}) "
+            f"exceed the job's steps ({total}) together; lower warmup_steps to {total - decay} or less, "
+            "or lower decay_fraction"
+        )
