@@ -126,9 +126,7 @@ def conditional_bigram_entropy(tokens: npt.ArrayLike) -> float:
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if len(ids) < 2:
-        raise CorpusError(
-            f"an entropy of pairs needs at least 2 tokens, not {len(ids)}; add text to the corpus"
-        )
+        raise CorpusError(f"an entropy of pairs needs at least 2 tokens, not {len(ids)}; add text to the corpus")
     width = int(ids.max()) + 1
     pairs = np.unique(ids[:-1] * width + ids[1:], return_counts=True)[1].astype(np.float64)
     firsts = np.unique(ids[:-1], return_counts=True)[1].astype(np.float64)

@@ -113,9 +113,7 @@ class Batches:
         Row m of accumulation step a on dp rank d is sample (a * data_parallel_size + d) * micro_batch_size +
         m of the global batch.
         """
-        mine = self.global_batch(step).reshape(-1, self.data_parallel_size, self.micro_batch_size)[
-            :, self.dp_rank
-        ]
+        mine = self.global_batch(step).reshape(-1, self.data_parallel_size, self.micro_batch_size)[:, self.dp_rank]
         windows = self.sampler.windows(mine)
         return [
             self._assemble([self._sample(*one) for one in zip(*row, strict=True)])

@@ -198,9 +198,7 @@ class RunMonitor:
 
     def log_validation(self, step: int, loss: float, extra: Mapping[str, float]) -> None:
         scalars = {f"validation/{name}": value for name, value in extra.items()}
-        self._write(
-            step, {"step": step, "validation_loss": loss, **extra}, {"validation/loss": loss, **scalars}
-        )
+        self._write(step, {"step": step, "validation_loss": loss, **extra}, {"validation/loss": loss, **scalars})
         beside = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in extra.items())
         self.message(f"step {step}/{self._total_steps}  validation loss {loss:.4f}{beside}")
 

@@ -74,9 +74,7 @@ def load_corpus(
         directory = cache_directory or Path.home() / ".cache" / "ringzero"
         corpus, summary = _through_cache(directory, found, encoder, documents)
     if summary.tokens == 0:
-        raise CorpusError(
-            f"the corpus is empty: {len(found)} files, 0 tokens; point data.files at files with text"
-        )
+        raise CorpusError(f"the corpus is empty: {len(found)} files, 0 tokens; point data.files at files with text")
     if summary.largest_token >= vocab_size:
         enough = max(summary.largest_token + 1, encoder.vocab_size)
         raise CorpusError(
@@ -94,9 +92,7 @@ def _standard_library() -> list[TextFile]:
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     if not paths:
         raise CorpusError(f"no *.py file in the interpreter's library {root}; use data.source: files")
-    return sorted(
-        (_stat(path, path.relative_to(root).as_posix()) for path in paths), key=lambda file: file.label
-    )
+    return sorted((_stat(path, path.relative_to(root).as_posix()) for path in paths), key=lambda file: file.label)
 
 
 def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
@@ -106,13 +102,9 @@ def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
         )
     paths: set[str] = set()
     for pattern in patterns:
-        matches = [
-            path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)
-        ]
+        matches = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
         if not matches:
-            raise CorpusError(
-                f"data.files: no file matches {pattern!r} (looked from {os.getcwd()}); correct the glob"
-            )
+            raise CorpusError(f"data.files: no file matches {pattern!r} (looked from {os.getcwd()}); correct the glob")
         paths.update(os.path.abspath(path) for path in matches)
     return [_stat(Path(path), path) for path in sorted(paths)]
 
@@ -153,8 +145,7 @@ class TokenizerEncoder:
             content = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CorpusError(
-                f"data.tokenizer: {path!r} cannot be read ({error}); give `bytes` or the path of a "
-                "tokenizer.json"
+                f"data.tokenizer: {path!r} cannot be read ({error}); give `bytes` or the path of a tokenizer.json"
             ) from error
         try:
             self._tokenizer: Any = Tokenizer.from_str(content)
@@ -220,6 +211,5 @@ def _through_cache(
         return cached_corpus(directory, key, encoder.dtype, build)
     except OSError as error:
         raise CorpusError(
-            f"the token cache {directory} cannot be used ({error}); set data.cache_directory to a folder "
-            "with room"
+            f"the token cache {directory} cannot be used ({error}); set data.cache_directory to a folder with room"
         ) from error

@@ -73,9 +73,7 @@ def _open(entry: Path) -> tuple[Corpus, Summary]:
             raise ValueError(f"{file} has {size} bytes, not {wanted}")
     except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
         raise CorpusError(f"the token cache {entry} is damaged ({error}); delete that folder") from error
-    tokens: Tokens = (
-        np.memmap(file, dtype=summary.dtype, mode="r") if summary.tokens else np.zeros(0, summary.dtype)
-    )
+    tokens: Tokens = np.memmap(file, dtype=summary.dtype, mode="r") if summary.tokens else np.zeros(0, summary.dtype)
     return Corpus.from_documents("text", tokens, lengths, summary.fingerprint), summary
 
 

@@ -79,9 +79,7 @@ def test_read_and_document_starts_match_a_list(lengths: list[int], data: st.Data
     keep = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
     chosen = np.array(keep, dtype=bool)
     part = corpus.select("part", corpus.starts[chosen], np.diff(corpus.offsets)[chosen])
-    flat = [
-        t for d in range(len(lengths)) if keep[d] for t in range(corpus.offsets[d], corpus.offsets[d + 1])
-    ]
+    flat = [t for d in range(len(lengths)) if keep[d] for t in range(corpus.offsets[d], corpus.offsets[d + 1])]
     assert len(part) == len(flat)
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))
@@ -136,9 +134,7 @@ def test_bigram_entropy_matches_a_naive_count(tokens: list[int]) -> None:
 
 def test_bigram_entropy_by_hand() -> None:
     assert conditional_bigram_entropy([7, 9] * 50) == 0.0  # the next token is certain
-    assert conditional_bigram_entropy([0, 0, 0, 1, 0]) == pytest.approx(
-        -(2 * math.log(2 / 3) + math.log(1 / 3)) / 4
-    )
+    assert conditional_bigram_entropy([0, 0, 0, 1, 0]) == pytest.approx(-(2 * math.log(2 / 3) + math.log(1 / 3)) / 4)
     with pytest.raises(CorpusError, match="at least 2 tokens, not 1"):
         conditional_bigram_entropy([5])
 
@@ -194,9 +190,7 @@ def test_files_relative_to_the_working_directory(texts: Path, monkeypatch: pytes
     assert len(load_corpus(source="files", files=["*.txt"], vocab_size=128)) == 11
 
 
-def test_files_through_a_tokenizer_are_cached_and_mapped(
-    texts: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_files_through_a_tokenizer_are_cached_and_mapped(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     def load() -> Corpus:
         return load_corpus(
             source="files",
@@ -218,14 +212,10 @@ def test_files_through_a_tokenizer_are_cached_and_mapped(
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
-def test_large_byte_corpora_go_through_the_cache(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_byte_corpora_go_through_the_cache(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_corpus(source="files", files=[f"{texts}/*.txt"], vocab_size=256)
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 4)
-    mapped = load_corpus(
-        source="files", files=[f"{texts}/*.txt"], vocab_size=256, cache_directory=tmp_path / "cache"
-    )
+    mapped = load_corpus(source="files", files=[f"{texts}/*.txt"], vocab_size=256, cache_directory=tmp_path / "cache")
     assert isinstance(mapped.tokens, np.memmap)
     assert mapped.fingerprint == plain.fingerprint
     assert (mapped.read(0, 11) == plain.read(0, 11)).all()
@@ -234,9 +224,7 @@ def test_large_byte_corpora_go_through_the_cache(
 def _load_in_process(texts: Path, tokenizer: Path, cache: Path, log: Path, together: Barrier) -> None:
     encode = sources.TokenizerEncoder.encode
 
-    def recorded(
-        self: sources.TokenizerEncoder, paths: list[Path], contents: list[bytes]
-    ) -> list[sources.Tokens]:
+    def recorded(self: sources.TokenizerEncoder, paths: list[Path], contents: list[bytes]) -> list[sources.Tokens]:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.5)
@@ -245,9 +233,7 @@ def _load_in_process(texts: Path, tokenizer: Path, cache: Path, log: Path, toget
     sources.TokenizerEncoder.encode = recorded  # type: ignore[method-assign,assignment]
     together.wait()
     files = [f"{texts}/**/*.txt"]
-    corpus = load_corpus(
-        source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache
-    )
+    corpus = load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
     assert len(corpus) == 9
 
 
@@ -264,28 +250,20 @@ def test_one_process_tokenises_and_the_others_wait(texts: Path, tokenizer: Path,
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
-def test_a_killed_builder_leaves_nothing_that_is_believed(
-    texts: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_a_killed_builder_leaves_nothing_that_is_believed(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     files = [f"{texts}/**/*.txt"]
     with pytest.raises(CorpusError, match="token id 5"):
-        load_corpus(
-            source="files", files=files, tokenizer=str(tokenizer), vocab_size=5, cache_directory=cache
-        )
+        load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=5, cache_directory=cache)
     [entry] = [path for path in cache.iterdir() if path.is_dir()]
     entry.rename(entry.with_name(entry.name + ".partial"))  # the state just before the last rename
-    corpus = load_corpus(
-        source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache
-    )
+    corpus = load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
     assert len(corpus) == 9
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [entry.name]
     with open(entry / "tokens.bin", "r+b") as file:
         file.truncate(4)
     with pytest.raises(CorpusError, match=r"damaged \(.*4 bytes, not 18\); delete that folder"):
-        load_corpus(
-            source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache
-        )
+        load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
 
 
 def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -343,9 +321,7 @@ def test_every_token_is_an_input_once_an_epoch_up_to_the_tail(tokens: int, windo
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused_with_both_numbers() -> None:
-    with pytest.raises(
-        CorpusError, match="training corpus has 10 tokens, but one sequence takes 11 .*add text"
-    ):
+    with pytest.raises(CorpusError, match="training corpus has 10 tokens, but one sequence takes 11 .*add text"):
         SequenceSampler(corpus_of(10), 10, seed=0)
     with pytest.raises(CorpusError, match="validation corpus has 3 tokens.*raise data.validation_fraction"):
         SequenceSampler(corpus_of(3, name="validation"), 10, seed=0)
@@ -355,13 +331,9 @@ def test_a_corpus_shorter_than_a_sequence_is_refused_with_both_numbers() -> None
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_the_layout_does_not_change_the_global_batch(data_parallel_size: int, micro_batch_size: int) -> None:
     sampler = SequenceSampler(corpus_of(*[37] * 20), 16, seed=5)  # 46 windows: steps cross the epoch's end
-    ranks = [
-        Batches(sampler, 8, micro_batch_size, data_parallel_size, rank) for rank in range(data_parallel_size)
-    ]
+    ranks = [Batches(sampler, 8, micro_batch_size, data_parallel_size, rank) for rank in range(data_parallel_size)]
     for step in range(12):
-        expected = [
-            sampler.sample(w).input_ids.tolist() for w in sampler.windows(np.arange(8) + 8 * step).tolist()
-        ]
+        expected = [sampler.sample(w).input_ids.tolist() for w in sampler.windows(np.arange(8) + 8 * step).tolist()]
         parts = [rank.micro_batches(step) for rank in ranks]
         assert {len(part) for part in parts} == {8 // micro_batch_size // data_parallel_size}
         rows = [
@@ -377,9 +349,7 @@ def test_micro_batch_without_document_mask() -> None:
     sampler = SequenceSampler(corpus_of(7, 5, 100), 8, seed=0)
     [micro_batch] = Batches(sampler, 2, 2, 1, 0).micro_batches(0)
     assert micro_batch.input_ids.shape == micro_batch.labels.shape == micro_batch.position_ids.shape == (2, 8)
-    assert {a.dtype for a in (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids)} == {
-        np.dtype("i8")
-    }
+    assert {a.dtype for a in (micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids)} == {np.dtype("i8")}
     assert micro_batch.position_ids.tolist() == [list(range(8))] * 2
     assert micro_batch.boundaries is None
 

@@ -196,9 +196,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, mode: str, drawn: bool) -> N
     assert ("learning rate" in shown) != drawn
 
 
-def test_a_lost_disk_is_reported_once_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_disk_is_reported_once_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor, stream = run(tmp_path)
 
     def full(self: MetricsFile, entry: dict[str, float]) -> None:
@@ -252,9 +250,7 @@ def test_flops_per_token_by_hand() -> None:
     visible = sum(min(i, 5) for i in range(1, 17)) / 16
     assert flops_per_token(windowed, 16, causal=True) == 6 * matrices + 12 * 3 * 8 * visible
     assert flops_per_token(windowed, 16, causal=False) == 6 * matrices + 12 * 3 * 8 * 5
-    assert flops_per_token(config(sliding_window=99), 16, causal=True) == flops_per_token(
-        config(), 16, causal=True
-    )
+    assert flops_per_token(config(sliding_window=99), 16, causal=True) == flops_per_token(config(), 16, causal=True)
 
 
 def test_flops_of_llama_3_8b_are_six_times_its_matrices_plus_attention() -> None:
