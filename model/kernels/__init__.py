@@ -1,0 +1,22 @@
+"""Attention kernels behind one protocol, and the choice among them.
+
+A kernel is two pure functions: forward gives out and log-sum-exp, backward takes them back, so that ring
+attention can run any of them block by block. Importing this package imports no flash-attention package;
+asking for availability does.
+"""
+
+from model.kernels.autograd import attention
+from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, KernelUnavailable
+from model.kernels.select import BACKENDS, KERNELS, select_kernel
+
+__all__ = [
+    "BACKENDS",
+    "KERNELS",
+    "AttentionKernel",
+    "AttentionMask",
+    "Capabilities",
+    "Documents",
+    "KernelUnavailable",
+    "attention",
+    "select_kernel",
+]

@@ -1,0 +1,92 @@
+"""Backend `flash_attn_2`: FlashAttention-2 from the package flash-attn (2.8), for Ampere and later.
+
+The calls are the package's registered custom operators, below its autograd functions: they give the
+log-sum-exp and take it back. Grouped heads go in as they are; the backward sums its dk and dv over each group
+itself.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
+from model.kernels.cuda import import_or_reason, missing_gpu
+from model.kernels.protocol import Capabilities, Documents
+
+_MODULE = "flash_attn.flash_attn_interface"
+_REMEDY = "pip install 'ringzero[flash2]' (flash-attn 2.8, built for this torch)"
+_OPERATORS = (
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "_wrapped_flash_attn_varlen_backward",
+)
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    package, why = import_or_reason(_MODULE, _REMEDY)
+    if package is not None and any(not hasattr(package, name) for name in _OPERATORS):
+        return None, f"needs flash-attn 2.8, the installed one lacks {', '.join(_OPERATORS)}; {_REMEDY}"
+    return package, why
+
+
+def _package() -> ModuleType:
+    package, why = _load()
+    assert package is not None, why
+    return package
+
+
+class FlashAttn2Kernel(BandedKernel):
+    """flash_attn.flash_attn_interface, Dao 2023."""
+
+    name = "flash_attn_2"
+    capabilities = Capabilities(
+        device_types=("cuda",), dtypes=(torch.bfloat16, torch.float16), max_head_dim=256, head_dim_multiple=8
+    )
+
+    def availability(self) -> str | None:
+        missing = missing_gpu((8, 9, 10, 11, 12))
+        if missing is None and _load()[0] is None:
+            return _load()[1]
+        return missing
+
+    def _band_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        options = _options(scale, band)
+        if documents is None:
+            out, lse, *_ = _package()._wrapped_flash_attn_forward(q, k, v, *options, return_softmax=False)
+        else:
+            out, lse, *_ = _package()._wrapped_flash_attn_varlen_forward(
+                q, k, v, *_lengths(documents), *options, return_softmax=False
+            )
+        return out, lse
+
+    def _band_backward(
+        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+    ) -> Gradients:
+        # Fully overwritten by the kernel, which wants them contiguous whatever the strides of the inputs.
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4])
+        options = _options(scale, band)
+        if documents is None:
+            _package()._wrapped_flash_attn_backward(*tensors, dq, dk, dv, *options, deterministic)
+        else:
+            _package()._wrapped_flash_attn_varlen_backward(
+                *tensors, dq, dk, dv, *_lengths(documents), *options, deterministic
+            )
+        return dq, dk, dv
+
+
+def _options(scale: float, band: Band) -> tuple[float, float, bool, int, int, float, None]:
+    """dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes."""
+    return 0.0, scale, band.causal, *band.flash_bounds, 0.0, None
+
+
+def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
+    """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+    return documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen

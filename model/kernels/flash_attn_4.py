@@ -1,0 +1,99 @@
+"""Backend `flash_attn_4`: FlashAttention-4 from the package flash-attn-4, for Hopper (sm_90) and Blackwell
+(sm_100).
+
+Written in CuTe DSL and compiled as it runs: the first call of each kind (dtype, head width, heads per group,
+mask kind) takes seconds. The package shares the folder `flash_attn/cute` with flash-attn 2, whose old copy
+has another interface.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
+from model.kernels.cuda import import_or_reason, missing_gpu
+from model.kernels.protocol import Capabilities, Documents
+
+_MODULE = "flash_attn.cute.interface"
+_REMEDY = "pip install 'ringzero[flash4]' (flash-attn-4 4.0.0b36; after flash-attn 2 where both are wanted)"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    package, why = import_or_reason(_MODULE, _REMEDY)
+    # `learnable_sink` entered the backward long after flash-attn 2.8 froze its copy of this module.
+    if package is not None and "learnable_sink" not in inspect.signature(package._flash_attn_bwd).parameters:
+        return (
+            None,
+            f"finds flash-attn 2's old copy of flash_attn/cute in its place ({package.__file__}); {_REMEDY}",
+        )
+    return package, why
+
+
+def _package() -> ModuleType:
+    package, why = _load()
+    assert package is not None, why
+    return package
+
+
+class FlashAttn4Kernel(BandedKernel):
+    """flash_attn.cute.interface."""
+
+    name = "flash_attn_4"
+    # Blackwell stops at 128 but for two special shapes; Hopper's 192 and 256 are left to FlashAttention-2.
+    capabilities = Capabilities(
+        device_types=("cuda",), dtypes=(torch.bfloat16, torch.float16), max_head_dim=128, head_dim_multiple=8
+    )
+
+    def availability(self) -> str | None:
+        missing = missing_gpu((9, 10))
+        if missing is None and _load()[0] is None:
+            return _load()[1]
+        return missing
+
+    def _band_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _package()._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, **_masking(band, documents), return_lse=True
+        )
+        return out, lse
+
+    def _band_backward(
+        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+    ) -> Gradients:
+        dout, q, k, v, out, lse = tensors
+        dq, dk, dv = _package()._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            softmax_scale=scale,
+            **_masking(band, documents),
+            deterministic=deterministic,
+        )
+        return dq, dk, dv
+
+
+def _masking(band: Band, documents: Documents | None) -> dict[str, bool | int | Tensor | None]:
+    """The arguments forward and backward share; None is an unbounded side here."""
+    arguments: dict[str, bool | int | Tensor | None] = {
+        "causal": band.causal,
+        "window_size_left": band.left,
+        "window_size_right": band.right,
+    }
+    if documents is not None:
+        arguments |= {
+            "cu_seqlens_q": documents.cu_seqlens,
+            "cu_seqlens_k": documents.cu_seqlens,
+            "max_seqlen_q": documents.max_seqlen,
+            "max_seqlen_k": documents.max_seqlen,
+        }
+    return arguments

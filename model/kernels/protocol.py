@@ -1,0 +1,241 @@
+"""What an attention kernel takes, gives and may refuse.
+
+Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads (H a multiple of Hk, never repeated),
+D head width, N documents. Scores are scale * q.k; query head h reads key/value head h // (H / Hk).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class KernelUnavailable(ValueError):
+    """A kernel that cannot run here, or cannot compute what was asked; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Packed documents of a [B, S] batch: they tile its B*S positions row by row, and none crosses a row."""
+
+    boundaries: tuple[int, ...]
+    """On the host: 0 = b0 < b1 < ... < bN = B*S, every multiple of S among them."""
+    cu_seqlens: Tensor = field(compare=False, repr=False)
+    """The same N + 1 numbers, int32, on the device that computes: kernels read it without a copy."""
+    max_seqlen: int
+    """Tokens in the longest document."""
+
+    @classmethod
+    def from_boundaries(cls, boundaries: Sequence[int], device: torch.device | str) -> Documents:
+        """Copies `boundaries` to `device`, once a batch.
+
+        Raises:
+            ValueError: boundaries do not rise strictly from 0.
+        """
+        lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+        if not lengths or boundaries[0] != 0 or min(lengths) < 1:
+            raise ValueError(
+                "document boundaries must rise strictly from 0 and hold at least one document, got "
+                f"{list(boundaries)[:8]}"
+            )
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+        return cls(tuple(boundaries), cu_seqlens, max(lengths))
+
+    def check_tiles(self, batch: int, sequence: int) -> None:
+        """Raises ValueError unless these documents tile `batch` rows of `sequence` positions."""
+        if self.boundaries[-1] != batch * sequence:
+            raise ValueError(
+                f"the documents hold {self.boundaries[-1]} tokens but the batch holds {batch} x {sequence} = "
+                f"{batch * sequence}; the last boundary must be the batch's size"
+            )
+        for row_end in range(sequence, batch * sequence, sequence):
+            if self.boundaries[bisect_left(self.boundaries, row_end)] != row_end:
+                raise ValueError(
+                    f"a document crosses position {row_end}, the end of a row of {sequence}; cut it there: "
+                    f"every multiple of {sequence} must be a boundary"
+                )
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Query i sees key j of one call if all of these hold."""
+
+    causal: bool = True
+    """j <= i + offset."""
+    window: int | None = None
+    """i + offset - j < window: the token itself counts."""
+    offset: int = 0
+    """Position of the first query minus position of the first key."""
+    documents: Documents | None = None
+    """Same document; only with as many queries as keys and offset 0."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window ({self.window}) must be at least 1: the token itself counts")
+        if self.documents is not None and self.offset != 0:
+            raise ValueError(f"a mask with documents must have offset 0, got {self.offset}")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kernel takes. Anything else it refuses."""
+
+    device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    window: bool = True
+    documents: bool = True
+    rectangular: bool = True
+    """Causal with an offset other than 0, or with Sq other than Sk."""
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    deterministic: bool = True
+    """Its backward can be asked to give the same bits every time."""
+
+    def refusal(
+        self,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        window: bool = False,
+        documents: bool = False,
+        rectangular: bool = False,
+        deterministic: bool = False,
+    ) -> str | None:
+        """Why this cannot be computed, in words that follow the kernel's name; None if it can."""
+        if device_type not in self.device_types:
+            return f"runs on {' and '.join(self.device_types)} tensors, not {device_type}"
+        if dtype not in self.dtypes:
+            return f"takes {_names(self.dtypes)}, not {_names([dtype])}"
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
+            return f"takes head_dim up to {self.max_head_dim}, not {head_dim}"
+        if head_dim % self.head_dim_multiple:
+            return f"takes head_dim in multiples of {self.head_dim_multiple}, not {head_dim}"
+        if window and not self.window:
+            return "has no sliding window"
+        if documents and not self.documents:
+            return "has no document mask"
+        if rectangular and not self.rectangular:
+            return "takes a causal mask only over as many queries as keys with offset 0"
+        if deterministic and not self.deterministic:
+            return "has no deterministic backward"
+        return None
+
+
+class AttentionKernel(ABC):
+    """One implementation of attention, forward and backward, without autograd.
+
+    Neither call waits for the device. A subclass implements `_forward` and `_backward` over checked inputs.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    def availability(self) -> str | None:
+        """None if this kernel can run on this machine; else what is missing and how to install it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+        """Attention and the logarithm of each row's softmax denominator.
+
+        Args:
+            q: [B, Sq, H, D]; k, v: [B, Sk, Hk, D], of one dtype and device.
+            scale: multiplies q.k.
+
+        Returns:
+            out [B, Sq, H, D] in q's dtype, and lse [B, H, Sq], natural logarithm, fp32 (fp64 for fp64
+            inputs), of any strides. A row that sees no key has out 0 and lse -inf.
+
+        Raises:
+            KernelUnavailable: the kernel does not declare what this call needs.
+            ValueError: shapes that do not fit each other or the mask.
+        """
+        self._check(q, k, v, mask)
+        return self._forward(q, k, v, scale, mask)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        mask: AttentionMask,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of sum(dout * out) in the dtype of q, k, v.
+
+        `out` and `lse` may come from a larger set of keys than `k` (ring attention): the result is then this
+        set's share of the whole gradient, and shares add up. Rows that see no key of this call give 0.
+
+        Args:
+            dout, out: [B, Sq, H, D] in q's dtype; lse: [B, H, Sq] as `forward` gives it.
+            deterministic: the same inputs give the same bits, at some cost in time.
+
+        Returns:
+            dq [B, Sq, H, D], dk and dv [B, Sk, Hk, D].
+
+        Raises:
+            KernelUnavailable, ValueError: as `forward`.
+        """
+        self._check(q, k, v, mask, deterministic)
+        assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]), (lse.shape, q.shape)
+        return self._backward(dout, q, k, v, out, lse, scale, mask, deterministic)
+
+    @abstractmethod
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        mask: AttentionMask,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, deterministic: bool = False) -> None:
+        batch, queries, heads, head_dim = q.shape
+        keys, kv_heads = k.shape[1:3]
+        if k.shape != (batch, keys, kv_heads, head_dim) or v.shape != k.shape or heads % kv_heads:
+            raise ValueError(
+                f"q {list(q.shape)} needs k and v of one shape [{batch}, keys, heads dividing {heads}, "
+                f"{head_dim}], got k {list(k.shape)} and v {list(v.shape)}"
+            )
+        if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+            raise ValueError(
+                f"q, k and v must share dtype and device, got {_names([q.dtype, k.dtype, v.dtype])} on "
+                f"{q.device}, {k.device}, {v.device}"
+            )
+        why = self.capabilities.refusal(
+            device_type=q.device.type,
+            dtype=q.dtype,
+            head_dim=head_dim,
+            window=mask.window is not None,
+            documents=mask.documents is not None,
+            rectangular=mask.causal and (mask.offset != 0 or queries != keys),
+            deterministic=deterministic,
+        )
+        if why is not None:
+            raise KernelUnavailable(f"attention kernel {self.name} {why}; kernel math takes every mask and dtype")
+        if mask.documents is not None:
+            if queries != keys:
+                raise ValueError(f"a mask with documents needs as many queries as keys, got {queries} and {keys}")
+            mask.documents.check_tiles(batch, queries)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
