@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 
 parser = argparse.ArgumentParser()
-parser.add_argument(
-    "--local_rank", type=int, help="given by the deepspeed launcher; the environment has it as well"
-)
+parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it as well")
 parser.add_argument("folder", help="where each rank writes RANK.json")
 arguments = parser.parse_args()
 

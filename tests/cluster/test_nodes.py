@@ -19,9 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("default_hostfile", [False, True])
-def test_the_launcher_starts_ranks_on_both_nodes(
-    cluster: TwoNodes, tmp_path: Path, default_hostfile: bool
-) -> None:
+def test_the_launcher_starts_ranks_on_both_nodes(cluster: TwoNodes, tmp_path: Path, default_hostfile: bool) -> None:
     if default_hostfile:
         cluster.serve_default_hostfile()
     hostfile = [] if default_hostfile else ["--hostfile", str(cluster.hostfile)]

@@ -88,18 +88,14 @@ def program(name: str) -> str | None:
 
 def what_is_missing() -> str | None:
     """The system program or permission without which no node can be made here, or None."""
-    missing = [
-        f"{name} (Debian package {package})" for name, package in PROGRAMS.items() if not program(name)
-    ]
+    missing = [f"{name} (Debian package {package})" for name, package in PROGRAMS.items() if not program(name)]
     if missing:
         return f"missing system programs: {', '.join(missing)}"
     if os.geteuid() != 0:
         return f"network namespaces and sshd need root, and this is uid {os.geteuid()}"
     # A container may forbid namespaces, new mounts of /proc, or the veth driver to its root.
     link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
-    probe = subprocess.run(
-        [*MACHINE, *NODE, *link], capture_output=True, text=True, env={"PATH": SEARCH_PATH}
-    )
+    probe = subprocess.run([*MACHINE, *NODE, *link], capture_output=True, text=True, env={"PATH": SEARCH_PATH})
     if probe.returncode:
         return f"this system does not let root make namespaces joined by veth: {probe.stderr.strip()}"
     return None
@@ -264,9 +260,7 @@ class TwoNodes:
     def _join_networks(self) -> None:
         a, b = self._nodes
         link = ["ip", "link", "add", "eth0", "netns", str(a.pid), "type", "veth"]
-        subprocess.run(
-            [*link, "peer", "name", "eth0", "netns", str(b.pid)], check=True, env={"PATH": SEARCH_PATH}
-        )
+        subprocess.run([*link, "peer", "name", "eth0", "netns", str(b.pid)], check=True, env={"PATH": SEARCH_PATH})
         for node in self._nodes:
             for command in (f"addr add {node.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
                 enter = ["nsenter", f"--target={node.pid}", "--net", "ip", *command.split()]
@@ -282,9 +276,7 @@ class TwoNodes:
                     break
                 if time.monotonic() > deadline:
                     log = (self.scratch / f"{node.name}.log").read_text()
-                    raise RuntimeError(
-                        f"no ssh to {node.name}: {answer.stdout}{answer.stderr}\nits sshd: {log}"
-                    )
+                    raise RuntimeError(f"no ssh to {node.name}: {answer.stdout}{answer.stderr}\nits sshd: {log}")
                 time.sleep(0.1)
 
     @staticmethod
