@@ -131,7 +131,7 @@ class _SaveRectangles(DefaultSavePlanner):
     """Plans one write for each rectangle; the global plan and its checks are torch's."""
 
     def __init__(self, parts: list[Rectangle]):
-        super().__init__()
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._tensors = {(part.key, part.offsets): part.tensor for part in parts}
         self._parts = parts
 
@@ -161,7 +161,7 @@ class _LoadRectangles(DefaultLoadPlanner):
     """Plans the reads whose overlap with the stored rectangles fills this rank's."""
 
     def __init__(self, parts: list[Rectangle]):
-        super().__init__()
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._tensors = {(part.key, part.offsets): part.tensor for part in parts}
         self._parts = parts
 

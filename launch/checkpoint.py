@@ -1,0 +1,240 @@
+"""Checkpoints of a run: saved whole or not at all, verified before use, the last few kept.
+
+    RUN/checkpoints/step-00000150/            complete: it got this name by one rename, after everything else
+        manifest.json                         progress, model, data, and size and CRC-32 of every other file
+        .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
+    RUN/checkpoints/step-00000200.partial/    a save in progress, or one that was killed; never read, replaced by the next
+
+There is no `latest` file to go stale: the newest complete directory is the latest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from parallel.state import load_state, save_state
+from parallel.zero import ZeroEngine
+
+FORMAT = 1
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or must not be loaded; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included: the index of the next batch."""
+    tokens: int = 0
+    """Tokens seen."""
+
+
+class Checkpoints:
+    """The checkpoint directory of one run. Every method is collective: all ranks call it."""
+
+    def __init__(self, directory: Path, *, keep_last: int, model: dict[str, Any], data_fingerprint: str):
+        """`model` and `data_fingerprint` are stored with each checkpoint and compared at a resume."""
+        self.directory, self.keep_last = directory, keep_last
+        self.model, self.data_fingerprint = model, data_fingerprint
+        self._group = dist.new_group(backend="gloo")  # talk between hosts, beside the training's own collectives
+        self._first = dist.get_rank() == 0
+
+    def save(self, engine: ZeroEngine, progress: Progress) -> Path:
+        """Writes one checkpoint and removes those beyond keep_last; returns its directory.
+
+        Raises CheckpointError on every rank if any rank fails; earlier checkpoints are untouched then.
+        """
+        final = self.directory / f"step-{progress.step:08d}"
+        partial = final.with_suffix(".partial")
+        try:
+            self._on_first(lambda: _fresh_directory(partial))
+            save_state(partial, engine.fragments(), engine.shards, self._group)
+            files = self._everywhere(lambda: _checksums(partial, dist.get_rank(), dist.get_world_size()))
+            manifest = {
+                "format": FORMAT,
+                "progress": asdict(progress),
+                "optimizer_steps": engine.step_count,
+                "loss_scaler": engine.loss_scaler_state,
+                "model": self.model,
+                "data_fingerprint": self.data_fingerprint,
+                "torch": torch.__version__,
+                "files": {name: entry for part in files for name, entry in part.items()},
+            }
+            self._on_first(lambda: _complete(partial, final, manifest))
+        except (CheckpointException, CheckpointError, OSError) as error:
+            if self._first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {final} could not be written: {_reason(error)}") from error
+        self._on_first(lambda: self._remove_old())
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first (as rank 0's file system shows them)."""
+        found: list[int] = []
+        if self._first and self.directory.is_dir():
+            matches = (_COMPLETE.fullmatch(path.name) for path in self.directory.iterdir())
+            found = sorted(int(match.group(1)) for match in matches if match)
+        box = [found]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def load_latest(self, engine: ZeroEngine) -> Progress | None:
+        """Continues from the newest complete checkpoint, whatever layout wrote it; None where there is none.
+
+        Raises CheckpointError if it is damaged (naming the newest sound one before it), or of another model or corpus.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self.directory / f"step-{steps[-1]:08d}"
+        damage = self.damage(path)
+        if damage:
+            sound = [step for step in steps[:-1] if not self.damage(self.directory / f"step-{step:08d}")]
+            offer = (
+                f"the newest sound one is step-{sound[-1]:08d}: move {path.name} away to continue from there"
+                if sound
+                else "there is no sound one before it; move it away to start again"
+            )
+            raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {offer}")
+        manifest = json.loads((path / "manifest.json").read_text())
+        self._check_same_job(path, manifest)
+        fragments = list(engine.fragments())
+        try:
+            load_state(path, fragments, engine.shards, self._group)
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {path} could not be loaded: {_reason(error)}") from error
+        engine.adopt_state(fragments, manifest["optimizer_steps"])
+        engine.loss_scaler_state = manifest["loss_scaler"]
+        return Progress(**manifest["progress"])
+
+    def damage(self, path: Path) -> str | None:
+        """What is wrong with a complete checkpoint's files, or None. The ranks share the reading."""
+        found = self._everywhere(lambda: _damage(path, dist.get_rank(), dist.get_world_size()))
+        return next((damage for damage in found if damage), None)
+
+    def _check_same_job(self, path: Path, manifest: dict[str, Any]) -> None:
+        differences = [
+            f"model.{key} is {manifest['model'].get(key)!r} there and {value!r} here"
+            for key, value in self.model.items()
+            if manifest["model"].get(key) != value
+        ]
+        if differences:
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {'; '.join(differences)}; choose another job.name for this model"
+            )
+        if manifest["data_fingerprint"] != self.data_fingerprint:
+            raise CheckpointError(
+                f"checkpoint {path} was trained on other data (fingerprint {manifest['data_fingerprint'][:12]}, here "
+                f"{self.data_fingerprint[:12]}): the corpus, its tokenizer or the split changed; restore it, or choose "
+                "another job.name"
+            )
+
+    def _remove_old(self) -> None:
+        complete = sorted(path for path in self.directory.iterdir() if _COMPLETE.fullmatch(path.name))
+        for path in complete[: -self.keep_last]:
+            doomed = path.with_suffix(".partial")  # from now on nobody takes it for a checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _on_first(self, action: Callable[[], Any]) -> None:
+        """Runs `action` on rank 0; every rank waits, and raises CheckpointError if it failed."""
+        self._everywhere(lambda: action() if self._first else None)
+
+    def _everywhere(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on every rank and returns all results; raises CheckpointError everywhere if any rank failed."""
+        try:
+            outcome: tuple[Any, str | None] = (action(), None)
+        except OSError as error:
+            outcome = (None, f"rank {dist.get_rank()}: {error}")
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome, group=self._group)
+        failures = [failure for _, failure in outcomes if failure]
+        if failures:
+            raise CheckpointError("; ".join(failures))
+        return [result for result, _ in outcomes]
+
+
+def _fresh_directory(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """The last writes of a save; after the rename the checkpoint exists."""
+    with open(partial / "manifest.json", "w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(partial)
+    if final.exists():  # this step was saved before, by a run that was continued from an earlier checkpoint
+        retired = final.with_name(f"{final.name}.replaced.partial")
+        final.rename(retired)
+        shutil.rmtree(retired)
+    partial.rename(final)
+    _sync_directory(final.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksums(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of this rank's share of the files."""
+    share = sorted(path for path in directory.iterdir())[rank::world_size]
+    return {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in share}
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _damage(directory: Path, rank: int, world_size: int) -> str | None:
+    """The first fault among this rank's share of the files."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        files, version = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    if version != FORMAT:
+        return f"manifest.json is of format {version}, this program reads {FORMAT}"
+    for name in sorted(files)[rank::world_size]:
+        path, expected = directory / name, files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _crc32(path) != expected["crc32"]:
+            return f"{name} does not match its CRC-32"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The ranks' own words, without the traceback that torch adds."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+    return str(error)

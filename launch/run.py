@@ -1,0 +1,195 @@
+"""One run, from a checked configuration to the last line: what train.py does on every rank."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.build import build_engine
+from launch.check import layout_report
+from launch.checkpoint import CheckpointError, Checkpoints, Progress
+from launch.config import JobConfig
+from launch.corpus import Corpus, CorpusError, conditional_bigram_entropy, split_corpus
+from launch.data import Batches, SequenceSampler, validation_batches
+from launch.environment import Place
+from launch.monitor import Monitor, RunMonitor, SilentMonitor
+from launch.sampling import sample
+from launch.sources import load_corpus
+from launch.text_codec import text_codec
+from launch.throughput import Throughput
+from launch.trainer import NonFiniteLoss, Trainer
+from parallel.mesh import ParallelMesh
+from parallel.zero import ZeroEngine, initialize_distributed
+
+_ENTROPY_TOKENS = 1 << 24
+"""Validation tokens that the bigram entropy is counted on, at most."""
+
+
+def run(job: JobConfig, place: Place, device: torch.device, device_note: str) -> int:
+    """Trains `job` on this rank; returns the exit status."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    initialize_distributed(device.type)
+    try:
+        _train(_resolved(job), place, device, device_note)
+    except (CheckpointError, CorpusError, NonFiniteLoss) as error:
+        # Raised on every rank alike; one report is enough.
+        if place.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _resolved(job: JobConfig) -> JobConfig:
+    """Rank 0's configuration, on every rank."""
+    box = [job.to_yaml()]
+    dist.broadcast_object_list(box, src=0)
+    return JobConfig.from_yaml(box[0])
+
+
+def _train(job: JobConfig, place: Place, device: torch.device, device_note: str) -> None:
+    if job.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(job.job.seed)
+    mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
+    training, validation = _corpora(job)
+    engine, attention_note = build_engine(job, mesh, device)
+    checkpoints = Checkpoints(
+        job.checkpoint_path,
+        keep_last=job.checkpoint.keep_last,
+        model=job.model.model_dump(mode="json", exclude={"attention_backend"}),
+        data_fingerprint=training.fingerprint,
+    )
+    progress = _resume(job, checkpoints, engine)
+    monitor = _monitor(job, place, device, progress)
+    layout = layout_report(job, place.world_size)
+    precision = job.resolve_precision(device.type)
+    for line in (device_note, f"precision {precision}; attention: {attention_note}", f"run directory {job.run_path}"):
+        monitor.message(line)
+    if progress is not None:
+        monitor.message(f"resumed from step {progress.step}, {progress.tokens:,} tokens seen")
+    monitor.text("configuration", job.to_yaml())
+    monitor.text("layout", layout)
+    batch_sizes: dict[str, Any] = {
+        "global_batch_size": job.training.global_batch_size,
+        "micro_batch_size": job.training.micro_batch_size,
+        "data_parallel_size": mesh.dp_size,
+        "dp_rank": mesh.dp_rank,
+        "document_mask": job.data.document_mask,
+    }
+    length, seed = job.training.sequence_length, job.job.seed
+    trainer = Trainer(
+        job,
+        mesh,
+        engine,
+        Batches(SequenceSampler(training, length, seed), **batch_sizes),
+        partial(
+            validation_batches,
+            SequenceSampler(validation, length, seed),
+            evaluation_batches=job.training.evaluation_batches,
+            **batch_sizes,
+        ),
+        monitor,
+        checkpoints,
+        {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
+    )
+    try:
+        trainer.run(progress or Progress())
+        if job.training.sample_tokens:
+            monitor.message(_sample(job, mesh, engine, validation))
+    finally:
+        monitor.close()
+
+
+def _corpora(job: JobConfig) -> tuple[Corpus, Corpus]:
+    """Training and validation, the same on every rank. Raises CorpusError on every rank where any has cause."""
+    failure, corpora = None, None
+    try:
+        directory = job.data.cache_directory
+        whole = load_corpus(
+            source=job.data.source,
+            files=job.data.files,
+            tokenizer=job.data.tokenizer,
+            vocab_size=job.model.vocab_size,
+            cache_directory=Path(directory) if directory else None,
+        )
+        corpora = split_corpus(whole, job.data.validation_fraction, job.job.seed)
+        for part in corpora:
+            assert part is not None
+            SequenceSampler(part, job.training.sequence_length, job.job.seed)  # long enough for one sequence
+    except CorpusError as error:
+        failure = str(error)
+    seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(seen, (failure, corpora[0].fingerprint if corpora else None))
+    for rank, (said, fingerprint) in enumerate(seen):
+        if said:
+            raise CorpusError(said)
+        if fingerprint != seen[0][1]:
+            raise CorpusError(
+                f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
+                f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
+            )
+    assert corpora is not None and corpora[1] is not None
+    return corpora[0], corpora[1]
+
+
+def _resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Progress | None:
+    """The progress of the newest checkpoint, loaded into `engine`; None for a fresh start."""
+    wanted = job.checkpoint.resume
+    if wanted == "never":
+        if checkpoints.steps():
+            raise CheckpointError(
+                f"checkpoint.resume is never, but {checkpoints.directory} holds checkpoints that a fresh run would "
+                "overwrite; choose another job.name, or move them away"
+            )
+        return None
+    progress = checkpoints.load_latest(engine)
+    if progress is None and wanted == "required":
+        raise CheckpointError(
+            f"checkpoint.resume is required, but {checkpoints.directory} holds no complete checkpoint"
+        )
+    return progress
+
+
+def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:
+    if place.rank:
+        return SilentMonitor()
+    job.run_path.mkdir(parents=True, exist_ok=True)
+    (job.run_path / "config.yaml").write_text(job.to_yaml())
+    return RunMonitor(
+        job.run_path,
+        throughput=Throughput.of_job(
+            job.model,
+            sequence_length=job.training.sequence_length,
+            global_batch_size=job.training.global_batch_size,
+            devices=place.world_size,
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            precision=job.resolve_precision(device.type),
+        ),
+        total_steps=job.total_steps,
+        resumed_from=progress.step if progress else None,
+        progress_bar=job.monitor.progress_bar,
+        tensorboard=job.monitor.tensorboard,
+    )
+
+
+def _sample(job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine, validation: Corpus) -> str:
+    """What the trained model writes after the configured prompt, or after the start of the validation text."""
+    codec = text_codec(job.data.tokenizer)
+    prompt = codec.encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
+    written = sample(
+        engine,
+        mesh,
+        prompt,
+        job.training.sample_tokens,
+        sequence_length=job.training.sequence_length,
+        seed=job.job.seed,
+    )
+    return f"sample ({len(written)} tokens):\n{codec.decode(prompt + written)}"

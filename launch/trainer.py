@@ -1,0 +1,214 @@
+"""The training loop: batches in, updates out, and what is told and saved on the way. It knows no layout."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.checkpoint import CheckpointError, Checkpoints, Progress
+from launch.config import JobConfig
+from launch.data import Batches, MicroBatch, Prefetcher
+from launch.feed import HostBatch, cut
+from launch.monitor import Monitor, StepRecord
+from launch.schedule import learning_rate_at
+from launch.timing import StepTimer
+from parallel.mesh import ParallelMesh
+from parallel.zero import ZeroEngine
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient became infinite or not a number; going on would only waste the job's time."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One step's results, still on the device: reading them waits for the step."""
+
+    step: int
+    """Updates done, this one included."""
+    loss: Tensor
+    """Mean over the global batch's tokens, nats."""
+    local_loss: Tensor
+    """This rank's summed loss, to tell which rank went wrong."""
+    grad_norm: Tensor | float
+    applied: bool
+    """False where a loss scaler skipped the update."""
+
+
+class Trainer:
+    """One run of one job on one rank. All ranks call `run` together."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        mesh: ParallelMesh,
+        engine: ZeroEngine,
+        training: Batches,
+        validation: Callable[[], Iterator[list[MicroBatch]]],
+        monitor: Monitor,
+        checkpoints: Checkpoints,
+        validation_facts: dict[str, float],
+    ):
+        """`validation()` yields the same micro-batches at every call; `validation_facts` are logged beside its loss."""
+        self.job, self.mesh, self.engine = job, mesh, engine
+        self.training, self.validation, self.validation_facts = training, validation, validation_facts
+        self.monitor, self.checkpoints = monitor, checkpoints
+        self.timer = StepTimer(engine.device)
+
+    def run(self, progress: Progress) -> Progress:
+        """Trains from `progress` to the end; evaluates and saves at the configured intervals and at the end.
+
+        Raises NonFiniteLoss, and CheckpointError if the last save fails (an earlier one only warns).
+        """
+        total, start = self.job.total_steps, progress.step
+        evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
+        unchecked: StepOutcome | None = None
+        logged_at, logged_step = time.perf_counter(), start
+        with Prefetcher(self._load, stop=total) as batches:
+            for step in range(start, total):
+                self.timer.start()
+                micro_batches = batches.get(step)
+                self.timer.mark("data")
+                outcome = self.train_step(step, micro_batches)
+                # Checked one step late: by then the values are there, and reading them does not hold up the device.
+                if unchecked is not None:
+                    self._check_finite(unchecked)
+                unchecked = outcome
+                progress = Progress(outcome.step, progress.tokens + self.job.tokens_per_step)
+                self.monitor.advance(outcome.step)
+                last = outcome.step == total
+                if outcome.step % self.job.monitor.log_interval == 0 or last:
+                    self._check_finite(outcome)
+                    parts = self.timer.collect()
+                    seconds = (time.perf_counter() - logged_at) / (outcome.step - logged_step)
+                    self._log(outcome, progress, seconds, parts)
+                    logged_at, logged_step = time.perf_counter(), outcome.step
+                interrupted = time.perf_counter()
+                if last or (evaluation and outcome.step % evaluation == 0):
+                    self._check_finite(outcome)
+                    self._log_validation(outcome.step)
+                if last or (saving and outcome.step % saving == 0):
+                    self._check_finite(outcome)
+                    self._save(progress, required=last)
+                logged_at += time.perf_counter() - interrupted  # evaluating and saving are not part of a step's time
+        if start >= total:
+            self.monitor.message(f"step {start} of {total}: this run is already complete")
+            self._log_validation(start)
+        return progress
+
+    def train_step(self, step: int, micro_batches: list[HostBatch]) -> StepOutcome:
+        """One optimizer step on one global batch; starts the work and does not wait for it."""
+        engine, group = self.engine, self.mesh.zero_group
+        tokens = torch.tensor(sum(batch.token_count for batch in micro_batches), dtype=torch.float32)
+        tokens = tokens.to(engine.device, non_blocking=True)
+        dist.all_reduce(tokens, group=group)
+        # DeepSpeed divides by the accumulation steps and averages over dp x cp; what is wanted is a mean over tokens.
+        scale = len(micro_batches) * self.mesh.zero_size / tokens.clamp(min=1)
+        local_loss = torch.zeros((), device=engine.device)
+        for batch in micro_batches:
+            loss_sum, _ = engine(*batch.to(engine.device).arguments())
+            engine.backward(loss_sum * scale)
+            local_loss += loss_sum.detach()
+        self.timer.mark("compute")
+        applied = engine.step(self._learning_rate(step))
+        self.timer.mark("optimizer")
+        loss = local_loss.clone()
+        dist.all_reduce(loss, group=group)
+        return StepOutcome(step + 1, loss / tokens.clamp(min=1), local_loss, engine.grad_norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over the validation batches, nats per token."""
+        self.engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        for micro_batches in self.validation():
+            for batch in map(self._cut, micro_batches):
+                loss_sum, token_count = self.engine(*batch.to(self.engine.device).arguments())
+                totals += torch.stack([loss_sum.double(), token_count.double()])
+        self.engine.train()
+        dist.all_reduce(totals, group=self.mesh.zero_group)
+        return (totals[0] / totals[1]).item()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _load(self, step: int) -> list[HostBatch]:
+        return [self._cut(batch) for batch in self.training.micro_batches(step)]
+
+    def _cut(self, batch: MicroBatch) -> HostBatch:
+        return cut(batch, self.mesh, pin=self.engine.device.type == "cuda")
+
+    def _learning_rate(self, step: int) -> float:
+        optimizer = self.job.optimizer
+        return learning_rate_at(
+            step,
+            peak=optimizer.learning_rate,
+            warmup_steps=optimizer.warmup_steps,
+            total_steps=self.job.total_steps,
+            schedule=optimizer.schedule,
+            min_ratio=optimizer.min_learning_rate_ratio,
+            decay_fraction=optimizer.decay_fraction,
+        )
+
+    def _check_finite(self, outcome: StepOutcome) -> None:
+        """Every rank sees the same loss and norm, so all stop together."""
+        loss, norm = float(outcome.loss), float(outcome.grad_norm)
+        if math.isfinite(loss) and (math.isfinite(norm) or not outcome.applied):
+            return
+        flags = torch.zeros(dist.get_world_size(), device=self.engine.device)
+        flags[dist.get_rank()] = float(not math.isfinite(float(outcome.local_loss)))
+        dist.all_reduce(flags)
+        ranks = [str(rank) for rank, flag in enumerate(flags.tolist()) if flag]
+        where = f"on rank {', '.join(ranks)}" if ranks else "in the gradients only"
+        steps = self.checkpoints.steps()
+        good = f"step-{steps[-1]:08d} in {self.checkpoints.directory}" if steps else "none was saved yet"
+        raise NonFiniteLoss(
+            f"step {outcome.step}: loss {loss}, gradient norm {norm}; it arose {where}. Last good checkpoint: {good}. "
+            "Lower optimizer.learning_rate or training.gradient_clipping, lengthen optimizer.warmup_steps, or look at "
+            "the data of this step"
+        )
+
+    def _log(self, outcome: StepOutcome, progress: Progress, seconds: float, parts: dict[str, float]) -> None:
+        scaler = self.engine.loss_scaler_state
+        self.monitor.log_step(
+            StepRecord(
+                step=outcome.step,
+                loss=float(outcome.loss),
+                gradient_norm=float(outcome.grad_norm),
+                learning_rate=self._learning_rate(outcome.step - 1),
+                tokens=progress.tokens,
+                seconds=seconds,
+                parts=parts,
+                peak_memory_bytes=_peak_memory(self.engine.device),
+                extra={"loss_scale": scaler["cur_scale"]} if scaler else {},
+            )
+        )
+
+    def _log_validation(self, step: int) -> None:
+        self.monitor.log_validation(step, self.evaluate(), self.validation_facts)
+        if self.job.monitor.histograms:
+            parameters = {fragment.name: fragment.tensors["parameter"] for fragment in self.engine.fragments()}
+            self.monitor.log_histograms(step, {name: part.float().cpu().numpy() for name, part in parameters.items()})
+
+    def _save(self, progress: Progress, *, required: bool) -> None:
+        try:
+            path = self.checkpoints.save(self.engine, progress)
+        except CheckpointError as error:
+            if required:
+                raise
+            self.monitor.message(f"warning: {error}; training goes on, earlier checkpoints are untouched")
+            return
+        self.monitor.message(f"saved {path}")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
