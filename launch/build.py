@@ -1,7 +1,7 @@
 """Joins model and parallel: from a job and a mesh to an engine that trains.
 
-The order is fixed by memory: shapes on the meta device, the tensor-parallel cut, then one module at a time filled and (at
-stage 3) partitioned, so that no rank ever holds the whole model.
+The order is fixed by memory: shapes on the meta device, the tensor-parallel cut, then one module at a time filled and
+(at stage 3) partitioned, so that no rank ever holds the whole model.
 """
 
 from __future__ import annotations

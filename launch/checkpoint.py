@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000150/            complete: it got this name by one rename, after everything else
         manifest.json                         progress, model, data, and size and CRC-32 of every other file
         .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
-    RUN/checkpoints/step-00000200.partial/    a save in progress, or one that was killed; never read, replaced by the next
+    RUN/checkpoints/step-00000200.partial/    a save in progress or killed; never read, replaced by the next
 
 There is no `latest` file to go stale: the newest complete directory is the latest.
 """
@@ -136,7 +136,7 @@ class Checkpoints:
         ]
         if differences:
             raise CheckpointError(
-                f"checkpoint {path} is of another model: {'; '.join(differences)}; choose another job.name for this model"
+                f"checkpoint {path} is of another model: {'; '.join(differences)}; give this model another job.name"
             )
         if manifest["data_fingerprint"] != self.data_fingerprint:
             raise CheckpointError(

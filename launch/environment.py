@@ -40,14 +40,14 @@ def place_in_world() -> Place:
 def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     """The device of this process and a sentence saying why. `wanted` is job.device.
 
-    Tells DeepSpeed too, so it must run before DeepSpeed is imported. Raises ValueError where GPUs were asked for and are
-    not there.
+    Tells DeepSpeed too, so it must run before DeepSpeed is imported. Raises ValueError where GPUs were asked for and
+    are not there.
     """
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and gpus < place.local_size:
         raise ValueError(
-            f"job.device is cuda, but this node has {gpus} GPUs for {place.local_size} processes; start fewer processes "
-            "or set job.device: cpu"
+            f"job.device is cuda, but this node has {gpus} GPUs for {place.local_size} processes; start fewer "
+            "processes, or set job.device: cpu"
         )
     if wanted == "cuda" or (wanted == "auto" and gpus >= place.local_size):
         os.environ["DS_ACCELERATOR"] = "cuda"

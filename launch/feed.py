@@ -21,7 +21,7 @@ from parallel.sequence import shard_sequence
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """What the model takes: this rank's part of each sequence, [B, L] int64 each, and the documents of the whole ones."""
+    """What the model takes: this rank's part of each sequence, [B, L] int64, and the documents of the whole ones."""
 
     input_ids: Tensor
     position_ids: Tensor

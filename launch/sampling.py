@@ -1,7 +1,7 @@
 """Text from the model in training, on whatever layout it trains.
 
-Every rank runs each forward pass, so any mesh and ZeRO stage serves; the context is recomputed for every token. Shapes: S
-context length, L = S / context_parallel_size, V vocabulary.
+Every rank runs each forward pass, so any mesh and ZeRO stage serves; the context is recomputed for every token. Shapes:
+S context length, L = S / context_parallel_size, V vocabulary.
 """
 
 from __future__ import annotations

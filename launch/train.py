@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.check import layout_report
-from launch.config import ConfigError, JobConfig, load_job
+from launch.config import load_job
 from launch.environment import choose_device, place_in_world
+from launch.violations import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Grouped-query attention around a seam: anything that maps (q, k, v, documents) to outputs can attend.
 
-Shapes: B batch, S sequence, E hidden_size, H query heads, K key/value heads, D head_dim. Heads are counted with -1, so the
-same module runs on all heads or on one rank's share of them.
+Shapes: B batch, S sequence, E hidden_size, H query heads, K key/value heads, D head_dim. Heads are counted with -1, so
+the same module runs on all heads or on one rank's share of them.
 """
 
 from __future__ import annotations

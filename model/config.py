@@ -39,7 +39,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     vocab_size: int = Field(gt=0)
-    """Rows of the embedding. A tokenizer may use fewer; padding for tensor parallelism is added on top and never stored."""
+    """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism comes on top and is not stored."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
     intermediate_size: int = Field(gt=0)

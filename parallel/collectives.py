@@ -35,7 +35,7 @@ class _ReduceFromGroup(torch.autograd.Function):
 
 
 def copy_to_group(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """f: the tensor itself; its gradient is summed over `group`. For inputs that every rank of the group uses in part."""
+    """f: the tensor itself; its gradient is summed over `group`. For inputs that each rank uses in part."""
     return tensor if group.size() == 1 else _CopyToGroup.apply(tensor, group)
 
 

@@ -2,9 +2,9 @@
 
 Shapes: B batch, L = S / P local tokens, H query heads, K key/value heads, D head_dim.
 
-Keys and values travel un-repeated, packed in one message of [2, B, L, K, D], while the kernel works on the ones at hand.
-Output and log-sum-exp are merged in fp32 with a max-shifted exponential that tolerates empty rows; dQ, and the dK, dV that
-travel with their keys, accumulate in fp32, so that the error does not grow with P.
+Keys and values travel un-repeated, packed in one message of [2, B, L, K, D], while the kernel works on the ones at
+hand. Output and log-sum-exp are merged in fp32 with a max-shifted exponential that tolerates empty rows; dQ, and the
+dK, dV that travel with their keys, accumulate in fp32, so that the error does not grow with P.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from parallel.ring_plan import Call, ring_plan
 class RingAttention:
     """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
 
-    Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this rank's
-    outputs [B, L, H, D].
+    Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
+    rank's outputs [B, L, H, D].
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """Which kernel calls a rank makes at each step of a zigzag ring. Pure Python: no tensor, no process group.
 
-P context_parallel_size, S sequence_length, chunk = S / (2P). Rank r holds chunks r and 2P-1-r (see `parallel.sequence`), and
-at step s it holds the keys and values of rank (r - s) mod P. Positions in a Call index this rank's queries and the held
-keys, [0, S / P) each.
+P context_parallel_size, S sequence_length, chunk = S / (2P). Rank r holds chunks r and 2P-1-r (see
+`parallel.sequence`), and at step s it holds the keys and values of rank (r - s) mod P. Positions in a Call index this
+rank's queries and the held keys, [0, S / P) each.
 
-Two distinct chunks share at most one document, because a document is contiguous: it would hold the end of the earlier chunk
-and the start of the later one. So every block off the diagonal is one dense rectangle, trimmed to that document and to the
-window; only the diagonal needs document boundaries. (Checked by brute force in the tests.)
+Two distinct chunks share at most one document, because a document is contiguous: it would hold the end of the earlier
+chunk and the start of the later one. So every block off the diagonal is one dense rectangle, trimmed to that document
+and to the window; only the diagonal needs document boundaries. (Checked by brute force in the tests.)
 """
 
 from __future__ import annotations

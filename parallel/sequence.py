@@ -2,9 +2,10 @@
 
 Shapes: B batch, S sequence, P context_parallel_size.
 
-The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank has
-the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance, arXiv:2311.09431,
-kept with contiguous chunks). Labels are shifted before the cut, so that no rank needs its neighbour's token.
+The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank
+has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
+arXiv:2311.09431, kept with contiguous chunks). Labels are shifted before the cut, so that no rank needs its neighbour's
+token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Training state on disk, in torch.distributed.checkpoint's format, keyed by full parameter names.
 
-ZeRO holds a flat range of this rank's slice of a parameter. A flat range of a row-major matrix is at most three rectangles
-(the end of a row, whole rows, the start of a row), and a slice only shifts them, so every rank writes its rectangles of the
-full tensors and reads those it needs, whatever mesh and stage wrote them. Nothing is gathered and nothing is converted.
+ZeRO holds a flat range of this rank's slice of a parameter. A flat range of a row-major matrix is at most three
+rectangles (the end of a row, whole rows, the start of a row), and a slice only shifts them, so every rank writes its
+rectangles of the full tensors and reads those it needs, whatever mesh and stage wrote them. Nothing is gathered and
+nothing is converted.
 
 Keys: parameter/NAME (fp32), exp_avg/NAME, exp_avg_sq/NAME, with NAME the model's own parameter name.
 """
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,

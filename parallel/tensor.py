@@ -22,7 +22,6 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -42,7 +41,8 @@ def check_head_divisibility(num_attention_heads: int, num_key_value_heads: int, 
         ]
         raise ValueError(
             f"num_attention_heads ({num_attention_heads}) and num_key_value_heads ({num_key_value_heads}) must both be "
-            f"divisible by tensor_parallel_size ({tensor_parallel_size}); valid sizes here: {', '.join(map(str, valid))}"
+            f"divisible by tensor_parallel_size ({tensor_parallel_size}); "
+            f"valid sizes here: {', '.join(map(str, valid))}"
         )
 
 

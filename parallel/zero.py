@@ -1,8 +1,9 @@
 """ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: the only file that speaks DeepSpeed's vocabulary.
 
 Context parallelism is folded into what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters and
-their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed loss
-by the size of that group. DeepSpeed's own sequence-parallel hooks are not used: with them stage 3 never reduces over cp.
+their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed
+loss by the size of that group. DeepSpeed's own sequence-parallel hooks are not used: with them stage 3 never reduces
+over cp.
 """
 
 from __future__ import annotations
@@ -59,15 +60,17 @@ class StateFragment:
 
 
 def initialize_distributed(device_type: str) -> None:
-    """Joins the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...): gloo on CPU, NCCL on GPUs."""
-    # DeepSpeed would compile a shared-memory collective for CPUs here: half a minute, and 69 MB left in /dev/shm by every
-    # process that used it. gloo serves.
+    """Joins the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...): gloo on CPU, NCCL on
+    GPUs."""
+    # DeepSpeed would compile a shared-memory collective for CPUs here: half a minute, and 69 MB left in /dev/shm by
+    # every process that used it. gloo serves.
     _deepspeed_ops["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
 
 
 def partitioner(mesh: ParallelMesh, settings: ZeroSettings) -> Callable[[nn.Module], None]:
-    """A function that keeps only this rank's share of a module's own parameters (stage 3); below stage 3, it keeps all."""
+    """A function that keeps only this rank's share of a module's own parameters (stage 3); below stage 3, it keeps
+    all."""
     if settings.stage < 3:
         return lambda module: None
     config, mpu = _deepspeed_config(settings, parameters=0), _ModelParallelUnit(mesh)
@@ -135,7 +138,8 @@ class ZeroEngine:
         self.engine.eval()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates one micro-batch's gradients. DeepSpeed divides by accumulation_steps and averages over dp x cp."""
+        """Accumulates one micro-batch's gradients. DeepSpeed divides by accumulation_steps and averages over dp x
+        cp."""
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch; the last one's step is `step`

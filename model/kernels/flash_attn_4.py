@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
@@ -25,6 +26,10 @@ _REMEDY = "pip install 'ringzero[flash4]' (flash-attn-4 4.0.0b36; after flash-at
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
+    try:  # the module alone proves nothing: flash-attn 2 installs one of the same name
+        version("flash-attn-4")
+    except PackageNotFoundError:
+        return None, f"needs the package flash-attn-4, which is not installed; {_REMEDY}"
     package, why = import_or_reason(_MODULE, _REMEDY)
     # `learnable_sink` entered the backward long after flash-attn 2.8 froze its copy of this module.
     if package is not None and "learnable_sink" not in inspect.signature(package._flash_attn_bwd).parameters:

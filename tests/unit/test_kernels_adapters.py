@@ -9,6 +9,7 @@ Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head 
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +222,24 @@ def test_adapter_is_math(
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_flash_attn_2_alone_does_not_pass_for_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(flash_attn_4, "version", absent)
+    package, why = flash_attn_4._load.__wrapped__()
+    assert package is None and why.startswith("needs the package flash-attn-4, which is not installed; pip install")
+    # Installed, but flash-attn 2 came later and put its old module back: there the backward knows no sink.
+    monkeypatch.setattr(flash_attn_4, "version", lambda name: "4.0.0b36")
+    old = SimpleNamespace(_flash_attn_bwd=lambda q, k, v: None, __file__="/site/flash_attn/cute/interface.py")
+    monkeypatch.setattr(flash_attn_4, "import_or_reason", lambda module, remedy: (old, ""))
+    package, why = flash_attn_4._load.__wrapped__()
+    assert package is None and "flash-attn 2's old copy" in why and old.__file__ in why
+
+
+def test_an_older_flash_attn_2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attn_2, "import_or_reason", lambda module, remedy: (SimpleNamespace(), ""))
+    package, why = flash_attn_2._load.__wrapped__()
+    assert package is None and "needs flash-attn 2.8, the installed one lacks _wrapped_flash_attn_forward" in why
