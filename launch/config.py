@@ -15,12 +15,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from launch import rules
+from launch.memory import Precision, count_parameters
 from launch.violations import ConfigError, Violation, section_violations, unknown_section
 from launch.yaml_strict import KeyPath, read_yaml, write_yaml
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
 
-Precision = Literal["fp32", "bf16", "fp16"]
 BYTES = "bytes"
 """The tokenizer that needs no file: a token is a byte."""
 
@@ -225,6 +225,11 @@ class JobConfig(Section):
     def total_steps(self) -> int:
         """Optimizer steps until max_steps or max_tokens is reached, whichever comes first."""
         return rules.total_steps(self.training)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the whole model, without vocabulary padding."""
+        return count_parameters(self.model)
 
     def mesh_shape(self, world_size: int) -> MeshShape:
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from launch.violations import Violation
 from launch.yaml_strict import KeyPath
+from model.kernels import KERNELS
 from parallel.mesh import MeshShape
 from parallel.sequence import check_sequence_length
 from parallel.tensor import check_head_divisibility
@@ -35,6 +38,8 @@ class Job:
         section, key = path
         return getattr(self.sections[str(section)], str(key))
 
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Rule = Callable[[Job], None]
 """Raises ValueError with both numbers and a remedy."""
@@ -194,4 +199,42 @@ def _schedule_fits_the_run(job: Job) -> None:
             f"warmup_steps ({warmup}) and wsd's decay ({job.optimizer.decay_fraction} of {total} steps, {decay}) "
             f"exceed the job's steps ({total}) together; lower warmup_steps to {total - decay} or less, "
             "or lower decay_fraction"
+        )
+
+
+@_rule(
+    "model.attention_backend",
+    "model.head_dim",
+    "model.sliding_window",
+    "data.document_mask",
+    "job.device",
+    "training.precision",
+    "training.deterministic",
+)
+def _named_kernel_takes_the_job(job: Job) -> None:
+    """What a kernel declares, not whether this machine has it: the login node need not."""
+    backend = job.model.attention_backend
+    if backend == "auto":
+        return
+
+    def refusal(name: str) -> str | None:
+        capabilities = KERNELS[name].capabilities
+        device = capabilities.device_types[0] if job.job.device == "auto" else job.job.device
+        precision = job.training.precision
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" else "fp32"
+        return capabilities.refusal(
+            device_type=device,
+            dtype=_DTYPES[precision],
+            head_dim=job.model.head_dim,
+            window=job.model.sliding_window is not None,
+            documents=job.data.document_mask,
+            deterministic=job.training.deterministic,
+        )
+
+    why_not = refusal(backend)
+    if why_not is not None:
+        able = [name for name in KERNELS if refusal(name) is None]
+        raise ValueError(
+            f"attention_backend {backend} cannot run this job: it {why_not}; choose {' or '.join(['auto', *able])}"
         )

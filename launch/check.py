@@ -1,0 +1,159 @@
+"""The report of `--check`: who does what in a job, and what it costs in memory. Needs no process group and no GPU."""
+
+from __future__ import annotations
+
+from launch.config import JobConfig
+from launch.memory import (
+    BYTES,
+    LIVE_PARAMETERS,
+    LOGITS_FORMULA,
+    RING_FORMULA,
+    block_formula,
+    count_parameters,
+    estimate_activations,
+    estimate_states,
+)
+from parallel.mesh import MeshShape
+from parallel.vocab import padded_vocabulary
+
+_MOST_RANKS_LISTED = 64
+
+
+def layout_report(job: JobConfig, world_size: int, device_type: str | None = None) -> str:
+    """The layout of `job` on `world_size` processes, as text. Raises ValueError where they do not fit.
+
+    Without `device_type` ("cpu" or "cuda") it is what job.device names, and GPUs where that is auto.
+    """
+    mesh = job.mesh_shape(world_size)
+    device = device_type or ("cuda" if job.job.device == "auto" else job.job.device)
+    sections = [
+        [f"job {job.job.name}: valid on {_count(world_size, 'process', 'processes')}"],
+        _ranks(mesh),
+        _work(job, mesh, device),
+        _memory(job, mesh, device),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _ranks(mesh: MeshShape) -> list[str]:
+    """One line per tensor-parallel group."""
+    size = mesh.tensor_parallel_size
+    lines = [
+        f"mesh: {mesh}; rank = (dp * {mesh.context_parallel_size} + cp) * {size} + tp",
+        f"  {'dp':>4} {'cp':>4}   {'rank (tp 0)' if size == 1 else f'ranks (tp 0 to {size - 1})'}",
+    ]
+    limit = mesh.world_size if mesh.world_size <= _MOST_RANKS_LISTED else 16
+    for first in range(0, min(mesh.world_size, max(limit, size)), size):
+        _, cp, dp = mesh.coordinates(first)
+        lines.append(f"  {dp:>4} {cp:>4}   {' '.join(str(first + tp) for tp in range(size))}")
+    if limit < mesh.world_size:
+        lines.append(f"  ... and so on to rank {mesh.world_size - 1}")
+    return lines
+
+
+def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
+    model, training, tp = job.model, job.training, mesh.tensor_parallel_size
+    accumulation = job.accumulation_steps(mesh.world_size)
+    local_length = training.sequence_length // mesh.context_parallel_size
+    parameters, local = count_parameters(model), count_parameters(model, tp)
+    padded = padded_vocabulary(model.vocab_size, tp)
+    total = job.total_steps
+    rows = {
+        "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
+        f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
+        "tokens per rank": f"{training.micro_batch_size * local_length:,} in a micro batch: "
+        f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
+        "accumulation": f"{_count(accumulation, 'micro batch', 'micro batches')} x {training.micro_batch_size} x dp "
+        f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
+        f"{job.tokens_per_step:,} tokens a step",
+        "length": f"{_count(total, 'step')}, {total * job.tokens_per_step:,} tokens",
+        "parameters": f"{parameters:,}; {local:,} on one tensor-parallel rank",
+        "vocabulary": f"{model.vocab_size:,}"
+        + (f", padded to {padded:,} for tp {tp}" if padded > model.vocab_size else ", no padding"),
+        "precision": _precision_note(job, device),
+        "attention": _attention_note(job, mesh),
+    }
+    return [f"{name:<16} {text}" for name, text in rows.items()]
+
+
+def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
+    model, training, stage = job.model, job.training, job.parallel.zero_stage
+    tp, cp = mesh.tensor_parallel_size, mesh.context_parallel_size
+    precision, zero_size = job.resolve_precision(device), mesh.data_parallel_size * cp
+    local = count_parameters(model, tp)
+    states = estimate_states(local, stage, precision, zero_size)
+    autocast = stage == 0 and precision == "bf16"
+    checkpointing = training.activation_checkpointing == "full"
+    tokens = training.micro_batch_size * training.sequence_length // cp
+    activations = estimate_activations(
+        model,
+        tokens=tokens,
+        tensor_parallel_size=tp,
+        context_parallel_size=cp,
+        precision=precision,
+        autocast=autocast,
+        checkpointing=checkpointing,
+    )
+    rows = [
+        ("parameters", states.parameters, _shared(stage >= 3, zero_size)),
+        ("gradients", states.gradients, _shared(stage >= 2, zero_size)),
+        ("master weights", states.master_weights, _shared(stage >= 1, zero_size)),
+        ("Adam moments", states.moments, _shared(stage >= 1, zero_size)),
+    ]
+    working = 0
+    if stage == 3:
+        working = BYTES[precision] * min(local, LIVE_PARAMETERS)
+        rows.append(("gathered", working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
+    elif autocast:
+        working = 2 * local
+        rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
+    kept = f"{model.num_hidden_layers} blocks, " + (
+        "t E b each" if checkpointing else f"each {block_formula(model.qk_norm)}"
+    )
+    rows.append(("activations", activations.kept, kept))
+    if checkpointing:
+        rows.append(("recomputation", activations.recomputed, f"one block, {block_formula(model.qk_norm)}"))
+    rows.append(("logits", activations.logits, f"{LOGITS_FORMULA}: fp32, with two gradients"))
+    if activations.ring:
+        rows.append(("ring", activations.ring, f"one block, {RING_FORMULA}"))
+    peak = states.total + working + activations.peak
+    unit, name_of_unit = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
+    return [
+        f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {name_of_unit}",
+        *(f"  {name:<16} {size / unit:>8.2f}   {note}" for name, size, note in rows),
+        f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.total / unit:.2f}) and activations, "
+        "with the larger of logits and one block's work",
+        f"  t = {tokens:,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share. Left out: "
+        "communication buffers, the allocator's gaps,",
+        "  the device's own context; with the math kernel, its scores of t x sequence_length per head.",
+    ]
+
+
+def _precision_note(job: JobConfig, device: str) -> str:
+    precision = job.resolve_precision(device)
+    if job.training.precision != "auto":
+        return precision
+    if job.job.device == "auto":
+        return f"auto: bf16 on GPUs, fp32 on CPUs; {precision} below"
+    return f"auto: {precision} on {'GPUs' if device == 'cuda' else 'CPUs'}"
+
+
+def _attention_note(job: JobConfig, mesh: MeshShape) -> str:
+    backend = job.model.attention_backend
+    kernel = "auto: the fastest that the nodes have, named when the job starts" if backend == "auto" else backend
+    extras = []
+    if job.model.sliding_window is not None:
+        extras.append(f"window {job.model.sliding_window:,}")
+    if job.data.document_mask:
+        extras.append("documents apart")
+    if mesh.context_parallel_size > 1:
+        extras.append(f"zigzag ring over {mesh.context_parallel_size} ranks")
+    return "; ".join([kernel, *extras])
+
+
+def _shared(shared: bool, zero_size: int) -> str:
+    return f"1/{zero_size} of the tensor-parallel rank's" if shared and zero_size > 1 else "whole"
+
+
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

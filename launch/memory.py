@@ -1,0 +1,132 @@
+"""What a rank of a job holds in memory: parameters counted from shapes, states by ZeRO stage, activations by formula.
+
+Letters: E hidden_size, D head_dim; one tensor-parallel rank's share of F intermediate_size, H query heads, K key/value
+heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes of a working number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import ModelConfig
+from parallel.vocab import padded_vocabulary
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that DeepSpeed may keep gathered at stage 3 (its stage3_max_live_parameters)."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
+    """Elements on one tensor-parallel rank, vocabulary padding included; with 1, the whole model's.
+
+    `tensor_parallel_size` must divide the heads and intermediate_size.
+    """
+    vocabulary = padded_vocabulary(model.vocab_size, tensor_parallel_size) // tensor_parallel_size
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) // tensor_parallel_size
+    projections = model.hidden_size * heads * model.head_dim
+    feed_forward = 3 * model.hidden_size * (model.intermediate_size // tensor_parallel_size)
+    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    tables = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return tables + model.num_hidden_layers * (projections + feed_forward + norms) + model.hidden_size
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that one rank holds from the first backward pass to the optimizer step."""
+
+    parameters: int
+    gradients: int
+    master_weights: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.master_weights + self.moments
+
+
+def estimate_states(parameters: int, zero_stage: int, precision: Precision, zero_size: int) -> States:
+    """The states of `parameters` elements that `zero_size` = dp x cp ranks hold, as DeepSpeed 0.19 keeps them.
+
+    Exact but for the padding to whole partitions. Moments and master weights are fp32, gradients accumulate in fp32.
+
+    - Stage 0: fp32 parameters are their own masters (bf16 runs under autocast); nothing is shared out.
+    - Stages 1 to 3: fp32 masters are kept beside the parameters, fp32 ones too, and shared out with the moments.
+    - Stage 1, bf16: the backward pass writes bf16 gradients, which are added to whole fp32 ones: 6 bytes.
+    - Stage 2 shares gradients out, stage 3 parameters too.
+    """
+    share = -(-parameters // zero_size)
+    if zero_stage == 0:
+        return States(4 * parameters, 4 * parameters, 0, 8 * parameters)
+    gradient_bytes = 6 if zero_stage == 1 and precision == "bf16" else 4
+    return States(
+        parameters=BYTES[precision] * (share if zero_stage == 3 else parameters),
+        gradients=gradient_bytes * (share if zero_stage >= 2 else parameters),
+        master_weights=4 * share,
+        moments=8 * share,
+    )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro batch, at the end of its forward pass."""
+
+    kept: int
+    """What all blocks keep for the backward pass."""
+    recomputed: int
+    """What one block holds while it is computed again (activation_checkpointing: full)."""
+    logits: int
+    """The head: fp32 log-probabilities and, in its backward pass, two gradients as large."""
+    ring: int
+    """Context parallelism: one block's fp32 accumulators and the messages on their way."""
+
+    @property
+    def peak(self) -> int:
+        """The logits are gone when the first block is computed again."""
+        return self.kept + max(self.logits, self.recomputed + self.ring)
+
+
+def block_formula(qk_norm: bool) -> str:
+    """Block input and its norm's output, and the same before the feed-forward layer; q, k, v and the attention output
+    (QK-norm keeps its inputs too); gate, its silu, up and their product; fp32 log-sum-exp."""
+    return f"t (4 E b + {'3 (H + K)' if qk_norm else '2 (H + K)'} D b + 4 F b + 4 H)"
+
+
+LOGITS_FORMULA = "12 t V"
+RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
+"""dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
+
+
+def estimate_activations(
+    model: ModelConfig,
+    *,
+    tokens: int,
+    tensor_parallel_size: int,
+    context_parallel_size: int,
+    precision: Precision,
+    autocast: bool,
+    checkpointing: bool,
+) -> Activations:
+    """Activations of `tokens` tokens (one micro batch on one rank).
+
+    `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
+    """
+    width, size = BYTES[precision], tensor_parallel_size
+    stream = 4 if autocast else width
+    query_heads, kv_heads = model.num_attention_heads // size, model.num_key_value_heads // size
+    heads = (3 if model.qk_norm else 2) * (query_heads + kv_heads)
+    inner = model.intermediate_size // size
+    norms = 2 * model.hidden_size * (stream + width)
+    block = tokens * (norms + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads)
+    ends = 2 * tokens * model.hidden_size * stream  # the last norm's input and output
+    vocabulary = padded_vocabulary(model.vocab_size, size) // size
+    ring = tokens * model.head_dim * (4 * query_heads + 16 * kv_heads + 4 * kv_heads * width)
+    kept = tokens * model.hidden_size * stream if checkpointing else block
+    return Activations(
+        kept=model.num_hidden_layers * kept + ends,
+        recomputed=block if checkpointing else 0,
+        logits=12 * tokens * vocabulary,
+        ring=ring if context_parallel_size > 1 else 0,
+    )
