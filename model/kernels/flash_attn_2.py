@@ -30,8 +30,9 @@ _OPERATORS = (
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     package, why = import_or_reason(_MODULE, _REMEDY)
-    if package is not None and any(not hasattr(package, name) for name in _OPERATORS):
-XX
+    lacking = [name for name in _OPERATORS if package is not None and not hasattr(package, name)]
+    if lacking:
+        return None, f"needs flash-attn 2.8, the installed one lacks {', '.join(lacking)}; {_REMEDY}"
     return package, why
 
 
