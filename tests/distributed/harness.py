@@ -1,4 +1,4 @@
-"""Runs a function in N processes that form a gloo world, and returns what each rank returned.
+"""Runs a function in N processes that form a world (gloo on CPU, NCCL on GPUs), and returns what each rank returned.
 
 Processes are forked from one server that has imported torch and DeepSpeed once: a four-process test starts in a second
 instead of half a minute.
@@ -26,18 +26,25 @@ class RankFailed(RuntimeError):
     """A rank raised; the message holds its traceback."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300, device_type: str = "cpu"
+) -> list[Any]:
     """Calls `function(*arguments)` on every rank of a fresh world; results in rank order.
 
     Raises RankFailed with the first failing rank's traceback, and TimeoutError after `timeout` seconds; either way no
     process survives.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    if device_type == "cuda":  # DeepSpeed picks its accelerator when imported, so nothing is imported beforehand
+        context: Any = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, f"{folder}/store", sender, arguments))
+            context.Process(
+                target=_rank_main, args=(function, rank, world_size, f"{folder}/store", sender, arguments, device_type)
+            )
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process in processes:
@@ -75,9 +82,16 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, store: str, sender: Connection, arguments: tuple
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    sender: Connection,
+    arguments: tuple,
+    device_type: str,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    os.environ["DS_ACCELERATOR"] = device_type
     import torch
     import torch.distributed as dist
 
@@ -85,8 +99,11 @@ def _rank_main(
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        initialize_distributed("cpu")
+        if device_type == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+        initialize_distributed(device_type)
         result = (True, function(*arguments))
     except BaseException:  # the parent raises it with this traceback
         result = (False, traceback.format_exc())

@@ -1,0 +1,299 @@
+"""Every layout computes what one process computes: the cases, the dense twin, and the table that `make parity` prints.
+
+The twin is the GPT on one device under plain torch: one batch, a mean over its tokens, `clip_grad_norm_`, `AdamW`. It
+meets no mesh, no ZeRO and no accumulation. A case trains the same weights on the same batches through the real engine
+and train step. Clipping is active at every step, Adam's eps is 1e-4 (1e-8 would turn rounding noise into whole
+updates), QK-norm is on, labels of -100 lie unevenly over rows and positions, and 61 tokens do not divide by the
+tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import torch
+
+from launch.build import build_engine
+from launch.config import JobConfig
+from launch.data import MicroBatch
+from launch.feed import cut
+from launch.monitor import SilentMonitor
+from launch.trainer import Trainer
+from model.attention import KernelAttention
+from model.gpt import GPT
+from model.kernels import select_kernel
+from parallel.materialize import materialize
+from parallel.mesh import MeshShape, ParallelMesh
+from parallel.state import rectangles
+from parallel.tensor import TensorShard
+from tests.distributed.harness import run_distributed
+
+STEPS, ACCUMULATION, GLOBAL_BATCH, LENGTH, VOCABULARY = 5, 2, 8, 32, 61
+TOLERANCE = 1e-5
+LAYOUTS = [(1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2), (1, 4, 1)]
+"""tp x cp x dp."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, ZeRO stage and model variant."""
+
+    tp: int
+    cp: int
+    dp: int
+    stage: int
+    tied: bool
+    key_value_heads: int = 2
+    precision: str = "fp32"
+    backend: str = "math"
+    head_dim: int = 16
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        heads = {1: "MQA", 2: "GQA"}[self.key_value_heads]
+        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {'tied' if self.tied else 'untied'}"
+
+    def model_variant(self) -> Case:
+        """The case without its layout: cases that share it share a twin."""
+        return replace(self, tp=1, cp=1, dp=1, stage=0)
+
+    def job(self) -> JobConfig:
+        """The case as a job."""
+        return JobConfig.from_yaml(
+            f"""
+            model:
+              {{vocab_size: {VOCABULARY}, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2,
+               num_attention_heads: 4, num_key_value_heads: {self.key_value_heads}, head_dim: {self.head_dim}, qk_norm:
+               true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend}}}
+            parallel:
+              {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage}}}
+            data: {{source: files, files: [unused], tokenizer: unused}}
+            optimizer: {{learning_rate: 0.01, eps: 1.0e-4, schedule: constant}}
+            training:
+              {{sequence_length: {LENGTH}, global_batch_size: {GLOBAL_BATCH}, precision: {self.precision},
+               micro_batch_size: {GLOBAL_BATCH // ACCUMULATION // self.dp}, max_steps: {STEPS},
+               gradient_clipping: 0.5}}
+            """
+        )
+
+
+def all_cases() -> list[Case]:
+    """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed."""
+    grouped = [
+        Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
+    ]
+    single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
+    return grouped + single
+
+
+@dataclass
+class Trained:
+    """What training left: the numbers of each step and the full weights."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, np.ndarray]
+
+
+def global_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(input_ids, labels) [GLOBAL_BATCH, LENGTH] of each step; half of the rows have few labels, all in their tail."""
+    random = np.random.default_rng(7)
+    for _ in range(STEPS):
+        tokens = random.integers(0, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1))
+        labels = tokens[:, 1:].copy()
+        for row, hidden in enumerate(random.integers(0, LENGTH - 2, GLOBAL_BATCH)):
+            if row % 2:
+                labels[row, :hidden] = -100
+        yield tokens[:, :-1], labels
+
+
+@cache
+def dense_twin(variant: Case, device: str = "cpu") -> Trained:
+    """One process, plain torch, no accumulation; bf16 by autocast. `variant` names model, precision and kernel."""
+    config = variant.job().model
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.precision]
+    kernel, _ = select_kernel(
+        variant.backend, device_type=device, dtype=dtype, head_dim=config.head_dim, window=False, documents=False
+    )
+    with torch.device("meta"):
+        model = GPT(config, KernelAttention(kernel, config))
+    whole = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    materialize(
+        model,
+        whole,
+        model.initial_distribution,
+        seed=0,
+        device=torch.device(device),
+        dtype=torch.float32,
+        partition=lambda module: None,
+    )
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-4,
+    )
+    trained = Trained([], [], {})
+    for input_ids, labels in global_batches():
+        positions = np.tile(np.arange(LENGTH), (GLOBAL_BATCH, 1))
+        arguments = [torch.from_numpy(array).to(device) for array in (input_ids, positions, labels)]
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32):
+            loss_sum, token_count = model(*arguments)
+        loss = loss_sum / token_count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        trained.losses.append(loss.item())
+        trained.grad_norms.append(norm.item())
+    trained.weights = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
+    return trained
+
+
+class _Rows:
+    """A data-parallel rank's rows of the global batches, as the data pipeline would cut them."""
+
+    def __init__(self, case: Case, dp_rank: int):
+        self.case, self.dp_rank = case, dp_rank
+        self.batches = list(global_batches())
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        rows = np.arange(GLOBAL_BATCH).reshape(ACCUMULATION, self.case.dp, -1)[:, self.dp_rank]
+        input_ids, labels = self.batches[step]
+        positions = np.tile(np.arange(LENGTH), (rows.shape[1], 1))
+        return [MicroBatch(input_ids[chosen], labels[chosen], positions, None) for chosen in rows]
+
+
+def train_cases(
+    cases: Sequence[Case], mutate: Callable[[], None] | None = None, device_type: str = "cpu"
+) -> list[dict]:
+    """On every rank of a world: trains each case and returns the steps' numbers and this rank's pieces of the
+    weights."""
+    if mutate is not None:
+        mutate()
+    results = []
+    mesh: ParallelMesh | None = None
+    for case in cases:
+        shape = MeshShape(case.tp, case.cp, case.dp)
+        if mesh is None or mesh.shape != shape:
+            mesh = ParallelMesh.create(shape)
+        results.append(_train(case, mesh, device_type))
+    return results
+
+
+def _train(case: Case, mesh: ParallelMesh, device_type: str) -> dict[str, Any]:
+    job = case.job()
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    engine, _ = build_engine(job, mesh, device)
+    rows = _Rows(case, mesh.dp_rank)
+    trainer = Trainer(job, mesh, engine, Mock(), Mock(), SilentMonitor(), Mock(), {})
+    losses, norms = [], []
+    for step in range(STEPS):
+        micro_batches = [cut(batch, mesh, pin=False) for batch in rows.micro_batches(step)]
+        outcome = trainer.train_step(step, micro_batches)
+        losses.append(float(outcome.loss))
+        norms.append(float(outcome.grad_norm))
+    pieces = [
+        (part.key.removeprefix("parameter/"), part.full_shape, part.offsets, part.tensor.detach().cpu().numpy().copy())
+        for fragment in engine.fragments()
+        if mesh.tp_rank == 0 or engine.shards[fragment.name].dim is not None
+        for part in rectangles(
+            replace(fragment, tensors={"parameter": fragment.tensors["parameter"]}), engine.shards[fragment.name]
+        )
+    ]
+    return {"losses": losses, "grad_norms": norms, "pieces": pieces}
+
+
+def assemble(ranks: Sequence[dict[str, Any]]) -> Trained:
+    """Full weights from all ranks' pieces; every element must come exactly once."""
+    weights: dict[str, np.ndarray] = {}
+    count: dict[str, np.ndarray] = {}
+    for rank in ranks:
+        for name, shape, offsets, values in rank["pieces"]:
+            where = tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))
+            weights.setdefault(name, np.zeros(shape, values.dtype))[where] = values
+            count.setdefault(name, np.zeros(shape, np.int64))[where] += 1
+    for name, times in count.items():
+        assert (times == 1).all(), f"{name}: elements held {times.min()} to {times.max()} times"
+    return Trained(ranks[0]["losses"], ranks[0]["grad_norms"], weights)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative differences from the twin."""
+
+    loss: float
+    grad_norm: float
+    weight: float
+    worst_weight: str
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.grad_norm, self.weight)
+
+
+def compare(found: Trained, twin: Trained) -> Errors:
+    """Relative to each step's number, and for a weight to the largest element of its tensor."""
+    assert found.weights.keys() == twin.weights.keys()
+    weights = {
+        name: float(np.abs(found.weights[name] - value).max() / np.abs(value).max())
+        for name, value in twin.weights.items()
+    }
+    worst = max(weights, key=lambda name: weights[name] if np.isfinite(weights[name]) else np.inf)
+    return Errors(
+        loss=_relative(found.losses, twin.losses),
+        grad_norm=_relative(found.grad_norms, twin.grad_norms),
+        weight=weights[worst],
+        worst_weight=worst,
+    )
+
+
+def _relative(found: Sequence[float], expected: Sequence[float]) -> float:
+    return float(np.max(np.abs(np.array(found) - expected) / np.abs(expected)))
+
+
+def run_cases(
+    cases: Sequence[Case], mutate: Callable[[], None] | None = None, device_type: str = "cpu"
+) -> dict[Case, Errors]:
+    """Trains cases of one layout in one world and compares each with its twin on the same kind of device."""
+    by_rank = run_distributed(
+        train_cases, cases[0].world_size, cases, mutate, device_type, timeout=600, device_type=device_type
+    )
+    return {
+        case: compare(assemble([results[index] for results in by_rank]), dense_twin(case.model_variant(), device_type))
+        for index, case in enumerate(cases)
+    }
+
+
+def main() -> None:
+    """Prints the table: for each case, the largest relative error of loss, gradient norm and weights."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--layout", help="only this tp x cp x dp, as 2x2x1")
+    options = parser.parse_args()
+    print(f"{'tp x cp x dp':34} {'loss':>9} {'grad norm':>9} {'weights':>9}   (tolerance {TOLERANCE:g})")
+    worst = 0.0
+    for layout in LAYOUTS:
+        if options.layout and options.layout != "x".join(map(str, layout)):
+            continue
+        cases = [case for case in all_cases() if (case.tp, case.cp, case.dp) == layout]
+        for case, errors in run_cases(cases).items():
+            print(f"{case!s:34} {errors.loss:9.1e} {errors.grad_norm:9.1e} {errors.weight:9.1e}", flush=True)
+            worst = max(worst, errors.largest)
+    print(f"largest error {worst:.1e}")
+    raise SystemExit(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Layout parity, and proof that the parity suite notices when something is broken."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import launch.build
+import launch.feed
+import launch.trainer
+import parallel.ring
+from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, run_cases
+
+
+@cache
+def errors_of_layout(layout: tuple[int, int, int]) -> dict[Case, Errors]:
+    """All cases of a layout share one world: starting processes is what takes the time."""
+    return run_cases([case for case in all_cases() if (case.tp, case.cp, case.dp) == layout])
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_layout_computes_what_one_process_computes(case: Case) -> None:
+    errors = errors_of_layout((case.tp, case.cp, case.dp))[case]
+    assert errors.largest < TOLERANCE, errors
+
+
+def test_the_cases_cover_what_they_should() -> None:
+    cases = all_cases()
+    assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 80
+
+
+# -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------
+
+
+def partial_gradients_stay_partial() -> None:
+    """QK-norm's weights act on each rank's heads: without the sum over tp their gradients are partial."""
+    launch.build.sum_partial_gradients = lambda model, shards, group: None  # type: ignore[assignment]
+
+
+def input_gradients_stay_partial() -> None:
+    """The gradient entering a column-parallel region is not reduced over tp."""
+    import parallel.tensor
+
+    parallel.tensor.copy_to_group = lambda tensor, group: tensor  # type: ignore[assignment]
+
+
+def ring_keeps_its_own_keys() -> None:
+    """Every step works on the rank's own keys and values again."""
+
+    def pass_on(outgoing: torch.Tensor, incoming: torch.Tensor, group: object) -> list:
+        incoming.copy_(outgoing)
+        return []
+
+    parallel.ring._pass_on = pass_on  # type: ignore[assignment]
+
+
+def shards_are_contiguous() -> None:
+    """Each rank gets one contiguous part instead of two zigzag chunks."""
+
+    def shard(array: NDArray, size: int, rank: int) -> NDArray:
+        length = array.shape[1] // size
+        return array[:, rank * length : (rank + 1) * length]
+
+    launch.feed.shard_sequence = shard  # type: ignore[assignment]
+
+
+def norm_without_the_tensor_parallel_mark() -> None:
+    """DeepSpeed then counts every sharded weight on one rank only when it clips."""
+    initialize = deepspeed.initialize
+
+    def forgetful(*, model: torch.nn.Module, **rest: object) -> object:
+        for parameter in model.parameters():
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        return initialize(model=model, **rest)
+
+    deepspeed.initialize = forgetful
+
+
+def mean_of_means() -> None:
+    """Each rank normalises by its own tokens: wrong wherever labels are masked unevenly."""
+
+    class NoReduction:
+        """torch.distributed without the first all-reduce of a step, the one of the token counts."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch.distributed, name)
+
+        def all_reduce(self, tensor: torch.Tensor, **rest: object) -> None:
+            if tensor.numel() == 1 and float(tensor) == int(tensor):
+                tensor *= torch.distributed.get_world_size()
+            else:
+                torch.distributed.all_reduce(tensor, **rest)
+
+    launch.trainer.dist = NoReduction()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("mutation", "case"),
+    [
+        (partial_gradients_stay_partial, Case(2, 1, 1, 2, False)),
+        (input_gradients_stay_partial, Case(2, 1, 1, 0, False)),
+        (ring_keeps_its_own_keys, Case(1, 2, 1, 1, False)),
+        (shards_are_contiguous, Case(1, 2, 1, 2, False)),
+        (norm_without_the_tensor_parallel_mark, Case(2, 1, 1, 3, False)),
+        (mean_of_means, Case(1, 1, 2, 1, False)),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_planted_fault_is_noticed(mutation, case: Case) -> None:  # type: ignore[no-untyped-def]
+    errors = run_cases([case], mutation)[case]
+    assert not errors.largest < 100 * TOLERANCE, f"not noticed: {errors}"
+    assert not np.isnan(errors.loss)
