@@ -1,0 +1,70 @@
+"""The zigzag cut: complete, balanced, and told to the user where it does not work out."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from parallel.sequence import check_sequence_length, chunk_starts, local_index, shard_sequence
+
+SIZES = (1, 2, 3, 4, 8)
+SEQUENCE = 48
+
+
+def positions(size: int, rank: int) -> list[int]:
+    return shard_sequence(np.arange(SEQUENCE)[None], size, rank)[0].tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_position_is_on_one_rank(size: int) -> None:
+    parts = [positions(size, rank) for rank in range(size)]
+    assert sorted(sum(parts, [])) == list(range(SEQUENCE))
+    assert {len(part) for part in parts} == {SEQUENCE // size}
+    for part in parts:  # causal masks of local indices rely on this
+        assert part == sorted(part)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_local_index_finds_each_position(size: int) -> None:
+    for position in range(SEQUENCE):
+        rank, index = local_index(position, SEQUENCE, size)
+        assert positions(size, rank)[index] == position
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_chunk_starts_say_where_the_parts_begin(size: int) -> None:
+    for rank in range(size):
+        part = positions(size, rank)
+        breaks = [part[0], *(later for before, later in pairwise(part) if later != before + 1)]
+        starts = chunk_starts(SEQUENCE, size, rank)
+        # The last rank's two chunks touch.
+        assert starts == (breaks if rank < size - 1 or size == 1 else [part[0], part[len(part) // 2]])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_have_equal_numbers_of_causal_pairs(size: int) -> None:
+    work = {sum(position + 1 for position in positions(size, rank)) for rank in range(size)}
+    assert len(work) == 1
+
+
+def test_batches_and_trailing_dims_stay_together() -> None:
+    array = np.arange(2 * 12 * 3).reshape(2, 12, 3)
+    part = shard_sequence(array, 3, 1)
+    assert part.shape == (2, 4, 3)
+    np.testing.assert_array_equal(part, array[:, [2, 3, 8, 9]])
+    assert np.shares_memory(shard_sequence(array, 1, 0), array), "one rank copies nothing"
+
+
+def test_lengths_that_do_not_cut() -> None:
+    for length, size in ((48, 4), (7, 1), (2, 1), (16, 8), (1, 1)):
+        check_sequence_length(length, size)
+    with pytest.raises(ValueError) as caught:
+        check_sequence_length(100, 3)
+    assert "sequence_length (100)" in str(caught.value) and "2 x 3 = 6" in str(caught.value)
+    assert "nearest valid lengths: 96, 102" in str(caught.value)
+    with pytest.raises(ValueError, match="nearest valid lengths: 16$"):
+        check_sequence_length(8, 8)
+    with pytest.raises(ValueError, match=r"sequence_length \(10\)"):
+        shard_sequence(np.zeros((1, 10)), 2, 0)
