@@ -49,5 +49,6 @@ class Attention(nn.Module):
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        # Under autocast norm and rotation compute in fp32; a kernel wants one dtype.
+        q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
         return self.o_proj(self.attend(q, k, v, documents).flatten(-2))
