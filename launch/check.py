@@ -8,6 +8,8 @@ from launch.memory import (
     LIVE_PARAMETERS,
     LOGITS_FORMULA,
     RING_FORMULA,
+    Activations,
+    Precision,
     block_formula,
     count_parameters,
     estimate_activations,
@@ -40,7 +42,7 @@ def _ranks(mesh: MeshShape) -> list[str]:
     size = mesh.tensor_parallel_size
     lines = [
         f"mesh: {mesh}; rank = (dp * {mesh.context_parallel_size} + cp) * {size} + tp",
-        f"  {'dp':>4} {'cp':>4}   {'rank (tp 0)' if size == 1 else f'ranks (tp 0 to {size - 1})'}",
+        f"  {'dp':>4} {'cp':>4}   {'rank' if size == 1 else f'ranks of tp 0 to {size - 1}'}",
     ]
     limit = mesh.world_size if mesh.world_size <= _MOST_RANKS_LISTED else 16
     for first in range(0, min(mesh.world_size, max(limit, size)), size):
@@ -61,7 +63,7 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     rows = {
         "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
-        "tokens per rank": f"{training.micro_batch_size * local_length:,} in a micro batch: "
+        "tokens per rank": f"{_local_tokens(job, mesh):,} in a micro batch: "
         f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
         "accumulation": f"{_count(accumulation, 'micro batch', 'micro batches')} x {training.micro_batch_size} x dp "
         f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
@@ -77,23 +79,10 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
 
 
 def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
-    model, training, stage = job.model, job.training, job.parallel.zero_stage
-    tp, cp = mesh.tensor_parallel_size, mesh.context_parallel_size
-    precision, zero_size = job.resolve_precision(device), mesh.data_parallel_size * cp
-    local = count_parameters(model, tp)
-    states = estimate_states(local, stage, precision, zero_size)
-    autocast = stage == 0 and precision == "bf16"
-    checkpointing = training.activation_checkpointing == "full"
-    tokens = training.micro_batch_size * training.sequence_length // cp
-    activations = estimate_activations(
-        model,
-        tokens=tokens,
-        tensor_parallel_size=tp,
-        context_parallel_size=cp,
-        precision=precision,
-        autocast=autocast,
-        checkpointing=checkpointing,
-    )
+    tp, stage, precision = mesh.tensor_parallel_size, job.parallel.zero_stage, job.resolve_precision(device)
+    zero_size = mesh.data_parallel_size * mesh.context_parallel_size
+    local = count_parameters(job.model, tp)
+    states, activations = estimate_states(local, stage, precision, zero_size), _activations(job, mesh, precision)
     rows = [
         ("parameters", states.parameters, _shared(stage >= 3, zero_size)),
         ("gradients", states.gradients, _shared(stage >= 2, zero_size)),
@@ -104,29 +93,53 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     if stage == 3:
         working = BYTES[precision] * min(local, LIVE_PARAMETERS)
         rows.append(("gathered", working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
-    elif autocast:
+    elif stage == 0 and precision == "bf16":
         working = 2 * local
         rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
-    kept = f"{model.num_hidden_layers} blocks, " + (
-        "t E b each" if checkpointing else f"each {block_formula(model.qk_norm)}"
-    )
-    rows.append(("activations", activations.kept, kept))
-    if checkpointing:
-        rows.append(("recomputation", activations.recomputed, f"one block, {block_formula(model.qk_norm)}"))
-    rows.append(("logits", activations.logits, f"{LOGITS_FORMULA}: fp32, with two gradients"))
-    if activations.ring:
-        rows.append(("ring", activations.ring, f"one block, {RING_FORMULA}"))
     peak = states.total + working + activations.peak
-    unit, name_of_unit = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
+    rows += _activation_rows(job, activations)
+    unit, unit_name = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
     return [
-        f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {name_of_unit}",
+        f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
         *(f"  {name:<16} {size / unit:>8.2f}   {note}" for name, size, note in rows),
         f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.total / unit:.2f}) and activations, "
         "with the larger of logits and one block's work",
-        f"  t = {tokens:,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share. Left out: "
-        "communication buffers, the allocator's gaps,",
-        "  the device's own context; with the math kernel, its scores of t x sequence_length per head.",
+        f"  t = {_local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
+        "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
+        "  its scores of t x sequence_length per head.",
     ]
+
+
+def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activations:
+    return estimate_activations(
+        job.model,
+        tokens=_local_tokens(job, mesh),
+        tensor_parallel_size=mesh.tensor_parallel_size,
+        context_parallel_size=mesh.context_parallel_size,
+        precision=precision,
+        autocast=job.parallel.zero_stage == 0 and precision == "bf16",
+        checkpointing=job.training.activation_checkpointing == "full",
+    )
+
+
+def _activation_rows(job: JobConfig, activations: Activations) -> list[tuple[str, int, str]]:
+    block, blocks = block_formula(job.model.qk_norm), job.model.num_hidden_layers
+    if job.training.activation_checkpointing == "full":
+        rows = [
+            ("activations", activations.kept, f"{blocks} blocks, each t E b"),
+            ("recomputation", activations.recomputed, f"one block, {block}"),
+        ]
+    else:
+        rows = [("activations", activations.kept, f"{blocks} blocks, each {block}")]
+    rows.append(("logits", activations.logits, f"{LOGITS_FORMULA}: fp32, with two gradients"))
+    if activations.ring:
+        rows.append(("ring", activations.ring, f"one block, {RING_FORMULA}"))
+    return rows
+
+
+def _local_tokens(job: JobConfig, mesh: MeshShape) -> int:
+    """Tokens of one micro batch on one rank."""
+    return job.training.micro_batch_size * job.training.sequence_length // mesh.context_parallel_size
 
 
 def _precision_note(job: JobConfig, device: str) -> str:

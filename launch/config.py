@@ -41,7 +41,7 @@ class JobSection(Section):
     run_directory: str = Field(default="runs/{name}", min_length=1)
     """Where checkpoints, events and the resolved configuration go, relative to the working directory; {name}
     stands for job.name."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds initialisation and the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs when every process of the node can have one, else the CPU."""
@@ -354,7 +354,8 @@ def _placed(violation: Violation, places: Mapping[KeyPath, str], source: str) ->
     if violation.place:
         return violation
     path = violation.path
-    inside = [known for known in places if path and known[: len(path)] == path]
     around = [path[:depth] for depth in range(len(path), 0, -1) if path[:depth] in places]
-    known = next(iter([*(p for p in inside if p == path), *inside, *around]), None)
+    inside = [known for known in places if path and known[: len(path)] == path]
+    exact = around[:1] if around[:1] == [path] else []
+    known = next(iter([*exact, *inside, *around]), None)
     return replace(violation, place=places[known] if known is not None else source)

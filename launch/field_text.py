@@ -37,7 +37,9 @@ def describe_field(info: FieldInfo) -> str:
         for name, sign in _BOUNDS.items()
         if hasattr(constraint, name)
     ]
-    return " ".join([describe_type(info.annotation), " and ".join(bounds)]).strip()
+    kind = describe_type(info.annotation)
+    optional = " or null" if kind.endswith(" or null") else ""
+    return " ".join([kind.removesuffix(optional), *([" and ".join(bounds)] if bounds else [])]) + optional
 
 
 def describe_default(info: FieldInfo) -> str:

@@ -38,11 +38,11 @@ def _section(name: str, section: type[BaseModel]) -> str:
 
 
 def _table(section: type[BaseModel]) -> list[str]:
-    rows = [
-        f"| `{key}` | {describe_field(info)} | {_default(describe_default(info))} | {_one_line(info.description or '')} |"
-        for key, info in section.model_fields.items()
-    ]
-    return ["| key | takes | default | |", "|---|---|---|---|", *rows]
+    lines = ["| key | takes | default | |", "|---|---|---|---|"]
+    for key, info in section.model_fields.items():
+        cells = [f"`{key}`", describe_field(info), _default(describe_default(info)), _one_line(info.description or "")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _default(text: str) -> str:

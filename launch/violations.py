@@ -77,6 +77,8 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
         return Violation(path, _unknown_key(str(location[-1]), name, location, owner, sections), detail["input"])
     if kind == "missing":
         info = _field(section, location)
+        if info is not None and isinstance(location[-1], int):
+            return Violation(path[:-1], f"too short; give {describe_field(info)}", detail["input"])
         purpose = f" ({first_sentence(info.description)})" if info is not None and info.description else ""
         takes = describe_field(info) if info is not None else "a value"
         return Violation(path, f"missing{purpose}; give {takes}")
@@ -93,7 +95,9 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         owner = _owner(section, (*location, ""))
         return Violation(path, f"must be a group of keys: {', '.join(owner.model_fields)}", detail["input"])
-    problem = detail["msg"].replace("Input should be", "must be").replace("Tuple", "list")
+    problem = detail["msg"]
+    for theirs, ours in {"Input should be": "must be", "String should": "must", "Tuple": "the list"}.items():
+        problem = problem.replace(theirs, ours)
     info = _field(section, location)
     takes = ""
     if info is not None:

@@ -19,7 +19,10 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"  # 1.5, 3., .5e-3
+            r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"  # 1e-4
+        ),
         list("-+0123456789."),
     ),
 )
@@ -86,7 +89,7 @@ def read_yaml(text: str) -> YamlDocument:
 
 def write_yaml(value: object) -> str:
     """Block-style YAML, keys in the order given, that `read_yaml` reads back equal."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=110, allow_unicode=True)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=110)
 
 
 def _build(loader: _Loader, node: yaml.Node, path: KeyPath, document: YamlDocument) -> object:

@@ -1,0 +1,67 @@
+"""The states that `--check` promises, against the tensors that two ranks really hold."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import torch
+from torch import nn
+
+from launch.memory import Precision, estimate_states
+from parallel import zero
+from parallel.mesh import MeshShape, ParallelMesh
+from parallel.tensor import TensorShard
+from tests.distributed.harness import run_distributed
+
+LAYOUTS: list[tuple[int, Precision]] = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+WIDTH, DEPTH = 384, 8  # matrices above the size up to which stage 3 keeps parameters whole (100,000 elements)
+BUFFER = 4 * WIDTH**2
+SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
+
+
+def held_bytes() -> list[int]:
+    """Bytes of states on this rank, by layout, with gradients of two of three micro batches accumulated."""
+    zero._LARGEST_BUCKET = 1000  # no communication buffer but a matrix that is larger than one
+    mesh = ParallelMesh.create(MeshShape(data_parallel_size=2))
+    return [_held_by_one(mesh, stage, precision) for stage, precision in LAYOUTS]
+
+
+def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision) -> int:
+    before = _storages()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    settings = zero.ZeroSettings(stage, precision, micro_batch_size=1, accumulation_steps=3, gradient_clipping=1.0)
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)]
+    model = nn.Sequential(*layers).to(dtype if stage > 0 else torch.float32)
+    shards = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    partition = zero.partitioner(mesh, settings)
+    for layer in layers:
+        partition(layer)
+    engine = zero.ZeroEngine(
+        model, shards, mesh, settings, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device=torch.device("cpu")
+    )
+    for _ in range(2):
+        inputs = torch.randn(1, WIDTH, dtype=dtype if stage > 0 else torch.float32)
+        engine.backward(engine(inputs).float().square().mean())
+    held = sum(size for address, size in _storages().items() if address not in before and size >= SMALL)
+    engine.engine.destroy()
+    return held
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every tensor that is alive, by address."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of torch's deprecated names warn when they are looked at
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def test_states_are_as_estimated() -> None:
+    parameters = DEPTH * WIDTH**2
+    for rank, held in enumerate(run_distributed(held_bytes, 2)):
+        for (stage, precision), found in zip(LAYOUTS, held, strict=True):
+            expected = estimate_states(parameters, stage, precision, 2).total
+            layout = f"rank {rank}, stage {stage}, {precision}: {found} bytes held, {expected} expected"
+            assert 0.995 * expected <= found <= expected + BUFFER, layout

@@ -1,0 +1,176 @@
+"""The report of `--check`: every shipped job, the layout, and memory against hand computation and the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.check import layout_report
+from launch.config import load_job
+from launch.memory import count_parameters, estimate_activations, estimate_states
+from model.attention import KernelAttention
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.kernels import select_kernel
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+WORLD_SIZES = {"quickstart": 4, "llama3-8b-8k": 8, "llama3-8b-8k-tp2": 16, "llama3-8b-128k": 32}
+
+
+def test_every_configuration_is_listed() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize(("name", "world_size"), WORLD_SIZES.items())
+def test_shipped_jobs_are_valid(name: str, world_size: int) -> None:
+    job = load_job(CONFIGS / f"{name}.yaml", [], world_size)
+    assert job.job.name == name
+    text = layout_report(job, world_size)
+    assert text.startswith(f"job {name}: valid on {world_size} processes\n")
+    if name != "quickstart":
+        assert job.num_parameters == 8_030_261_248  # as published
+        assert job.slurm.nodes * job.slurm.gpus_per_node == world_size
+        assert "GiB" in text
+
+
+def test_jobs_that_share_a_shape_differ_where_they_say() -> None:
+    plain, split = (load_job(CONFIGS / f"{name}.yaml", [], None) for name in ("llama3-8b-8k", "llama3-8b-8k-tp2"))
+    for section in ("model", "data", "optimizer", "checkpoint", "monitor"):
+        assert getattr(plain, section) == getattr(split, section)
+    assert plain.tokens_per_step == split.tokens_per_step
+
+
+def test_report_of_a_long_context_job() -> None:
+    job = load_job(CONFIGS / "llama3-8b-128k.yaml", ["model.vocab_size=128257"], 32)
+    text = layout_report(job, 32)
+    lines = text.splitlines()
+    assert "mesh: tp 2 x cp 8 x dp 2; rank = (dp * 8 + cp) * 2 + tp" in lines
+    assert "     1    3   22 23" in lines
+    assert "heads per rank   16 query, 4 key/value (of 32 and 8), head_dim 128" in lines
+    assert ("tokens per rank  16,384 in a micro batch: 1 sequence x 16,384 of 131,072 tokens") in lines
+    assert "accumulation     16 micro batches x 1 x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
+    assert "vocabulary       128,257, padded to 128,258 for tp 2" in lines
+    assert "zigzag ring over 8 ranks" in text
+
+
+def test_many_ranks_are_shown_by_rule() -> None:
+    job = load_job(CONFIGS / "llama3-8b-128k.yaml", [], 512)
+    lines = layout_report(job, 512).splitlines()
+    assert "  ... and so on to rank 511" in lines
+    assert len(lines) < 50
+
+
+def test_precision_follows_the_device() -> None:
+    job = load_job(CONFIGS / "quickstart.yaml", [], 4)
+    assert "memory of one rank, bf16, ZeRO-3" in layout_report(job, 4)
+    assert "memory of one rank, fp32, ZeRO-3" in layout_report(job, 4, "cpu")
+
+
+def test_a_world_that_does_not_fit_is_refused() -> None:
+    job = load_job(CONFIGS / "quickstart.yaml", [], None)
+    with pytest.raises(ValueError, match=r"world size \(6\)"):
+        layout_report(job, 6)
+
+
+# 1000 elements over 4 ranks: 250 each.
+@pytest.mark.parametrize(
+    ("stage", "precision", "parameters", "gradients", "masters", "moments"),
+    [
+        (0, "fp32", 4000, 4000, 0, 8000),
+        (0, "bf16", 4000, 4000, 0, 8000),
+        (1, "fp32", 4000, 4000, 1000, 2000),
+        (1, "bf16", 2000, 6000, 1000, 2000),
+        (1, "fp16", 2000, 4000, 1000, 2000),
+        (2, "fp32", 4000, 1000, 1000, 2000),
+        (2, "bf16", 2000, 1000, 1000, 2000),
+        (3, "fp32", 1000, 1000, 1000, 2000),
+        (3, "bf16", 500, 1000, 1000, 2000),
+    ],
+)
+def test_states_by_stage(
+    stage: int, precision: str, parameters: int, gradients: int, masters: int, moments: int
+) -> None:
+    states = estimate_states(1000, stage, precision, 4)  # type: ignore[arg-type]
+    found = (states.parameters, states.gradients, states.master_weights, states.moments)
+    assert found == (parameters, gradients, masters, moments)
+    assert states.total == sum(found)
+
+
+def shape(**changes: object) -> ModelConfig:
+    values: dict[str, object] = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return ModelConfig.model_validate(values | changes)
+
+
+def build(config: ModelConfig, device: str, checkpointing: bool = False) -> GPT:
+    kernel, _ = select_kernel(
+        "cpu", device_type="cpu", dtype=torch.float32, head_dim=config.head_dim, window=False, documents=False
+    )
+    with torch.device(device):
+        return GPT(config, KernelAttention(kernel, config), activation_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"qk_norm": True}, {"num_key_value_heads": 1, "head_dim": 16}],
+    ids=["plain", "tied", "qk_norm", "mqa"],
+)
+def test_parameters_are_those_of_the_model(changes: dict[str, object]) -> None:
+    config = shape(**changes)
+    model = build(config, "meta")
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameters_of_a_tensor_parallel_rank() -> None:
+    # embedding and head: 66 x 48 each (131 padded to 132); block: q and o 2 x 24 x 48, k and v 2 x 12 x 48,
+    # feed-forward 3 x 40 x 48, two norms of 48; last norm 48
+    assert count_parameters(shape(), 2) == 2 * 66 * 48 + 3 * (72 * 48 + 120 * 48 + 96) + 48
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_activations_are_those_of_the_model(qk_norm: bool, checkpointing: bool) -> None:
+    """Bytes that autograd keeps in a real forward pass, logits apart, against the formula."""
+    torch.manual_seed(0)
+    config = shape(hidden_size=64, intermediate_size=160, num_hidden_layers=6, qk_norm=qk_norm)
+    model = build(config, "cpu", checkpointing)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    input_ids = torch.randint(0, config.vocab_size, (2, 128))
+    positions = torch.arange(128).expand(2, -1)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = model(input_ids, positions, labels=input_ids)
+    log_probabilities = 4 * 256 * config.vocab_size
+    estimate = estimate_activations(
+        config,
+        tokens=256,
+        tensor_parallel_size=1,
+        context_parallel_size=1,
+        precision="fp32",
+        autocast=False,
+        checkpointing=checkpointing,
+    )
+    # torch has no fused RMSNorm on CPUs: there each norm keeps its normalised input too.
+    normalised = 64 * (1 if checkpointing else 1 + 2 * config.num_hidden_layers)
+    if qk_norm and not checkpointing:
+        normalised += config.num_hidden_layers * 6 * config.head_dim
+    expected = estimate.kept + 4 * 256 * normalised
+    assert loss.requires_grad
+    assert sum(kept.values()) - log_probabilities == pytest.approx(expected, rel=0.03)
