@@ -1,9 +1,9 @@
 """Checkpoints of a run: saved whole or not at all, verified before use, the last few kept.
 
     RUN/checkpoints/step-00000150/            complete: it got this name by one rename, after everything else
-        manifest.json                         progress, model, data, and size and CRC-32 of every other file
+        manifest.json                         progress, model, data, and size and CRC-32 of every file, its own included
         .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
-    RUN/checkpoints/step-00000200.partial/    a save in progress or killed; never read, replaced by the next
+    RUN/checkpoints/step-00000200.partial/    a save or removal in progress or killed; never read, the next save removes it
 
 There is no `latest` file to go stale: the newest complete directory is the latest.
 """
@@ -60,10 +60,10 @@ class Checkpoints:
 
         Raises CheckpointError on every rank if any rank fails; earlier checkpoints are untouched then.
         """
-        final = self.directory / f"step-{progress.step:08d}"
+        final = self._path(progress.step)
         partial = final.with_suffix(".partial")
         try:
-            self._on_first(lambda: _fresh_directory(partial))
+            self._on_first(lambda: self._make_room(partial))
             save_state(partial, engine.fragments(), engine.shards, self._group)
             files = self._everywhere(lambda: _checksums(partial, dist.get_rank(), dist.get_world_size()))
             manifest = {
@@ -81,16 +81,15 @@ class Checkpoints:
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"checkpoint {final} could not be written: {_reason(error)}") from error
-        self._on_first(lambda: self._remove_old())
+        try:
+            self._on_first(self._remove_old)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {final} is complete, but an older one stayed: {error}") from error
         return final
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first (as rank 0's file system shows them)."""
-        found: list[int] = []
-        if self._first and self.directory.is_dir():
-            matches = (_COMPLETE.fullmatch(path.name) for path in self.directory.iterdir())
-            found = sorted(int(match.group(1)) for match in matches if match)
-        box = [found]
+        box = [self._steps_here() if self._first else []]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
@@ -102,17 +101,18 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        path = self.directory / f"step-{steps[-1]:08d}"
+        path = self._path(steps[-1])
         damage = self.damage(path)
         if damage:
-            sound = [step for step in steps[:-1] if not self.damage(self.directory / f"step-{step:08d}")]
+            sound = next((step for step in steps[-2::-1] if not self.damage(self._path(step))), -1)
+            newer = ", ".join(self._path(step).name for step in steps if step > sound)
             offer = (
-                f"the newest sound one is step-{sound[-1]:08d}: move {path.name} away to continue from there"
-                if sound
-                else "there is no sound one before it; move it away to start again"
+                f"the newest sound one is {self._path(sound).name}: move {newer} away to continue from there"
+                if sound >= 0
+                else f"there is no sound one; move {newer} away to start again"
             )
             raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {offer}")
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = _read_manifest(path)
         self._check_same_job(path, manifest)
         fragments = list(engine.fragments())
         try:
@@ -145,11 +145,25 @@ class Checkpoints:
                 "another job.name"
             )
 
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def _steps_here(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        matches = (_COMPLETE.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def _make_room(self, partial: Path) -> None:
+        """An empty directory to save into; what killed saves and removals left is removed."""
+        for leftover in self.directory.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+
     def _remove_old(self) -> None:
-        complete = sorted(path for path in self.directory.iterdir() if _COMPLETE.fullmatch(path.name))
-        for path in complete[: -self.keep_last]:
-            doomed = path.with_suffix(".partial")  # from now on nobody takes it for a checkpoint
-            path.rename(doomed)
+        for step in self._steps_here()[: -self.keep_last]:
+            doomed = self._path(step).with_suffix(".partial")  # from now on nobody takes it for a checkpoint
+            self._path(step).rename(doomed)
             shutil.rmtree(doomed)
 
     def _on_first(self, action: Callable[[], Any]) -> None:
@@ -170,25 +184,31 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
 
-def _fresh_directory(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
 def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """The last writes of a save; after the rename the checkpoint exists."""
     with open(partial / "manifest.json", "w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump({**manifest, "crc32": _own_crc32(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync_directory(partial)
-    if final.exists():  # this step was saved before, by a run that was continued from an earlier checkpoint
-        retired = final.with_name(f"{final.name}.replaced.partial")
-        final.rename(retired)
-        shutil.rmtree(retired)
     partial.rename(final)
     _sync_directory(final.parent)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError or KeyError where it is not what `_complete` wrote."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    if not isinstance(manifest, dict):
+        raise ValueError("not a JSON object")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
+    if manifest.pop("crc32") != _own_crc32(manifest):
+        raise ValueError("it does not match its own CRC-32")
+    return manifest
+
+
+def _own_crc32(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _sync_directory(path: Path) -> None:
@@ -216,12 +236,9 @@ def _crc32(path: Path) -> int:
 def _damage(directory: Path, rank: int, world_size: int) -> str | None:
     """The first fault among this rank's share of the files."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-        files, version = manifest["files"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = _read_manifest(directory)["files"]
+    except (OSError, ValueError, KeyError) as error:
         return f"manifest.json cannot be read ({error})"
-    if version != FORMAT:
-        return f"manifest.json is of format {version}, this program reads {FORMAT}"
     for name in sorted(files)[rank::world_size]:
         path, expected = directory / name, files[name]
         if not path.is_file():

@@ -1,0 +1,252 @@
+"""Checkpoints: any layout continues from any other's, nothing half-written or damaged is ever loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.checkpoint_ranks import (
+    SAVED_AT,
+    Layout,
+    Written,
+    assemble,
+    check_working_copies,
+    fail_saves,
+    progress_at,
+    read,
+    refusals,
+    resume,
+    save_often,
+    write,
+)
+from tests.distributed.harness import run_distributed
+
+LAYOUTS = [
+    Layout(1, 1, 1, 0),
+    Layout(1, 1, 1, 3),
+    Layout(2, 1, 1, 1),
+    Layout(1, 2, 1, 3),
+    Layout(1, 1, 2, 2),
+    Layout(2, 1, 2, 0),
+    Layout(2, 2, 1, 3),
+    Layout(1, 2, 2, 1),
+    Layout(1, 4, 1, 2),
+    Layout(2, 1, 1, 3, "bf16"),
+    Layout(1, 1, 2, 0, "bf16"),
+    Layout(2, 2, 1, 1, "bf16"),
+    Layout(2, 1, 2, 2, "bf16"),
+]
+"""tp x cp x dp, ZeRO stage, precision: each axis with and without a partner, each stage, each precision."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[Layout, list[Written]]:
+    """Each layout's uninterrupted run, rank by rank; its checkpoint is in folder/LAYOUT."""
+    runs: dict[Layout, list[Written]] = {}
+    for world_size in (1, 2, 4):
+        layouts = [layout for layout in LAYOUTS if layout.world_size == world_size]
+        by_rank = run_distributed(write, world_size, layouts, folder)
+        runs |= {layout: list(ranks) for layout, ranks in zip(layouts, zip(*by_rank, strict=True), strict=True)}
+    return runs
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], where: str) -> None:
+    assert one.keys() == other.keys(), where
+    different = [key for key in one if not np.array_equal(one[key], other[key])]
+    assert not different, (where, different)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_layout_continues_from_every_other(
+    world_size: int, written: dict[Layout, list[Written]], folder: Path
+) -> None:
+    layouts = [layout for layout in LAYOUTS if layout.world_size == world_size]
+    sources = {layout: [layout, *(other for other in LAYOUTS[::-1] if other != layout)] for layout in layouts}
+    directories = [[folder / str(source) for source in sources[layout]] for layout in layouts]
+    by_rank = run_distributed(read, world_size, layouts, directories)
+    for layout, by_source in zip(layouts, zip(*by_rank, strict=True), strict=True):
+        for source, ranks in zip(sources[layout], zip(*by_source, strict=True), strict=True):
+            pair = f"{source} read by {layout}"
+            states = [rank.loaded for rank in ranks]
+            assert_same(assemble(states), assemble([rank.saved for rank in written[source]]), pair)
+            check_working_copies(states, layout.precision, layout.stage)
+            assert {state.step_count for state in states} == {SAVED_AT}, pair
+            assert {rank.progress for rank in ranks} == {progress_at(SAVED_AT)}, pair
+            assert all(rank.numbers == ranks[0].numbers for rank in ranks), pair
+            expected = written[source][0].numbers
+            if source == layout:
+                assert ranks[0].numbers == expected, pair
+                ended = [rank.ended for rank in ranks if rank.ended]
+                assert_same(assemble(ended), assemble([rank.ended for rank in written[source]]), pair)
+            elif ranks[0].numbers:
+                same_arithmetic = layout.precision == source.precision == "fp32"
+                tolerance = 1e-5 if same_arithmetic else 2e-2
+                np.testing.assert_allclose(ranks[0].numbers, expected, rtol=tolerance, err_msg=pair)
+
+
+PAIR = Layout(1, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1, 2 and 3, written by two ranks. Copy it before changing it."""
+    directory = tmp_path_factory.mktemp("three") / "checkpoints"
+    run_distributed(save_often, PAIR.world_size, PAIR, directory, [1, 2, 3], 3)
+    return directory
+
+
+def test_retention_and_leftovers(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    killed_save = directory / "step-00000002.partial"
+    killed_removal = directory / "step-00000000.partial"
+    for leftover in (killed_save, killed_removal):
+        leftover.mkdir(parents=True)
+        (leftover / "__0_0.distcp").write_bytes(b"junk of a killed save")
+    (directory / "notes.txt").write_text("not ours")
+    seen = run_distributed(save_often, 2, PAIR, directory, [1, 2, 4], 2)[0]
+    assert seen == [
+        ["notes.txt", "step-00000001"],
+        ["notes.txt", "step-00000001", "step-00000002"],
+        ["notes.txt", "step-00000002", "step-00000004"],
+    ]
+    assert run_distributed(resume, 2, PAIR, [(directory, "auto")]) == [[4], [4]]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def replace_text(old: str, new: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("__1_0.distcp", truncate, "__1_0.distcp has "),
+    ("__0_0.distcp", flip_a_bit, "__0_0.distcp does not match its CRC-32"),
+    (".metadata", flip_a_bit, ".metadata does not match its CRC-32"),
+    ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
+    (".metadata", Path.unlink, ".metadata is missing"),
+    ("manifest.json", Path.unlink, "manifest.json cannot be read ([Errno 2] No such file or directory"),
+    ("manifest.json", truncate, "manifest.json cannot be read (Expecting"),
+    ("manifest.json", lambda path: path.write_bytes(b"\xff\x00"), "manifest.json cannot be read ("),
+    ("manifest.json", lambda path: path.write_text("[]"), "manifest.json cannot be read (not a JSON object"),
+    (
+        "manifest.json",
+        replace_text('"optimizer_steps": 3', '"optimizer_steps": 7'),
+        "manifest.json cannot be read (it does not match its own CRC-32)",
+    ),
+    ("manifest.json", replace_text('"format": 1', '"format": 2'), "format 2, this program reads 1"),
+]
+
+
+def test_damage_is_refused_by_name_and_the_previous_one_offered(three: Path, tmp_path: Path) -> None:
+    attempts: list[tuple[Path, dict[str, Any]]] = []
+    for number, (name, damage, _) in enumerate(DAMAGES):
+        directory = Path(shutil.copytree(three, tmp_path / str(number)))
+        damage(directory / "step-00000003" / name)
+        attempts.append((directory, {}))
+    two_damaged = Path(shutil.copytree(three, tmp_path / "two"))
+    all_damaged = Path(shutil.copytree(three, tmp_path / "all"))
+    for step in (3, 2):
+        truncate(two_damaged / f"step-0000000{step}" / ".metadata")
+    for step in (3, 2, 1):
+        truncate(all_damaged / f"step-0000000{step}" / ".metadata")
+    untouched = Path(shutil.copytree(three, tmp_path / "untouched"))
+    by_rank = run_distributed(refusals, 2, PAIR, [*attempts, (two_damaged, {}), (all_damaged, {}), (untouched, {})])
+    assert by_rank[0] == by_rank[1]
+    *said, said_two, said_all, said_untouched = by_rank[0]
+    for (directory, _), (_, _, expected), message in zip(attempts, DAMAGES, said, strict=True):
+        assert message is not None, expected
+        assert message.startswith(f"checkpoint {directory}/step-00000003 is damaged: "), message
+        assert expected in message
+        assert message.endswith(
+            "; the newest sound one is step-00000002: move step-00000003 away to continue from there"
+        ), message
+    assert "the newest sound one is step-00000001: move step-00000002, step-00000003 away" in said_two
+    assert "there is no sound one; move step-00000001, step-00000002, step-00000003 away to start again" in said_all
+    assert said_untouched is None
+
+
+def test_another_model_or_corpus_is_refused_with_the_difference(three: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {"model": {"hidden_size": 64, "qk_norm": False}},
+        {"data_fingerprint": "fedcba9876543210"},
+        {},
+    ]
+    said = run_distributed(refusals, 2, PAIR, [(three, change) for change in changes])
+    assert said[0] == said[1]
+    other_model, other_data, same = said[0]
+    assert f"{three}/step-00000003 is of another model: model.hidden_size is 32 there and 64 here; " in other_model
+    assert "model.qk_norm is True there and False here; give this model another job.name" in other_model
+    assert "was trained on other data (fingerprint 0123456789ab, here fedcba987654)" in other_data
+    assert same is None
+
+
+def test_resume_never_and_required(three: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "checkpoints"
+    only_partial = tmp_path / "partial" / "checkpoints"
+    (only_partial / "step-00000002.partial").mkdir(parents=True)
+    repaired = Path(shutil.copytree(three, tmp_path / "repaired"))
+    truncate(repaired / "step-00000003" / ".metadata")
+    (repaired / "step-00000003").rename(repaired / "damaged-3")  # as the refusal says
+    attempts = [
+        (repaired, "auto"),
+        (three, "auto"),
+        (three, "required"),
+        (three, "never"),
+        (empty, "auto"),
+        (empty, "never"),
+        (empty, "required"),
+        (only_partial, "auto"),
+    ]
+    got = run_distributed(resume, 2, PAIR, attempts)
+    assert got[0] == got[1]
+    before, auto, required, never, fresh, fresh_never, nothing, nothing_whole = got[0]
+    assert (before, auto, required, fresh, fresh_never, nothing_whole) == (2, 3, 3, None, None, None)
+    assert f"checkpoint.resume is never, but {three} holds checkpoints that a fresh run would overwrite" in never
+    assert f"checkpoint.resume is required, but {empty} holds no complete checkpoint" in nothing
+
+
+def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    writing = "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data"
+    faults = [
+        (0, "launch.checkpoint.Checkpoints._make_room"),
+        (0, writing),
+        (1, writing),
+        (1, "torch.distributed.checkpoint.filesystem.FileSystemWriter.prepare_local_plan"),
+        (0, "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish"),
+        (0, "launch.checkpoint._checksums"),
+        (1, "launch.checkpoint._checksums"),
+        (0, "launch.checkpoint._complete"),
+    ]
+    by_rank = run_distributed(fail_saves, 2, PAIR, directory, faults)
+    assert by_rank[0] == by_rank[1]
+    first, *failed, last = by_rank[0]
+    assert first == ("", ["step-00000001"])
+    for step, ((culprit, moment), (said, left)) in enumerate(zip(faults, failed, strict=True), start=2):
+        expected = f"checkpoint {directory}/step-{step:08d} could not be written: rank {culprit}: "
+        assert said.startswith(expected) and "No space left on device" in said, (moment, said)
+        assert left == ["step-00000001"], moment
+    assert last == ("", ["step-00000001", f"step-{len(faults) + 2:08d}"])
