@@ -45,11 +45,7 @@ def test_imports_point_one_way(path: Path) -> None:
     importer = path.relative_to(ROOT).as_posix()
     assert not (wrong := {name for name in imports(path) if not allowed(importer, name)}), wrong
     if not importer.startswith("launch/"):
-        used = {
-            ast.unparse(node)
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Attribute)
-        }
+        used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not used & {"os.environ", "os.getenv", "os.putenv"}, "only launch/ reads the environment"
         assert not imports(path) & {"os.environ", "os.getenv", "os.putenv"}
 
