@@ -15,7 +15,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# The server inherits these; they must be set before DeepSpeed is imported anywhere.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -34,7 +33,8 @@ def run_distributed(
     Raises RankFailed with the first failing rank's traceback, and TimeoutError after `timeout` seconds; either way no
     process survives.
     """
-    if device_type == "cuda":  # DeepSpeed picks its accelerator when imported, so nothing is imported beforehand
+    os.environ["DS_ACCELERATOR"] = device_type  # read when DeepSpeed is imported, and inherited by what starts here
+    if device_type == "cuda":
         context: Any = multiprocessing.get_context("spawn")
     else:
         context = multiprocessing.get_context("forkserver")
@@ -91,7 +91,6 @@ def _rank_main(
     device_type: str,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
-    os.environ["DS_ACCELERATOR"] = device_type
     import torch
     import torch.distributed as dist
 

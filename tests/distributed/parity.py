@@ -78,7 +78,7 @@ class Case:
             parallel:
               {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage}}}
             data: {{source: files, files: [unused], tokenizer: unused}}
-            optimizer: {{learning_rate: 0.01, eps: 1.0e-4, schedule: constant}}
+            optimizer: {{learning_rate: 0.003, eps: 1.0e-4, schedule: constant}}
             training:
               {{sequence_length: {LENGTH}, global_batch_size: {GLOBAL_BATCH}, precision: {self.precision},
                micro_batch_size: {GLOBAL_BATCH // ACCUMULATION // self.dp}, max_steps: {STEPS},
@@ -141,7 +141,7 @@ def dense_twin(variant: Case, device: str = "cpu") -> Trained:
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=0.01,
+        lr=0.003,
         betas=(0.9, 0.95),
         eps=1e-4,
     )
