@@ -36,7 +36,7 @@ train: $(STAMP)  ## Train the quickstart on four processes; ARGS="training.max_s
 	else \
 		export $(ON_CPU); \
 	fi; \
-	$(BIN)/deepspeed --num_gpus 4 launch/train.py --config configs/quickstart.yaml $(ARGS)
+	$(BIN)/deepspeed --quiet --num_gpus 4 launch/train.py --config configs/quickstart.yaml $(ARGS)
 
 test: $(STAMP)  ## Everything that needs no GPU, no root and no killing (15 minutes on two cores)
 	$(ON_CPU) $(PYTEST) --durations=10 $(ARGS)

@@ -6,6 +6,8 @@ The order is fixed by memory: shapes on the meta device, the tensor-parallel cut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from launch.config import JobConfig
@@ -15,7 +17,7 @@ from model.kernels import select_kernel
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
 from parallel.ring import RingAttention
-from parallel.tensor import apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
+from parallel.tensor import TensorShard, apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
 from parallel.zero import Precision, ZeroEngine, ZeroSettings, partitioner
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -60,8 +62,8 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tup
     return ring, f"{reason}; zigzag ring over {mesh.cp_size} ranks"
 
 
-def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[ZeroEngine, str]:
-    """The model, filled and sharded, and its optimizer; and the sentence on attention."""
+def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[GPT, Mapping[str, TensorShard], str]:
+    """The model, filled and sharded; what this rank holds of each parameter; and the sentence on attention."""
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
     attend, attention_note = build_attention(job, mesh, device.type)
@@ -80,11 +82,17 @@ def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tu
         partition=partitioner(mesh, settings),
     )
     sum_partial_gradients(model, shards, mesh.tp_group)
+    return model, shards, attention_note
+
+
+def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[ZeroEngine, str]:
+    """The model and its optimizer; and the sentence on attention."""
+    model, shards, attention_note = build_model(job, mesh, device)
     engine = ZeroEngine(
         model,
         shards,
         mesh,
-        settings,
+        zero_settings(job, mesh, device.type),
         betas=job.optimizer.betas,
         eps=job.optimizer.eps,
         weight_decay=job.optimizer.weight_decay,

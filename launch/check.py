@@ -37,6 +37,18 @@ def layout_report(job: JobConfig, world_size: int, device_type: str | None = Non
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
+def planned_world_size(job: JobConfig) -> tuple[int, str]:
+    """How many processes `job` is meant for, and why: what its slurm section asks for, else one model replica."""
+    slurm, tp, cp = job.slurm, job.parallel.tensor_parallel_size, job.parallel.context_parallel_size
+    if slurm.model_fields_set:
+        size = slurm.nodes * slurm.gpus_per_node
+        reason = f"slurm.nodes ({slurm.nodes}) x slurm.gpus_per_node ({slurm.gpus_per_node})"
+    else:
+        size = tp * cp
+        reason = f"tensor_parallel_size ({tp}) x context_parallel_size ({cp}), as the job has no slurm section"
+    return size, f"{_count(size, 'process', 'processes')}, {reason}"
+
+
 def _ranks(mesh: MeshShape) -> list[str]:
     """One line per tensor-parallel group."""
     size = mesh.tensor_parallel_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _ENTROPY_TOKENS = 1 << 24
 
 def run(job: JobConfig, place: Place, device: torch.device, device_note: str) -> int:
     """Trains `job` on this rank; returns the exit status."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
     try:
         _train(_resolved(job), place, device, device_note)
@@ -45,6 +46,13 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def _leave_out_what_no_user_can_change() -> None:
+    """DeepSpeed's notes on itself, and torch's warnings that DeepSpeed calls two collectives by their former names."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    former_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=former_names, category=FutureWarning)
 
 
 def _resolved(job: JobConfig) -> JobConfig:

@@ -2,7 +2,7 @@
 
     --config FILE          the job; without it, the quickstart
     --check                say whether the job is valid and how it would be laid out, and stop; needs no GPU
-    --world_size N         processes to check for (with --check)
+    --world_size N         processes to check for; without it, the size that the slurm section asks for, else tp x cp
 
 Exit status: 0 done, 1 failed, 2 the configuration is wrong.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.check import layout_report
+from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import choose_device, place_in_world
 from launch.violations import ConfigError
@@ -25,24 +25,34 @@ from launch.violations import ConfigError
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
-    place = None if options.check else place_in_world()
-    first = place is None or place.rank == 0
-    world_size = options.world_size if place is None else place.world_size
     path = Path(options.config) if options.config else quickstart()
+    if options.check:
+        return _check(path, options.overrides, options.world_size)
+    place = place_in_world()
     try:
         # Every rank looks, so that all of them stop before any waits for another; rank 0's reading is what counts.
-        job = load_job(path, options.overrides, world_size)
+        job = load_job(path, options.overrides, place.world_size)
     except ConfigError as error:
-        if first:
+        if place.rank == 0:
             print(error, file=sys.stderr)
         return 2
-    if place is None:
-        print(layout_report(job, world_size or 1))
-        return 0
     device, device_note = choose_device(job.job.device, place)
     from launch.run import run  # DeepSpeed looks for its accelerator when imported; choose_device has just named it
 
     return run(job, place, device, device_note)
+
+
+def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
+    """Prints the job's layout, or what is wrong with it; returns the exit status."""
+    try:
+        if world_size is None:
+            world_size, reason = planned_world_size(load_job(path, overrides))
+            print(f"--world_size is not given: {reason}")
+        print(layout_report(load_job(path, overrides, world_size), world_size))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def quickstart() -> Path:
@@ -62,6 +72,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:
         parser.error("--world_size goes with --check; a real job takes its size from the launcher")
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world_size ({options.world_size}) must be at least 1")
     return options
 
 
