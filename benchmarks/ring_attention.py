@@ -18,12 +18,17 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.kernels import AttentionMask, attention
 from model.kernels.select import KERNELS
@@ -79,12 +84,30 @@ def contestants(row: Row, kernel_name: str, with_peers: bool) -> Iterator[tuple[
 def peers(row: Row) -> Iterator[tuple[str, Attend]]:
     """Other libraries, each at its best settings; one that is not installed is named and left out."""
     try:
-        from ring_flash_attn import zigzag_ring_flash_attn_func
+        import transformers.modeling_flash_attention_utils as utilities
+
+        # ring-flash-attn 0.1.8 imports this name, which transformers 5 dropped, for an adapter that is not used here
+        utilities.is_flash_attn_greater_or_equal_2_10 = lambda: True
+        from ring_flash_attn import stripe_flash_attn_func, zigzag_ring_flash_attn_func
     except ImportError as error:
         if dist.get_rank() == 0:
             print(f"ring-flash-attn left out: {error}")
     else:
-        yield "ring-flash-attn zigzag", lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True)
+        yield "ring-flash-attn zigzag (FA2)", lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True)
+        yield "ring-flash-attn stripe (FA2)", lambda q, k, v: stripe_flash_attn_func(q, k, v, causal=True)
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    with context_parallel(mesh), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        repeats = row.heads // row.key_value_heads
+        yield "torch context_parallel (cuDNN, enable_gqa)", partial(_sdpa, repeats=1)
+        yield "torch context_parallel (cuDNN, KV repeated)", partial(_sdpa, repeats=repeats)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return attended.transpose(1, 2)
 
 
 def tensors(row: Row, length: int) -> list[Tensor]:
@@ -149,7 +172,7 @@ def measure_row(row: Row, kernel_name: str, with_peers: bool) -> dict[str, Any]:
         local = tensors(row, row.local_tokens)
         try:
             measured = measure(attend, local, repetitions)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, AssertionError, KeyError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             result["modes"][name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}

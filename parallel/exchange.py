@@ -12,7 +12,7 @@ its output, LSE and dQ are final. An owner adds up dK and dV in fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,11 +42,22 @@ class _Rows:
     calls: list[_Call]
 
 
+class _Job(NamedTuple):
+    """One group of heads of some rows, on its way."""
+
+    rows: _Rows
+    group: int
+    buffer: Tensor
+    """[M, 2, B, K / G, D], complete once `works` are done."""
+    works: list[dist.Work]
+
+
 class ExchangeAttention:
     """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
-    rank's outputs [B, L, H, D]. `head_groups` must divide K.
+    rank's outputs [B, L, H, D]. `head_groups` must divide K. `keep_gathered` keeps
+    fetched keys and values for the backward pass; otherwise they are fetched again.
     """
 
     def __init__(
@@ -58,9 +69,11 @@ class ExchangeAttention:
         window: int | None = None,
         deterministic: bool = False,
         head_groups: int = 1,
+        keep_gathered: bool = True,
     ):
         self.group, self.kernel, self.scale = group, kernel, scale
         self.window, self.deterministic, self.head_groups = window, deterministic, head_groups
+        self.keep_gathered = keep_gathered
         self.rank = dist.get_rank(group)
         self._planned_for: tuple[Any, ...] = ()
         self._planned: list[_Rows] = []
@@ -116,13 +129,7 @@ class _Exchange(torch.autograd.Function):
     ) -> Tensor:
         groups = attention.head_groups
         out = torch.empty_like(q)
-        buffers: list[Tensor] = []
-        jobs = []
-        for rows in planned:
-            for group in range(groups):
-                buffer = _packed(rows, k, v, group, groups)
-                jobs.append((rows, group, buffer, _gather(attention, rows.plan, buffer)))
-                buffers.append(buffer)
+        jobs = _gather_all(attention, planned, k, v)
         lses = [[q.new_empty(0)] * len(rows.calls) for rows, *_ in jobs]
         # First what needs no peer, then each group of heads as its keys arrive.
         for remote in (False, True):
@@ -140,7 +147,8 @@ class _Exchange(torch.autograd.Function):
                             call.mask,
                             out=out[rows.rows, call.queries, heads],
                         )
-        ctx.save_for_backward(q, out, *buffers, *(lse for of_job in lses for lse in of_job))
+        keys_and_values = [buffer for _, _, buffer, _ in jobs] if attention.keep_gathered else [k, v]
+        ctx.save_for_backward(q, out, *(lse for of_job in lses for lse in of_job), *keys_and_values)
         ctx.attention, ctx.planned = attention, planned
         return out
 
@@ -148,23 +156,30 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         attention, planned, groups = ctx.attention, ctx.planned, ctx.attention.head_groups
         q, out, *saved = ctx.saved_tensors
-        count = len(planned) * groups
-        buffers, lses = saved[:count], iter(saved[count:])
+        count = sum(len(rows.calls) for rows in planned) * groups
+        lses, keys_and_values = iter(saved[:count]), saved[count:]
+        if attention.keep_gathered:
+            places = [(rows, group) for rows in planned for group in range(groups)]
+            jobs = [_Job(*place, buffer, []) for place, buffer in zip(places, keys_and_values, strict=True)]
+        else:
+            jobs = _gather_all(attention, planned, *keys_and_values)
         dout, dq = grads[0], torch.empty_like(q)
         shares = []
-        for number, (rows, group) in enumerate((rows, group) for rows in planned for group in range(groups)):
+        for rows, group, buffer, works in jobs:
+            for work in works:
+                work.wait()
             heads = _heads(q.shape[2], group, groups)
-            share = _KeyGradients(attention, rows, buffers[number])
+            share = _KeyGradients(attention, rows, buffer)
             for call in rows.calls:
                 if not call.remote:
                     share.send_home()  # what peers wait for is complete; the rest is computed meanwhile
                 inside = rows.rows, call.queries, heads
                 share.add(
                     call.keys,
-                    lambda dk, dv, call=call, inside=inside, number=number: attention.kernel.backward(
+                    lambda dk, dv, call=call, inside=inside, buffer=buffer: attention.kernel.backward(
                         dout[inside],
                         q[inside],
-                        *_keys_and_values(buffers[number], call.keys),
+                        *_keys_and_values(buffer, call.keys),
                         out[inside],
                         next(lses),
                         attention.scale,
@@ -177,7 +192,7 @@ class _Exchange(torch.autograd.Function):
                 )
             share.send_home()
             shares.append((rows, group, share))
-        shape = (q.shape[0], q.shape[1], sum(buffer.shape[3] for buffer in buffers[:groups]), q.shape[3])
+        shape = (q.shape[0], q.shape[1], jobs[0].buffer.shape[3] * groups, q.shape[3])
         dk, dv = q.new_empty(shape), q.new_empty(shape)
         for rows, group, share in shares:
             heads = _heads(shape[2], group, groups)
@@ -268,6 +283,16 @@ def _overlaps(keys: slice, shares: list[tuple[slice, Tensor]]) -> list[tuple[sli
                 (slice(start - keys.start, stop - keys.start), share[start - where.start : stop - where.start])
             )
     return found
+
+
+def _gather_all(attention: ExchangeAttention, planned: list[_Rows], k: Tensor, v: Tensor) -> list[_Job]:
+    """Packs every group of heads and starts all transfers, in the order in which they will be needed."""
+    jobs = []
+    for rows in planned:
+        for group in range(attention.head_groups):
+            buffer = _packed(rows, k, v, group, attention.head_groups)
+            jobs.append(_Job(rows, group, buffer, _gather(attention, rows.plan, buffer)))
+    return jobs
 
 
 def _heads(count: int, group: int, groups: int) -> slice:

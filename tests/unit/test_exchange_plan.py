@@ -1,0 +1,127 @@
+"""The exchange plan, by brute force: every allowed (query, key) pair once, no other, and no key that nobody sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.exchange_plan import ExchangePlan, exchange_plan
+from parallel.sequence import chunk_starts
+
+
+def positions_of(rank: int, size: int, length: int) -> np.ndarray:
+    """Positions of a rank's tokens in their local order."""
+    chunk = length // (2 * size) if size > 1 else length
+    return np.concatenate([np.arange(start, start + chunk) for start in chunk_starts(length, size, rank)])
+
+
+def dense_mask(length: int, window: int | None, boundaries: list[int] | None) -> np.ndarray:
+    """[query, key] by definition."""
+    query, key = np.arange(length)[:, None], np.arange(length)[None]
+    visible = key <= query
+    if window is not None:
+        visible &= query - key < window
+    if boundaries is not None:
+        document = np.searchsorted(boundaries, np.arange(length), side="right")
+        visible &= document[:, None] == document[None]
+    return visible
+
+
+def filled_buffers(plans: list[ExchangePlan], size: int, length: int) -> list[np.ndarray]:
+    """Positions that each rank's buffer holds after the exchange; -1 where nothing was written."""
+    buffers = [np.full(plan.buffer_length, -1) for plan in plans]
+    for rank, plan in enumerate(plans):
+        mine = positions_of(rank, size, length)
+        for local, index, count in plan.own:
+            buffers[rank][index : index + count] = mine[local : local + count]
+    for rank, plan in enumerate(plans):
+        for peer, pieces in plan.receives.items():
+            assert pieces == plans[peer].sends[rank], "receiver and sender must plan the same pieces in the same order"
+            for piece in pieces:
+                sent = buffers[peer][piece.owner_index : piece.owner_index + piece.length]
+                into = slice(piece.receiver_index, piece.receiver_index + piece.length)
+                assert (buffers[rank][into] == -1).all(), "a place is filled twice"
+                buffers[rank][into] = sent
+    return buffers
+
+
+def covered(plan: ExchangePlan, buffer: np.ndarray, mine: np.ndarray, length: int, window: int | None) -> np.ndarray:
+    """[query, key] pairs that the calls compute, counted."""
+    count = np.zeros((length, length), dtype=int)
+    for call in plan.calls:
+        queries, keys = mine[call.q_start : call.q_stop], buffer[call.k_start : call.k_stop]
+        query_bounds = call.query_bounds or (0, len(queries))
+        key_bounds = call.key_bounds or (0, len(keys))
+        assert query_bounds[-1] == len(queries) and key_bounds[-1] == len(keys)
+        assert len(query_bounds) == len(key_bounds)
+        for q0, q1, k0, k1 in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
+            assert k1 - k0 >= q1 - q0 > 0
+            for i, query in enumerate(queries[q0:q1]):
+                for j, key in enumerate(keys[k0:k1]):
+                    distance = i + (k1 - k0) - (q1 - q0) - j  # aligned at the ends
+                    if distance >= 0 and (window is None or distance < window):
+                        count[query, key] += 1
+    return count
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, int, int | None, list[int] | None]:
+    size = draw(st.integers(1, 5))
+    length = 2 * size * draw(st.integers(1, 6))
+    window = draw(st.none() | st.integers(1, length + 2))
+    inner = draw(st.none() | st.sets(st.integers(1, length - 1)))
+    return size, length, window, None if inner is None else [0, *sorted(inner), length]
+
+
+@settings(deadline=None, max_examples=250)
+@given(problems())
+def test_each_allowed_pair_is_computed_once(problem: tuple[int, int, int | None, list[int] | None]) -> None:
+    size, length, window, boundaries = problem
+    plans = [exchange_plan(length, size, rank, window, boundaries) for rank in range(size)]
+    buffers = filled_buffers(plans, size, length)
+    total = np.zeros((length, length), dtype=int)
+    for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
+        assert (buffer >= 0).all(), "a place of the buffer stays empty"
+        total += covered(plan, buffer, positions_of(rank, size, length), length, window)
+    assert (total == dense_mask(length, window, boundaries)).all()
+
+
+@settings(deadline=None, max_examples=250)
+@given(problems())
+def test_only_what_is_seen_travels(problem: tuple[int, int, int | None, list[int] | None]) -> None:
+    size, length, window, boundaries = problem
+    visible = dense_mask(length, window, boundaries)
+    for rank in range(size):
+        mine = positions_of(rank, size, length)
+        needed = set(np.flatnonzero(visible[mine].any(axis=0))) - set(mine)
+        assert exchange_plan(length, size, rank, window, boundaries).received_tokens == len(needed)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_work_is_balanced(size: int) -> None:
+    length = 16 * size
+    work = []
+    for rank in range(size):
+        calls = exchange_plan(length, size, rank).calls
+        queries = [(call.q_stop - call.q_start, call.k_stop - call.k_start) for call in calls]
+        work.append(sum(q * k - q * (q - 1) // 2 for q, k in queries))
+    assert len(set(work)) == 1
+
+
+def test_bytes_follow_the_documents_and_the_window() -> None:
+    length, size = 4096, 4
+    whole = sum(exchange_plan(length, size, rank).received_tokens for rank in range(size))
+    windowed = sum(exchange_plan(length, size, rank, window=64).received_tokens for rank in range(size))
+    packed = sum(
+        exchange_plan(length, size, rank, boundaries=[*range(0, length, 128), length]).received_tokens
+        for rank in range(size)
+    )
+    assert whole == sum((2 * size - rank) * 512 - 1024 for rank in range(size))
+    assert windowed == 6 * 63  # seven borders between chunks, one of them inside the last rank
+    assert packed == 0  # documents end where chunks end
+
+
+def test_the_last_rank_makes_one_call() -> None:
+    assert [len(exchange_plan(64, 4, rank).calls) for rank in range(4)] == [2, 2, 2, 1]
