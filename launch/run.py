@@ -36,16 +36,17 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     """Trains `job` on this rank; returns the exit status."""
     _leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
+    status = 0
     try:
         _train(_resolved(job), place, device, device_note)
     except (CheckpointError, CorpusError, NonFiniteLoss) as error:
         # Raised on every rank alike; one report is enough.
         if place.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    dist.barrier()
+        status = 1
+    dist.barrier()  # the launcher ends all ranks as soon as one has failed: nobody leaves before the report is out
     dist.destroy_process_group()
-    return 0
+    return status
 
 
 def _leave_out_what_no_user_can_change() -> None:

@@ -1,0 +1,37 @@
+"""Python imports this at start-up wherever this folder is on PYTHONPATH: it strikes one rank at one exact moment.
+
+FAULT is JSON: {"rank": 1, "event": "os.rename", "path": "00000002.partial", "nth": 1, "action": "kill"}. The audit
+event (docs.python.org/3/library/audit_events.html) is raised before the operation that it announces is done; `path` is
+any part of its first argument. Actions: kill (SIGKILL to itself) and raise (RuntimeError).
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+
+def install(fault: dict[str, Any]) -> None:
+    """Waits for the fault's moment in this process."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event != fault["event"] or not arguments or fault["path"] not in str(arguments[0]):
+            return
+        seen += 1
+        if seen != fault.get("nth", 1):
+            return
+        print(f"fault: rank {fault['rank']}, {event} {arguments[0]}", file=sys.stderr, flush=True)
+        if fault["action"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a fault of one rank alone")
+
+    sys.addaudithook(hook)
+
+
+if "FAULT" in os.environ and "RANK" in os.environ:
+    wanted = json.loads(os.environ["FAULT"])
+    if wanted["rank"] == int(os.environ["RANK"]):
+        install(wanted)
