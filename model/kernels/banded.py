@@ -7,25 +7,28 @@ the rectangle is first trimmed to the rows and columns that see something: bound
 no row is empty. All of it is decided from shapes on the host; a plain causal square or a full rectangle is
 never trimmed, so it costs nothing.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, T = B * S packed
-tokens.
+Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, Tq = B * Sq
+and Tk = B * Sk packed tokens.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import AttentionKernel, AttentionMask, Documents
+from model.kernels.protocol import AttentionKernel, AttentionMask, Documents, Gradients, Targets, placed
 
 Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """dout, q, k, v, out, lse: what a backward reads, in this order; lse is contiguous."""
-Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""dq, dk, dv."""
+Packing: TypeAlias = tuple[Documents, Documents] | None
+"""Documents of the queries and of the keys, each pair aligned at its ends; None: one rectangle a batch row."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,27 @@ def visible_block(mask: AttentionMask, queries: int, keys: int) -> Block | None:
 class BandedKernel(AttentionKernel):
     """A kernel that computes bands: a backend implements the two methods at the end."""
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         batch, queries, heads, _ = q.shape
-        if mask.documents is not None:
+        packing = mask.packing
+        if packing is not None:
             packed_q, packed_k, packed_v = (x.flatten(0, 1) for x in (q, k, v))
-            band = _document_band(mask)
-            out, lse = self._band_forward(packed_q, packed_k, packed_v, scale, band, mask.documents)
-            return out.view(q.shape), lse.view(heads, batch, queries).transpose(0, 1)
+            inside = _packed_target(out)
+            result, lse = self._band_forward(packed_q, packed_k, packed_v, scale, _document_band(mask), packing, inside)
+            return _unpacked(result, inside, q, out), lse.view(heads, batch, queries).transpose(0, 1)
         block = visible_block(mask, queries, k.shape[1])
         if block is None:
-            return torch.zeros_like(q), _empty_rows_lse(q)
-        inside = q[:, block.queries], k[:, block.keys], v[:, block.keys]
-        out, lse = self._band_forward(*inside, scale, block.band, None)
-        if out.shape[1] < queries:
-            out = _restored(out, q, block.queries)
+            return (torch.zeros_like(q) if out is None else out.zero_()), _empty_rows_lse(q)
+        rows, columns = block.queries, block.keys
+        whole = _whole(out, q, rows)
+        inside = _part(whole, rows)
+        result, lse = self._band_forward(q[:, rows], k[:, columns], v[:, columns], scale, block.band, None, inside)
+        if lse.shape[2] < queries:
             lse_inside, lse = lse, _empty_rows_lse(q)
-            lse[:, :, block.queries] = lse_inside
-        return out, lse
+            lse[:, :, rows] = lse_inside
+        return _restored(result, inside, whole, rows), lse
 
     def _backward(
         self,
@@ -112,57 +119,100 @@ class BandedKernel(AttentionKernel):
         scale: float,
         mask: AttentionMask,
         deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets: Targets,
+    ) -> Gradients:
         # Kernels index lse by its shape and never ask for its strides, hence contiguous.
-        if mask.documents is not None:
+        likes, packing = (q, k, v), mask.packing
+        if packing is not None:
             lse = lse.transpose(0, 1).flatten(1, 2).contiguous()
             dout, out = dout.flatten(0, 1), out.flatten(0, 1)
             packed = dout, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out, lse
-            band = _document_band(mask)
-            dq, dk, dv = self._band_backward(packed, scale, band, mask.documents, deterministic)
-            return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+            into = _three(map(_packed_target, targets))
+            results = self._band_backward(packed, scale, _document_band(mask), packing, deterministic, into)
+            return _three(map(_unpacked, results, into, likes, targets))
         block = visible_block(mask, q.shape[1], k.shape[1])
         if block is None:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return _three(torch.zeros_like(x) if t is None else t.zero_() for x, t in zip(likes, targets, strict=True))
         rows, columns = block.queries, block.keys
         lse = lse[:, :, rows].contiguous()
-        inside = dout[:, rows], q[:, rows], k[:, columns], v[:, columns], out[:, rows], lse
-        dq, dk, dv = self._band_backward(inside, scale, block.band, None, deterministic)
-        return _restored(dq, q, rows), _restored(dk, k, columns), _restored(dv, v, columns)
+        trimmed = dout[:, rows], q[:, rows], k[:, columns], v[:, columns], out[:, rows], lse
+        positions = rows, columns, columns
+        wholes = _three(map(_whole, targets, likes, positions))
+        into = _three(map(_part, wholes, positions))
+        results = self._band_backward(trimmed, scale, block.band, None, deterministic, into)
+        return _three(map(_restored, results, into, wholes, positions))
 
     @abstractmethod
     def _band_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Attention in which no row is empty.
 
-        Without documents q [B, Sq, H, D] and k, v [B, Sk, Hk, D] give out like q and lse [B, H, Sq]. With
-        documents q [T, H, D] and k, v [T, Hk, D] give out like q and lse [H, T]: a band in each document.
+        Without packing q [B, Sq, H, D] and k, v [B, Sk, Hk, D] give out like q and lse [B, H, Sq]. With it
+        q [Tq, H, D] and k, v [Tk, Hk, D] give out like q and lse [H, Tq]: a band in each document. `target` may be
+        written and returned in place of a new out; one that is not returned is overwritten.
         """
 
     @abstractmethod
     def _band_backward(
-        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+        self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
-        """dq, dk, dv in the shapes of q, k, v, from tensors in the shapes of `_band_forward`."""
+        """dq, dk, dv in the shapes of q, k, v, from tensors in the shapes of `_band_forward`; targets as there."""
+
+
+def direct(target: Tensor | None) -> Tensor | None:
+    """`target` if a kernel's 16-byte stores can go to it, else None: the kernel then makes a tensor of its own."""
+    if target is None or target.data_ptr() % 16 or target.stride(-1) != 1:
+        return None
+    return target if all(stride * target.element_size() % 16 == 0 for stride in target.stride()[:-1]) else None
 
 
 def _document_band(mask: AttentionMask) -> Band:
-    assert mask.documents is not None
-    narrow = mask.window is not None and mask.window < mask.documents.max_seqlen
+    assert mask.packing is not None
+    _, key_documents = mask.packing
+    narrow = mask.window is not None and mask.window < key_documents.max_seqlen
     return Band(left=mask.window - 1 if mask.window is not None and narrow else None, right=0 if mask.causal else None)
+
+
+def _packed_target(target: Tensor | None) -> Tensor | None:
+    """[B, S, H, D] as [B * S, H, D] over the same memory; None where its strides leave no such view."""
+    if target is None or (target.shape[0] > 1 and target.stride(0) != target.shape[1] * target.stride(1)):
+        return None
+    return target.flatten(0, 1)
+
+
+def _unpacked(result: Tensor, inside: Tensor | None, like: Tensor, target: Tensor | None) -> Tensor:
+    """[B * S, H, D] as [B, S, H, D]: the target itself if the kernel wrote to it."""
+    return target if target is not None and result is inside else result.view(like.shape)
+
+
+def _whole(target: Tensor | None, like: Tensor, positions: slice) -> Tensor | None:
+    """What a result at `positions` of dim 1 is a part of: the target, a new tensor, or None if it is all there is."""
+    trimmed = positions.stop - positions.start < like.shape[1]
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if target is None and trimmed else target
+
+
+def _part(whole: Tensor | None, positions: slice) -> Tensor | None:
+    return None if whole is None else whole[:, positions]
+
+
+def _restored(result: Tensor, inside: Tensor | None, whole: Tensor | None, positions: slice) -> Tensor:
+    """`whole` with the result `inside` it at `positions` of dim 1 and 0 elsewhere."""
+    if whole is None:
+        return result
+    placed(result, inside)
+    for rest in (whole[:, : positions.start], whole[:, positions.stop :]):
+        if rest.shape[1]:
+            rest.zero_()
+    return whole
+
+
+def _three(values: Iterable[T]) -> tuple[T, T, T]:
+    first, second, third = values
+    return first, second, third
 
 
 def _empty_rows_lse(q: Tensor) -> Tensor:
     """[B, H, Sq] of -inf."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype)
-
-
-def _restored(part: Tensor, whole: Tensor, positions: slice) -> Tensor:
-    """`part` at `positions` of dim 1 of a tensor like `whole`, 0 elsewhere."""
-    if part.shape[1] == whole.shape[1]:
-        return part
-    restored = torch.zeros_like(whole)
-    restored[:, positions] = part
-    return restored

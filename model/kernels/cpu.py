@@ -3,21 +3,22 @@ rectangle.
 
 The operator takes grouped heads both ways. Its causal triangle starts at the top left, flash-attention's ends
 at the bottom right: the two agree on squares, and any other band goes in as an additive mask of Sq x Sk
-elements. Documents are run one after the other, each as its own square.
+elements. Documents are run one after the other, each as its own rectangle.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, T = B * S packed
-tokens.
+Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, Tq = B * Sq and Tk = B * Sk
+packed tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
-from model.kernels.protocol import Capabilities, Documents
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors
+from model.kernels.protocol import Capabilities, Documents, Gradients, Targets
 
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,29 +36,38 @@ class CpuKernel(BandedKernel):
         return None
 
     def _band_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if documents is None:
+        if packing is None:
             return _forward(q, k, v, scale, band)
-        parts = [
-            _forward(q[None, start:end], k[None, start:end], v[None, start:end], scale, _fitted(band, end - start))
-            for start, end in pairwise(documents.boundaries)
-        ]
-        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+        out = torch.empty_like(q) if target is None else target
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        for rows, columns in _document_slices(*packing):
+            part, part_lse = _forward(q[None, rows], k[None, columns], v[None, columns], scale, _fitted(band, columns))
+            out[rows], lse[:, rows] = part[0], part_lse[0]
+        return out, lse
 
     def _band_backward(
-        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+        self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
         del deterministic  # no sum depends on the order of threads: always the same bits
-        if documents is None:
+        if packing is None:
             return _backward(tensors, scale, band)
-        *row_tensors, lse = tensors
-        parts = []
-        for start, end in pairwise(documents.boundaries):
-            dout, q, k, v, out = (x[None, start:end] for x in row_tensors)
-            parts.append(_backward((dout, q, k, v, out, lse[None, :, start:end]), scale, _fitted(band, end - start)))
-        dq, dk, dv = (torch.cat([part[0] for part in gradients]) for gradients in zip(*parts, strict=True))
+        dout, q, k, v, out, lse = tensors
+        dq, dk, dv = (
+            torch.empty_like(x) if target is None else target for x, target in zip((q, k, v), targets, strict=True)
+        )
+        for rows, columns in _document_slices(*packing):
+            row_tensors = dout[None, rows], q[None, rows], k[None, columns], v[None, columns], out[None, rows]
+            parts = _backward((*row_tensors, lse[None, :, rows]), scale, _fitted(band, columns))
+            dq[rows], dk[columns], dv[columns] = (part[0] for part in parts)
         return dq, dk, dv
+
+
+def _document_slices(documents: Documents, key_documents: Documents) -> Iterator[tuple[slice, slice]]:
+    """Rows of the queries and of the keys of each document."""
+    for rows, columns in zip(pairwise(documents.boundaries), pairwise(key_documents.boundaries), strict=True):
+        yield slice(*rows), slice(*columns)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> tuple[Tensor, Tensor]:
@@ -90,6 +100,7 @@ def _mask_arguments(q: Tensor, k: Tensor, band: Band) -> dict[str, bool | Tensor
     return {"is_causal": False, "attn_mask": additive}
 
 
-def _fitted(band: Band, length: int) -> Band:
-    """`band` in a document of `length` tokens: a window as long as the document is none."""
-    return Band(None, band.right) if band.left is not None and band.left >= length - 1 else band
+def _fitted(band: Band, columns: slice) -> Band:
+    """`band` in a document of these keys: a window as long as the document is none."""
+    fits = band.left is not None and band.left >= columns.stop - columns.start - 1
+    return Band(None, band.right) if fits else band

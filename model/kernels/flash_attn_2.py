@@ -2,7 +2,7 @@
 
 The calls are the package's registered custom operators, below its autograd functions: they give the
 log-sum-exp and take it back. Grouped heads go in as they are; the backward sums its dk and dv over each group
-itself.
+itself. dq, dk and dv are written through their strides; the forward operator returns an out of its own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct
 from model.kernels.cuda import import_or_reason, missing_gpu
-from model.kernels.protocol import Capabilities, Documents
+from model.kernels.protocol import Capabilities, Documents, Gradients, Targets
 
 _MODULE = "flash_attn.flash_attn_interface"
 _REMEDY = "pip install 'ringzero[flash2]' (flash-attn 2.8, built for this torch)"
@@ -57,30 +57,36 @@ class FlashAttn2Kernel(BandedKernel):
         return missing
 
     def _band_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        del target  # the operator takes none
         options = _options(scale, band)
-        if documents is None:
+        if packing is None:
             out, lse, *_ = _package()._wrapped_flash_attn_forward(q, k, v, *options, return_softmax=False)
         else:
             out, lse, *_ = _package()._wrapped_flash_attn_varlen_forward(
-                q, k, v, *_lengths(documents), *options, return_softmax=False
+                q, k, v, *_lengths(*packing), *options, return_softmax=False
             )
         return out, lse
 
     def _band_backward(
-        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+        self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
-        # Fully overwritten by the kernel, which wants them contiguous whatever the strides of the inputs.
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[1:4])
+        # Fully overwritten by the kernel, which wants the last dimension contiguous whatever the strides of the inputs.
+        dq, dk, dv = map(_writable, targets, tensors[1:4])
         options = _options(scale, band)
-        if documents is None:
+        if packing is None:
             _package()._wrapped_flash_attn_backward(*tensors, dq, dk, dv, *options, deterministic)
         else:
             _package()._wrapped_flash_attn_varlen_backward(
-                *tensors, dq, dk, dv, *_lengths(documents), *options, deterministic
+                *tensors, dq, dk, dv, *_lengths(*packing), *options, deterministic
             )
         return dq, dk, dv
+
+
+def _writable(target: Tensor | None, like: Tensor) -> Tensor:
+    target = direct(target)
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if target is None else target
 
 
 def _options(scale: float, band: Band) -> tuple[float, float, bool, int, int, float, None]:
@@ -88,6 +94,6 @@ def _options(scale: float, band: Band) -> tuple[float, float, bool, int, int, fl
     return 0.0, scale, band.causal, *band.flash_bounds, 0.0, None
 
 
-def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
+def _lengths(documents: Documents, key_documents: Documents) -> tuple[Tensor, Tensor, int, int]:
     """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
-    return documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen
+    return documents.cu_seqlens, key_documents.cu_seqlens, documents.max_seqlen, key_documents.max_seqlen

@@ -3,7 +3,7 @@
 
 Written in CuTe DSL and compiled as it runs: the first call of each kind (dtype, head width, heads per group,
 mask kind) takes seconds. The package shares the folder `flash_attn/cute` with flash-attn 2, whose old copy
-has another interface.
+has another interface. out, dq, dk and dv are written through their strides.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct
 from model.kernels.cuda import import_or_reason, missing_gpu
-from model.kernels.protocol import Capabilities, Documents
+from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _MODULE = "flash_attn.cute.interface"
 _REMEDY = "pip install 'ringzero[flash4]' (flash-attn-4 4.0.0b36; after flash-attn 2 where both are wanted)"
@@ -62,17 +62,18 @@ class FlashAttn4Kernel(BandedKernel):
         return missing
 
     def _band_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _package()._flash_attn_fwd(
-            q, k, v, softmax_scale=scale, **_masking(band, documents), return_lse=True
+            q, k, v, softmax_scale=scale, **_masking(band, packing), return_lse=True, out=direct(target)
         )
         return out, lse
 
     def _band_backward(
-        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+        self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
         dout, q, k, v, out, lse = tensors
+        into = (direct(target) for target in targets)
         dq, dk, dv = _package()._flash_attn_bwd(
             q,
             k,
@@ -81,24 +82,26 @@ class FlashAttn4Kernel(BandedKernel):
             dout,
             lse,
             softmax_scale=scale,
-            **_masking(band, documents),
+            **_masking(band, packing),
             deterministic=deterministic,
+            **dict(zip(("dq", "dk", "dv"), into, strict=True)),
         )
         return dq, dk, dv
 
 
-def _masking(band: Band, documents: Documents | None) -> dict[str, bool | int | Tensor | None]:
+def _masking(band: Band, packing: Packing) -> dict[str, bool | int | Tensor | None]:
     """The arguments forward and backward share; None is an unbounded side here."""
     arguments: dict[str, bool | int | Tensor | None] = {
         "causal": band.causal,
         "window_size_left": band.left,
         "window_size_right": band.right,
     }
-    if documents is not None:
+    if packing is not None:
+        documents, key_documents = packing
         arguments |= {
             "cu_seqlens_q": documents.cu_seqlens,
-            "cu_seqlens_k": documents.cu_seqlens,
+            "cu_seqlens_k": key_documents.cu_seqlens,
             "max_seqlen_q": documents.max_seqlen,
-            "max_seqlen_k": documents.max_seqlen,
+            "max_seqlen_k": key_documents.max_seqlen,
         }
     return arguments

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities
+from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, Gradients, Targets
 
 
 class MathKernel(AttentionKernel):
@@ -25,13 +25,16 @@ class MathKernel(AttentionKernel):
     def availability(self) -> None:
         return None
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        del out  # the product makes its own and rounds it: copied by the caller
         dtype = q.dtype
         q, k, v = (_widened(x) for x in (q, k, v))
         scores = _scores(_grouped(q, k.shape[2]), k, scale, mask)
         lse = scores.logsumexp(-1)
-        out = torch.einsum("bhgqk,bkhd->bqhgd", _probabilities(scores, lse), v)
-        return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
+        result = torch.einsum("bhgqk,bkhd->bqhgd", _probabilities(scores, lse), v)
+        return result.flatten(2, 3).to(dtype), lse.flatten(1, 2)
 
     def _backward(
         self,
@@ -44,8 +47,9 @@ class MathKernel(AttentionKernel):
         scale: float,
         mask: AttentionMask,
         deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        del deterministic  # batched products have no atomics
+        targets: Targets,
+    ) -> Gradients:
+        del deterministic, targets  # batched products have no atomics; results are copied by the caller
         dtype, kv_heads = q.dtype, k.shape[2]
         dout, q, k, v, out = (_widened(x) for x in (dout, q, k, v, out))
         q, dout, out = (_grouped(x, kv_heads) for x in (q, dout, out))
@@ -63,17 +67,30 @@ def visible_pairs(mask: AttentionMask, batch: int, queries: int, keys: int, devi
     """Booleans that broadcast to [B, Hk, G, Sq, Sk], True where query i sees key j; None if all see all."""
     distance = torch.arange(queries, device=device)[:, None] + mask.offset - torch.arange(keys, device=device)
     visible = None
+    if mask.packing is not None:
+        visible, distance = _within_documents(*mask.packing, batch, queries, keys)
     if mask.causal:
-        visible = distance >= 0
+        behind = distance >= 0
+        visible = behind if visible is None else visible & behind
     if mask.window is not None:
         within = distance < mask.window
         visible = within if visible is None else visible & within
-    if mask.documents is not None:
-        positions = torch.arange(batch * queries, device=device, dtype=torch.int32)
-        document = torch.searchsorted(mask.documents.cu_seqlens, positions, right=True).view(batch, 1, 1, queries)
-        same = document[..., :, None] == document[..., None, :]
-        visible = same if visible is None else visible & same
     return visible
+
+
+def _within_documents(
+    documents: Documents, key_documents: Documents, batch: int, queries: int, keys: int
+) -> tuple[Tensor, Tensor]:
+    """Whether query and key share a document, and how far the key is behind the query; [B, 1, 1, Sq, Sk] both."""
+    starts, key_starts = documents.cu_seqlens, key_documents.cu_seqlens
+    positions = torch.arange(batch * queries, device=starts.device, dtype=torch.int32)
+    key_positions = torch.arange(batch * keys, device=starts.device, dtype=torch.int32)
+    document = torch.searchsorted(starts, positions, right=True) - 1
+    key_document = torch.searchsorted(key_starts, key_positions, right=True) - 1
+    # A document's last query stands at its last key: in the keys' numbering that moves all its queries alike.
+    positions = positions + (key_starts - starts)[1:][document]
+    rows, columns = (batch, 1, 1, queries, 1), (batch, 1, 1, 1, keys)
+    return document.view(rows) == key_document.view(columns), positions.view(rows) - key_positions.view(columns)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads (H a multiple of Hk, never repeated),
 D head width, N documents. Scores are scale * q.k; query head h reads key/value head h // (H / Hk).
+
+Inputs may have any strides, and results can be written where they belong: `out`, `dq`, `dk` and `dv` take a slice of
+heads or of positions of a larger tensor. A kernel whose own interface takes such an output writes it directly, any
+other one copies; the caller sees no difference.
 """
 
 from __future__ import annotations
@@ -10,9 +14,16 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""dq, dk, dv."""
+Targets: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Where dq, dk, dv are wanted; None anywhere."""
 
 
 class KernelUnavailable(ValueError):
@@ -37,7 +48,7 @@ class Documents:
         Raises:
             ValueError: boundaries do not rise strictly from 0.
         """
-        lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(boundaries)]
         if not lengths or boundaries[0] != 0 or min(lengths) < 1:
             raise ValueError(
                 "document boundaries must rise strictly from 0 and hold at least one document, got "
@@ -45,6 +56,11 @@ class Documents:
             )
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
         return cls(tuple(boundaries), cu_seqlens, max(lengths))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [end - start for start, end in pairwise(self.boundaries)]
 
     def check_tiles(self, batch: int, sequence: int) -> None:
         """Raises ValueError unless these documents tile `batch` rows of `sequence` positions."""
@@ -72,13 +88,33 @@ class AttentionMask:
     offset: int = 0
     """Position of the first query minus position of the first key."""
     documents: Documents | None = None
-    """Same document; only with as many queries as keys and offset 0."""
+    """Same document; only with offset 0, and with as many queries as keys unless `key_documents` says otherwise."""
+    key_documents: Documents | None = None
+    """Documents of the keys where they hold more than those of the queries (context parallelism: a query chunk against
+    the keys it was sent). Query document n sees key document n, the two aligned at their ends: query i of a tokens
+    stands at position i + b - a of its b >= a keys, and causal and window count from there. None: as `documents`."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window ({self.window}) must be at least 1: the token itself counts")
         if self.documents is not None and self.offset != 0:
             raise ValueError(f"a mask with documents must have offset 0, got {self.offset}")
+        if self.key_documents is not None:
+            if self.documents is None:
+                raise ValueError("key_documents need documents, which describe the queries")
+            lengths, key_lengths = self.documents.lengths, self.key_documents.lengths
+            if len(lengths) != len(key_lengths):
+                raise ValueError(f"there must be a key document for each of {len(lengths)}, got {len(key_lengths)}")
+            for n, (queries, keys) in enumerate(zip(lengths, key_lengths, strict=True)):
+                if queries > keys:
+                    raise ValueError(
+                        f"document {n} has {queries} queries but {keys} keys; every query needs the key at its position"
+                    )
+
+    @property
+    def packing(self) -> tuple[Documents, Documents] | None:
+        """Documents of the queries and of the keys; None if there are none."""
+        return None if self.documents is None else (self.documents, self.key_documents or self.documents)
 
 
 @dataclass(frozen=True)
@@ -130,7 +166,8 @@ class Capabilities:
 class AttentionKernel(ABC):
     """One implementation of attention, forward and backward, without autograd.
 
-    Neither call waits for the device. A subclass implements `_forward` and `_backward` over checked inputs.
+    Neither call waits for the device. A subclass implements `_forward` and `_backward` over checked inputs; it may
+    write its results into the targets it is handed and return those, or return others, which are then copied.
     """
 
     name: str
@@ -140,12 +177,15 @@ class AttentionKernel(ABC):
     def availability(self) -> str | None:
         """None if this kernel can run on this machine; else what is missing and how to install it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention and the logarithm of each row's softmax denominator.
 
         Args:
             q: [B, Sq, H, D]; k, v: [B, Sk, Hk, D], of one dtype and device.
             scale: multiplies q.k.
+            out: written and returned if given: [B, Sq, H, D] in q's dtype, contiguous in D, apart from the inputs.
 
         Returns:
             out [B, Sq, H, D] in q's dtype, and lse [B, H, Sq], natural logarithm, fp32 (fp64 for fp64
@@ -156,7 +196,9 @@ class AttentionKernel(ABC):
             ValueError: shapes that do not fit each other or the mask.
         """
         self._check(q, k, v, mask)
-        return self._forward(q, k, v, scale, mask)
+        _check_target("out", out, q)
+        result, lse = self._forward(q, k, v, scale, mask, out)
+        return placed(result, out), lse
 
     def backward(
         self,
@@ -169,7 +211,10 @@ class AttentionKernel(ABC):
         scale: float,
         mask: AttentionMask,
         deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
+    ) -> Gradients:
         """Gradients of sum(dout * out) in the dtype of q, k, v.
 
         `out` and `lse` may come from a larger set of keys than `k` (ring attention): the result is then this
@@ -178,6 +223,8 @@ class AttentionKernel(ABC):
         Args:
             dout, out: [B, Sq, H, D] in q's dtype; lse: [B, H, Sq] as `forward` gives it.
             deterministic: the same inputs give the same bits, at some cost in time.
+            dq, dk, dv: written (not added to) and returned if given: shaped like q, k, v, contiguous in D, apart from
+                each other and from the inputs.
 
         Returns:
             dq [B, Sq, H, D], dk and dv [B, Sk, Hk, D].
@@ -188,10 +235,15 @@ class AttentionKernel(ABC):
         self._check(q, k, v, mask, deterministic)
         assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
         assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]), (lse.shape, q.shape)
-        return self._backward(dout, q, k, v, out, lse, scale, mask, deterministic)
+        for name, target, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+            _check_target(name, target, like)
+        results = self._backward(dout, q, k, v, out, lse, scale, mask, deterministic, (dq, dk, dv))
+        return placed(results[0], dq), placed(results[1], dk), placed(results[2], dv)
 
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]: ...
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def _backward(
@@ -205,7 +257,8 @@ class AttentionKernel(ABC):
         scale: float,
         mask: AttentionMask,
         deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        targets: Targets,
+    ) -> Gradients: ...
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, deterministic: bool = False) -> None:
         batch, queries, heads, head_dim = q.shape
@@ -231,10 +284,46 @@ class AttentionKernel(ABC):
         )
         if why is not None:
             raise KernelUnavailable(f"attention kernel {self.name} {why}; kernel math takes every mask and dtype")
-        if mask.documents is not None:
-            if queries != keys:
-                raise ValueError(f"a mask with documents needs as many queries as keys, got {queries} and {keys}")
-            mask.documents.check_tiles(batch, queries)
+        if mask.packing is not None:
+            _check_packing(*mask.packing, batch, queries, keys)
+
+
+def placed(result: Tensor, target: Tensor | None) -> Tensor:
+    """`result` in `target`, if there is one: a copy unless the kernel wrote there and returned it."""
+    return result if target is None or result is target else target.copy_(result)
+
+
+def _check_target(name: str, target: Tensor | None, like: Tensor) -> None:
+    if target is None:
+        return
+    if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
+        raise ValueError(
+            f"{name} must be {list(like.shape)} {_names([like.dtype])} on {like.device}, got {list(target.shape)} "
+            f"{_names([target.dtype])} on {target.device}"
+        )
+    if target.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, its stride there is {target.stride(-1)}")
+
+
+def _check_packing(documents: Documents, key_documents: Documents, batch: int, queries: int, keys: int) -> None:
+    if key_documents is documents:
+        if queries != keys:
+            raise ValueError(
+                f"a mask with documents needs as many queries as keys, got {queries} and {keys}; "
+                "more keys need key_documents"
+            )
+        documents.check_tiles(batch, queries)
+        return
+    documents.check_tiles(batch, queries)
+    key_documents.check_tiles(batch, keys)
+    for row in range(1, batch):
+        before = bisect_left(documents.boundaries, row * queries)
+        keys_before = bisect_left(key_documents.boundaries, row * keys)
+        if before != keys_before:
+            raise ValueError(
+                f"the first {row} rows hold {before} documents of queries but {keys_before} of keys; a document's "
+                "queries and keys must stand in the same row"
+            )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

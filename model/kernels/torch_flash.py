@@ -1,7 +1,8 @@
 """Backend `torch_flash`: the FlashAttention-2 that CUDA builds of torch carry; needs no package.
 
 The operators are the ones under `scaled_dot_product_attention` and `torch.nn.attention.varlen`, called for
-their log-sum-exp and their window. Their order is [B, S, H, D], or [T, H, D] with cu_seqlens.
+their log-sum-exp and their window. Their order is [B, S, H, D], or [T, H, D] with cu_seqlens. They return tensors of
+their own, and the backward makes dout and out contiguous.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Gradients, Tensors
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors
 from model.kernels.cuda import missing_gpu
-from model.kernels.protocol import Capabilities, Documents
+from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _forward_op = torch.ops.aten._flash_attention_forward
 _backward_op = torch.ops.aten._flash_attention_backward
@@ -35,12 +36,13 @@ class TorchFlashKernel(BandedKernel):
         return missing
 
     def _band_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, documents: Documents | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        del target  # the operator makes its own
         left, right = band.flash_bounds
         out, lse, *_ = _forward_op(
             *(_unit_stride(x) for x in (q, k, v)),
-            *_lengths(q, k, documents),
+            *_lengths(q, k, packing),
             0.0,  # dropout
             band.causal,
             False,  # no debug mask
@@ -51,8 +53,9 @@ class TorchFlashKernel(BandedKernel):
         return out, lse
 
     def _band_backward(
-        self, tensors: Tensors, scale: float, band: Band, documents: Documents | None, deterministic: bool
+        self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
+        del targets  # the operator makes its own
         left, right = band.flash_bounds
         _, q, k, *_ = tensors
         # Read only under dropout, but not optional.
@@ -63,7 +66,7 @@ class TorchFlashKernel(BandedKernel):
         with _deterministic_algorithms(deterministic):
             dq, dk, dv = _backward_op(
                 *(_unit_stride(x) for x in tensors),
-                *_lengths(q, k, documents),
+                *_lengths(q, k, packing),
                 0.0,  # dropout
                 band.causal,
                 rng_state,
@@ -75,11 +78,12 @@ class TorchFlashKernel(BandedKernel):
         return dq, dk, dv
 
 
-def _lengths(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+def _lengths(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor | None, Tensor | None, int, int]:
     """cu_seqlens of queries and keys, longest of each; None stands for the schema's undefined tensor."""
-    if documents is None:
+    if packing is None:
         return None, None, q.shape[1], k.shape[1]
-    return documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen
+    documents, key_documents = packing
+    return documents.cu_seqlens, key_documents.cu_seqlens, documents.max_seqlen, key_documents.max_seqlen
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.kernels import (
@@ -71,7 +73,16 @@ CASES = [
     Case("documents of one token", 3, 3, AttentionMask(documents=documents(1, 1, 1, 1, 1, 1))),
     Case("one document a row", 13, 13, AttentionMask(documents=documents(13, 13))),
 ]
+# Two rows: of 6 queries against 13 keys.
+FEWER, MORE = documents(1, 4, 1, 2, 4), documents(1, 7, 5, 3, 10)
+CHUNKED_CASES = [
+    Case("more keys", 6, 13, AttentionMask(documents=FEWER, key_documents=MORE)),
+    Case("more keys, window", 6, 13, AttentionMask(documents=FEWER, key_documents=MORE, window=3)),
+    Case("more keys, not causal", 6, 13, AttentionMask(False, documents=FEWER, key_documents=MORE)),
+    Case("more keys, one token", 1, 9, AttentionMask(documents=documents(1, 1), key_documents=documents(9, 9))),
+]
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+by_any_case = pytest.mark.parametrize("case", [*CASES, *CHUNKED_CASES], ids=lambda case: case.name)
 by_heads = pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=lambda heads: f"{heads[0]}:{heads[1]}")
 by_kernel = pytest.mark.parametrize("kernel", [KERNELS["math"], KERNELS["cpu"]], ids=lambda kernel: kernel.name)
 
@@ -195,6 +206,113 @@ def test_documents_are_separate_sequences(kernel: AttentionKernel, heads: tuple[
         packed = (x[row, None, inside] for x in (out, lse.transpose(1, 2), dq, dk, dv))
         out_p, lse_p, *gradients_p = packed
         assert_near((out_p, lse_p.transpose(1, 2), *gradients_p), alone, 1e-12)
+
+
+@st.composite
+def chunked_masks(draw: st.DrawFn) -> Case:
+    """Two rows cut into documents at random, each document with some keys before its first query."""
+    queries, earlier = draw(st.integers(1, 9)), draw(st.integers(0, 9))
+    boundaries, key_boundaries = [0], [0]
+    for row in range(B):
+        cuts = sorted(draw(st.sets(st.integers(1, max(1, queries - 1)), max_size=queries - 1)))
+        cuts = [cut for cut in cuts if cut < queries]
+        before = sorted(draw(st.integers(0, earlier)) for _ in cuts)  # earlier keys up to each cut
+        boundaries += [row * queries + cut for cut in (*cuts, queries)]
+        ends = zip((*cuts, queries), (*before, earlier), strict=True)
+        key_boundaries += [row * (queries + earlier) + cut + extra for cut, extra in ends]
+    mask = AttentionMask(
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 12)),
+        documents=Documents.from_boundaries(boundaries, "cpu"),
+        key_documents=Documents.from_boundaries(key_boundaries, "cpu"),
+    )
+    return Case("drawn", queries, queries + earlier, mask)
+
+
+@given(case=chunked_masks(), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+@settings(max_examples=80, deadline=None, derandomize=True)
+@by_kernel
+def test_documents_with_more_keys_are_aligned_at_their_ends(
+    kernel: AttentionKernel, case: Case, heads: tuple[int, int]
+) -> None:
+    """Each document alone, by the definition, with the offset that the docstring names."""
+    assert case.mask.documents is not None and case.mask.key_documents is not None
+    q, k, v, dout = inputs(case, heads)
+    actual = out, lse, dq, dk, dv = run(kernel, q, k, v, dout, case.mask)
+    expected = [torch.full_like(x, math.nan) for x in actual]
+    pairs = zip(pairwise(case.mask.documents.boundaries), pairwise(case.mask.key_documents.boundaries), strict=True)
+    for (start, end), (key_start, key_end) in pairs:
+        row, rows = start // case.queries, slice(start % case.queries, start % case.queries + end - start)
+        columns = slice(key_start % case.keys, key_start % case.keys + key_end - key_start)
+        offset = (key_end - key_start) - (end - start)
+        alone = AttentionMask(case.mask.causal, case.mask.window, offset)
+        leaves = [x[row, None, at].clone().requires_grad_() for x, at in ((q, rows), (k, columns), (v, columns))]
+        out, lse = naive(*leaves, alone)
+        gradients = torch.autograd.grad(out, leaves, dout[row, None, rows])
+        expected[0][row, rows], expected[1][row, :, rows] = out[0].detach(), lse[0].detach()
+        for whole, part, at in zip(expected[2:], gradients, (rows, columns, columns), strict=True):
+            whole[row, at] = part[0]
+    assert_near(actual, tuple(expected), 1e-12)
+
+
+@by_kernel
+def test_key_documents_like_the_queries_change_nothing(kernel: AttentionKernel) -> None:
+    tensors = inputs(Case("", 13, 13, AttentionMask()), (4, 2))
+    same = Documents.from_boundaries(PACKED.boundaries, "cpu")
+    one = run(kernel, *tensors, AttentionMask(window=3, documents=PACKED))
+    other = run(kernel, *tensors, AttentionMask(window=3, documents=PACKED, key_documents=same))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def within(like: Tensor, heads: int, positions: int, odd: int = 0) -> tuple[Tensor, Tensor]:
+    """A slice shaped like `like` of a tensor with more heads and positions around it, and that tensor; all nan."""
+    batch, length, count, width = like.shape
+    around = like.new_full((batch, length + 2 * positions, count + 2 * heads, width + odd), math.nan)
+    return around[:, positions : positions + length, heads : heads + count, odd:], around
+
+
+def assert_only(target: Tensor, around: Tensor) -> None:
+    """Nothing outside the target was written."""
+    assert not target.isnan().any()
+    assert around.isnan().sum() == around.numel() - target.numel()
+
+
+by_place = pytest.mark.parametrize(
+    "place", [(0, 0), (2, 0), (0, 3), (1, 2), (1, 1, 1)], ids=["whole", "heads", "positions", "both", "unaligned"]
+)
+
+
+@by_place
+@by_kernel
+@by_any_case
+def test_results_are_written_where_they_are_wanted(kernel: AttentionKernel, case: Case, place: tuple[int, ...]) -> None:
+    """Inputs and outputs are slices of larger tensors; the rest of those and what stood there before play no part."""
+    q, k, v, dout = inputs(case, (4, 2))
+    expected = run(kernel, q, k, v, dout, case.mask)
+    slices = []
+    for x in (q, k, v, dout):
+        view, _ = within(x, *place)
+        slices.append(view.copy_(x))
+    q, k, v, dout = slices
+    (out_target, *targets), arounds = zip(*(within(x, *place) for x in (q, q, k, v)), strict=True)
+    out, lse = kernel.forward(q, k, v, SCALE, case.mask, out=out_target)
+    dq, dk, dv = targets
+    gradients = kernel.backward(dout, q, k, v, out, lse, SCALE, case.mask, dq=dq, dk=dk, dv=dv)
+    assert out is out_target and all(a is b for a, b in zip(gradients, targets, strict=True))
+    assert_near((out, lse, *gradients), expected, 1e-12)
+    for target, around in zip((out, *gradients), arounds, strict=True):
+        assert_only(target, around)
+
+
+@by_kernel
+def test_one_gradient_in_place(kernel: AttentionKernel) -> None:
+    case = CASES[5]
+    q, k, v, dout = inputs(case, (4, 2))
+    out, lse, *expected = run(kernel, q, k, v, dout, case.mask)
+    target, around = within(k, 1, 1)
+    gradients = kernel.backward(dout, q, k, v, out, lse, SCALE, case.mask, dk=target)
+    assert gradients[1] is target and all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert_only(target, around)
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -358,6 +476,45 @@ def test_shapes_that_do_not_fit() -> None:
         kernel.forward(q, k, v, SCALE, AttentionMask(documents=documents(13, 7)))
     with pytest.raises(ValueError, match="crosses position 13"):
         kernel.forward(q, k, v, SCALE, AttentionMask(documents=documents(12, 14)))
+
+
+def test_targets_that_do_not_fit() -> None:
+    q, k, v, dout = inputs(CASES[0], (4, 2))
+    kernel, mask = KERNELS["math"], AttentionMask()
+    with pytest.raises(ValueError, match=r"out must be \[2, 13, 4, 6\] float64 on cpu, got \[2, 12, 4, 6\] float64"):
+        kernel.forward(q, k, v, SCALE, mask, out=torch.empty_like(q[:, 1:]))
+    with pytest.raises(ValueError, match="out must be .* float64 on cpu, got .* float32 on cpu"):
+        kernel.forward(q, k, v, SCALE, mask, out=q.float())
+    out, lse = kernel.forward(q, k, v, SCALE, mask)
+    with pytest.raises(ValueError, match="dv must be contiguous in its last dimension, its stride there is 26"):
+        sideways = v.transpose(1, 3).contiguous().transpose(1, 3)
+        kernel.backward(dout, q, k, v, out, lse, SCALE, mask, dv=sideways)
+    with pytest.raises(ValueError, match="dk must be"):
+        kernel.backward(dout, q, k, v, out, lse, SCALE, mask, dk=torch.empty_like(q))
+
+
+def test_key_documents_that_do_not_fit() -> None:
+    q, k, v, _ = inputs(Case("", 6, 13, AttentionMask()), (4, 2))
+
+    def forward(lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> None:
+        mask = AttentionMask(documents=documents(*lengths), key_documents=documents(*key_lengths))
+        KERNELS["math"].forward(q, k, v, SCALE, mask)
+
+    forward((6, 6), (13, 13))
+    with pytest.raises(ValueError, match="key_documents need documents"):
+        AttentionMask(key_documents=documents(2))
+    with pytest.raises(ValueError, match="offset 0, got 1"):
+        AttentionMask(offset=1, documents=documents(2), key_documents=documents(3))
+    with pytest.raises(ValueError, match="a key document for each of 2, got 3"):
+        forward((6, 6), (13, 12, 1))
+    with pytest.raises(ValueError, match="document 1 has 4 queries but 3 keys"):
+        forward((2, 4, 6), (10, 3, 13))
+    with pytest.raises(ValueError, match="hold 25 tokens but the batch holds 2 x 13 = 26"):
+        forward((6, 6), (13, 12))
+    with pytest.raises(ValueError, match="crosses position 13"):
+        forward((6, 6), (12, 14))
+    with pytest.raises(ValueError, match="the first 1 rows hold 1 documents of queries but 2 of keys"):
+        forward((6, 5, 1), (7, 6, 13))
 
 
 def test_masks_that_make_no_sense() -> None:

@@ -2,15 +2,18 @@
 
 Each stand-in takes the real function's parameters by name and order and computes flash-attention's documented meaning:
 query i sees key j if -left <= j - i - (Sk - Sq) <= right, -1 or None unbounded, causal is right = 0. It insists on what
-the real one silently assumes (contiguous lse, no empty row). What only hardware shows is in tests/gpu.
+the real one silently assumes (contiguous lse, no empty row, 16-byte steps between the heads it writes). What only
+hardware shows is in tests/gpu.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, T packed tokens.
 """
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -44,17 +47,22 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
+Cuts: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""cu_seqlens of the queries and of the keys."""
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, right: int, cuts: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, right: int, cuts: Cuts
 ) -> tuple[Tensor, Tensor]:
     """out and lse in the kernels' dtypes; with cuts [T, H, D] and lse [H, T]."""
-    if cuts is None:
+    if cuts[0] is None or cuts[1] is None:
+        assert cuts == (None, None)
         out, lse = dense(q, k, v, scale, causal, left, right)
         return out, lse.contiguous()
-    lengths = cuts.diff().tolist()
+    lengths, key_lengths = (cut.diff().tolist() for cut in cuts if cut is not None)
     parts = [
         dense(q[None], k[None], v[None], scale, causal, left, right)
-        for q, k, v in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        for q, k, v in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
     ]
     return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
 
@@ -70,6 +78,23 @@ def backward(
     return torch.autograd.grad(own_out, leaves, dout)
 
 
+def longest(cuts: Cuts) -> tuple[Tensor | None, ...]:
+    return tuple(None if cut is None else cut.diff().max() for cut in cuts)
+
+
+handed: list[int] = []
+"""Addresses of the tensors that a stand-in was given to write to."""
+
+
+def write(target: Tensor | None, result: Tensor) -> Tensor:
+    if target is None:
+        return result
+    assert target.shape == result.shape and target.stride(-1) == 1 and target.data_ptr() % 16 == 0
+    assert all(stride * target.element_size() % 16 == 0 for stride in target.stride()[:-1])
+    handed.append(target.data_ptr())
+    return target.copy_(result)
+
+
 # The parameters stand as in the packages, several to a line.
 # fmt: off
 def fa2() -> SimpleNamespace:
@@ -80,36 +105,37 @@ def fa2() -> SimpleNamespace:
         return_softmax
     ):
         assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        out, lse = forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, None)
+        out, lse = forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, (None, None))
         return out, lse, None, None
 
     def _varlen_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False
     ):
-        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == longest(cuts)
         assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        out, lse = forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, cu_seqlens_q)
+        out, lse = forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, cuts)
         return out, lse, None, None
 
     def _bwd(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, deterministic, cuts=None
+        window_size_right, softcap, alibi_slopes, deterministic, cuts=(None, None)
     ):
         assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, True)
         how = softmax_scale, causal, window_size_left, window_size_right, cuts
         for buffer, gradient in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, *how), strict=True):
-            assert buffer.is_contiguous()
-            buffer.copy_(gradient)
+            write(buffer, gradient)
 
     def _varlen_bwd(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic
     ):
-        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == longest(cuts)
         _bwd(
             dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-            window_size_right, softcap, alibi_slopes, deterministic, cu_seqlens_q
+            window_size_right, softcap, alibi_slopes, deterministic, cuts
         )
 
     return SimpleNamespace(
@@ -128,20 +154,24 @@ def fa4() -> SimpleNamespace:
 
     def _fwd(
         q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
-        causal=False, window_size_left=None, window_size_right=None, return_lse=False
+        causal=False, window_size_left=None, window_size_right=None, return_lse=False, out=None
     ):
-        assert return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert return_lse and (max_seqlen_q, max_seqlen_k) == longest(cuts)
         window = sides(window_size_left, window_size_right)
-        return *forward(q, k, v, softmax_scale, causal, *window, cu_seqlens_q), None, None, None
+        result, lse = forward(q, k, v, softmax_scale, causal, *window, cuts)
+        return write(out, result), lse, None, None, None
 
     def _bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
         window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        deterministic=False
+        deterministic=False, dq=None, dk=None, dv=None
     ):
-        assert deterministic and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert deterministic and (max_seqlen_q, max_seqlen_k) == longest(cuts)
         window = sides(window_size_left, window_size_right)
-        return backward(dout, q, k, v, out, lse, softmax_scale, causal, *window, cu_seqlens_q)
+        gradients = backward(dout, q, k, v, out, lse, softmax_scale, causal, *window, cuts)
+        return tuple(map(write, (dq, dk, dv), gradients))
 
     return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd)
 
@@ -151,9 +181,10 @@ def torch_forward(
     window_size_left=None, window_size_right=None
 ):
     """aten::_flash_attention_forward."""
-    assert cum_seq_q is cum_seq_k and (dropout_p, return_debug_mask) == (0.0, False)
-    assert (max_q, max_k) == ((query.shape[1], key.shape[1]) if cum_seq_q is None else (cum_seq_q.diff().max(),) * 2)
-    out, lse = forward(query, key, value, scale, is_causal, window_size_left, window_size_right, cum_seq_q)
+    assert (dropout_p, return_debug_mask) == (0.0, False)
+    cuts = cum_seq_q, cum_seq_k
+    assert (max_q, max_k) == ((query.shape[1], key.shape[1]) if cum_seq_q is None else longest(cuts))
+    out, lse = forward(query, key, value, scale, is_causal, window_size_left, window_size_right, cuts)
     return out, lse, None, None, None
 
 
@@ -163,9 +194,10 @@ def torch_backward(
 ):
     """aten::_flash_attention_backward, which is deterministic by torch's global switch."""
     assert torch.are_deterministic_algorithms_enabled()
-    assert cum_seq_q is cum_seq_k and dropout_p == 0.0
-    assert rng_state.dtype == torch.uint64 and unused.numel() == 0
-    how = scale, is_causal, window_size_left, window_size_right, cum_seq_q
+    cuts = cum_seq_q, cum_seq_k
+    assert (max_q, max_k) == ((query.shape[1], key.shape[1]) if cum_seq_q is None else longest(cuts))
+    assert rng_state.dtype == torch.uint64 and unused.numel() == 0 and dropout_p == 0.0
+    how = scale, is_causal, window_size_left, window_size_right, cuts
     return backward(grad_out, query, key, value, out, logsumexp, *how)
 
 
@@ -184,8 +216,11 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     return chosen
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=["4:4", "4:1"])
-@pytest.mark.parametrize(
+QUERIES = Documents.from_boundaries([0, 1, 3, 7, 12, 14], "cpu")
+KEYS = Documents.from_boundaries([0, 4, 7, 11, 16, 22], "cpu")
+"""Of the same documents, in rows of 11."""
+by_heads = pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=["4:4", "4:1"])
+by_mask = pytest.mark.parametrize(
     ("queries", "keys", "mask"),
     [
         (7, 7, AttentionMask()),
@@ -200,21 +235,30 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         (5, 8, AttentionMask(offset=-2)),
         (8, 5, AttentionMask(offset=-2, window=3)),
         (5, 5, AttentionMask(offset=-5)),
-        (7, 7, AttentionMask(documents=Documents.from_boundaries([0, 1, 3, 7, 12, 14], "cpu"))),
-        (7, 7, AttentionMask(window=3, documents=Documents.from_boundaries([0, 1, 3, 7, 12, 14], "cpu"))),
+        (7, 7, AttentionMask(documents=QUERIES)),
+        (7, 7, AttentionMask(window=3, documents=QUERIES)),
         (7, 7, AttentionMask(causal=False, documents=Documents.from_boundaries([0, 7, 14], "cpu"))),
+        (7, 11, AttentionMask(documents=QUERIES, key_documents=KEYS)),
+        (7, 11, AttentionMask(window=5, documents=QUERIES, key_documents=KEYS)),
+        (7, 11, AttentionMask(causal=False, documents=QUERIES, key_documents=KEYS)),
     ],
     ids=str,
 )
+
+
+def draw(heads: tuple[int, int], queries: int, keys: int) -> tuple[Tensor, ...]:
+    """q, k, v and a gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]), (queries, heads[0]))
+    return tuple(torch.randn(2, *shape, 8, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+@by_heads
+@by_mask
 def test_adapter_is_math(
     kernel: AttentionKernel, heads: tuple[int, int], queries: int, keys: int, mask: AttentionMask
 ) -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(length: int, count: int) -> Tensor:
-        return torch.randn(2, length, count, 8, generator=generator, dtype=torch.float64)
-
-    q, k, v, dout = draw(queries, heads[0]), draw(keys, heads[1]), draw(keys, heads[1]), draw(queries, heads[0])
+    q, k, v, dout = draw(heads, queries, keys)
     results = []
     for each in (kernel, KERNELS["math"]):
         out, lse = each.forward(q, k, v, SCALE, mask)
@@ -222,6 +266,38 @@ def test_adapter_is_math(
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+WRITES = {"flash_attn_4": ("out", "dq", "dk", "dv"), "flash_attn_2": ("dq", "dk", "dv"), "torch_flash": ()}
+"""What a backend's own interface can write in place."""
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+@by_heads
+@by_mask
+def test_adapter_writes_where_it_is_wanted(
+    kernel: AttentionKernel, heads: tuple[int, int], queries: int, keys: int, mask: AttentionMask, unaligned: bool
+) -> None:
+    """Into slices of heads, by the backend itself where it can and its stores are aligned, else by a copy."""
+    q, k, v, dout = draw(heads, queries, keys)
+    arounds = [x.new_full((*x.shape[:2], x.shape[2] + 2, 8 + unaligned), math.nan) for x in (q, q, k, v)]
+    targets = dict(zip(("out", "dq", "dk", "dv"), (x[:, :, 1:-1, int(unaligned) :] for x in arounds), strict=True))
+    handed.clear()
+    out, lse = kernel.forward(q, k, v, SCALE, mask, out=targets["out"])
+    into = {name: target for name, target in targets.items() if name != "out"}
+    gradients = kernel.backward(dout, q, k, v, out, lse, SCALE, mask, deterministic=True, **into)
+    expected, expected_lse = KERNELS["math"].forward(q, k, v, SCALE, mask)
+    exact = expected, *KERNELS["math"].backward(dout, q, k, v, expected, expected_lse, SCALE, mask)
+    for name, actual, right, around in zip(targets, (out, *gradients), exact, arounds, strict=True):
+        assert actual is targets[name], name
+        torch.testing.assert_close(actual, right, atol=1e-12, rtol=1e-12)
+        assert around.isnan().sum() == around.numel() - actual.numel(), name
+    inside = {
+        name: any(at.data_ptr() <= address <= at[-1, -1, -1, -1:].data_ptr() for address in handed)
+        for name, at in targets.items()
+    }
+    empty = mask.offset == -5
+    assert inside == {name: name in WRITES[kernel.name] and not unaligned and not empty for name in targets}
 
 
 def test_flash_attn_2_alone_does_not_pass_for_4(monkeypatch: pytest.MonkeyPatch) -> None:
