@@ -1,0 +1,223 @@
+"""The small parts around the training loop: feeding, timing, sampling, the launcher's environment, prompts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.data import IGNORED_LABEL, MicroBatch
+from launch.environment import Place, choose_device, place_in_world
+from launch.feed import cut
+from launch.sampling import sample
+from launch.text_codec import text_codec
+from launch.timing import StepTimer
+from model import head
+from parallel.mesh import MeshShape
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """As much of a mesh as feeding and sampling look at."""
+
+    cp_size: int = 1
+    cp_rank: int = 0
+    shape: MeshShape = MeshShape()
+
+
+# -- feed ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(rows: int, length: int, boundaries: tuple[int, ...] | None = None) -> MicroBatch:
+    ids = np.arange(rows * length, dtype=np.int64).reshape(rows, length)
+    labels = np.where(ids % 3 == 0, IGNORED_LABEL, ids + 1000)
+    return MicroBatch(ids, labels, np.tile(np.arange(length), (rows, 1)), boundaries)
+
+
+def test_both_packages_ignore_the_same_label() -> None:
+    assert IGNORED_LABEL == head.IGNORED_LABEL
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_the_ranks_of_a_sequence_share_a_batch_without_loss(cp_size: int) -> None:
+    batch = micro_batch(2, 16)
+    parts = [cut(batch, Axis(cp_size, rank), pin=False) for rank in range(cp_size)]  # type: ignore[arg-type]
+    assert sum(part.token_count for part in parts) == int((batch.labels != IGNORED_LABEL).sum())
+    for part in parts:
+        ids, positions, labels, documents = part.to(torch.device("cpu")).arguments()
+        assert ids.shape == (2, 16 // cp_size) and documents is None
+        # Position tells which column of the whole batch this is; all three arrays must agree on it.
+        for row in range(2):
+            assert torch.equal(ids[row], torch.from_numpy(batch.input_ids[row])[positions[row]])
+            assert torch.equal(labels[row], torch.from_numpy(batch.labels[row])[positions[row]])
+    seen = np.sort(np.concatenate([part.tokens[0].numpy().ravel() for part in parts]))
+    assert np.array_equal(seen, batch.input_ids.ravel())
+
+
+def test_documents_of_the_whole_sequences_go_to_every_rank() -> None:
+    boundaries = (0, 5, 16, 19, 32)
+    for rank in range(2):
+        part = cut(micro_batch(2, 16, boundaries), Axis(2, rank), pin=False)  # type: ignore[arg-type]
+        documents = part.to(torch.device("cpu")).documents
+        assert documents is not None and documents.boundaries == boundaries and documents.max_seqlen == 13
+
+
+# -- timing --------------------------------------------------------------------------------------------------------
+
+
+def test_step_timer_gives_means_and_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 1.0, 4.0, 10.0, 13.0, 14.0, 20.0, 22.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
+    timer = StepTimer(torch.device("cpu"))
+    for _ in range(2):
+        timer.start()
+        timer.mark("data")
+        timer.mark("compute")
+    assert timer.collect() == {"data": 2.0, "compute": 2.0}  # (1 + 3) / 2 and (3 + 1) / 2; 6 s between steps left out
+    assert timer.collect() == {}
+    timer.start()
+    timer.mark("data")
+    assert timer.collect() == {"data": 2.0}
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+class Successor:
+    """An engine that is sure that token t is followed by t + 1 modulo 7."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.eval, self.train, self.shapes = Mock(), Mock(), list[tuple[int, ...]]()
+        self.last = list[int]()
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        assert torch.equal(positions[0], torch.arange(ids.shape[1]))
+        self.shapes.append(tuple(ids.shape))
+        return 100.0 * torch.nn.functional.one_hot((ids + 1) % 7, 7)
+
+
+class Coin(Successor):
+    """An engine that knows nothing: all seven tokens are alike."""
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, 7)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Axis:
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: None)
+    return Axis()
+
+
+def draw(engine: Any, mesh: Any, prompt: list[int], count: int, **settings: Any) -> list[int]:
+    return sample(engine, mesh, prompt, count, **({"sequence_length": 16, "seed": 0} | settings))
+
+
+def test_sampling_reads_the_last_token_of_the_context(alone: Axis) -> None:
+    engine = Successor()
+    assert draw(engine, alone, [3, 1], 40) == [(2 + step) % 7 for step in range(40)]
+    assert max(shape[1] for shape in engine.shapes) <= 16
+    engine.eval.assert_called_once()
+    engine.train.assert_called_once()
+    long = Successor()
+    draw(long, alone, [0], 300, sequence_length=1000)
+    assert {shape[1] for shape in long.shapes} == {128, 256, 384}  # few shapes, hence few recompilations
+
+
+def test_sampling_follows_the_seed_and_the_probabilities(alone: Axis) -> None:
+    first, again, other = (draw(Coin(), alone, [0], 400, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    counts = np.bincount(first, minlength=7)
+    assert len(counts) == 7 and counts.min() > 30, counts  # 400 / 7 is 57; 30 is four deviations below
+
+
+# -- environment ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No launcher's variables; whatever the test sets is undone."""
+    before = dict(os.environ)
+    for name in (*LAUNCHER, "DS_ACCELERATOR"):
+        os.environ.pop(name, None)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_place_without_a_launcher_is_a_world_of_one(bare: pytest.MonkeyPatch) -> None:
+    assert place_in_world() == Place(rank=0, local_rank=0, world_size=1, local_size=1)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 0
+    assert place_in_world() == Place(0, 0, 1, 1)  # reading twice is reading once
+
+
+@pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_place_as_the_launcher_says(bare: pytest.MonkeyPatch, local: str) -> None:
+    os.environ.update({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", local: "4"})
+    assert place_in_world() == Place(rank=5, local_rank=1, world_size=8, local_size=4)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "device", "note"),
+    [
+        ("auto", 0, "cpu", "CPU with gloo: 0 GPUs for 4 processes on this node"),
+        ("auto", 3, "cpu", "CPU with gloo: 3 GPUs for 4 processes on this node"),
+        ("auto", 4, "cuda:2", "GPUs with NCCL: 4 GPUs for 4 processes on this node"),
+        ("cuda", 8, "cuda:2", "GPUs with NCCL: job.device is cuda"),
+        ("cpu", 8, "cpu", "CPU with gloo: job.device is cpu"),
+    ],
+)
+def test_the_device_and_why(bare: pytest.MonkeyPatch, wanted: str, gpus: int, device: str, note: str) -> None:
+    set_device = Mock()
+    bare.setattr(torch.cuda, "device_count", lambda: gpus)
+    bare.setattr(torch.cuda, "set_device", set_device)
+    assert choose_device(wanted, Place(6, 2, 8, 4)) == (torch.device(device), note)
+    assert os.environ["DS_ACCELERATOR"] == device.split(":")[0]
+    assert [call.args for call in set_device.call_args_list] == ([(2,)] if "cuda" in device else [])
+
+
+def test_missing_gpus_are_told_with_both_numbers(bare: pytest.MonkeyPatch) -> None:
+    bare.setattr(torch.cuda, "device_count", lambda: 2)
+    expected = (
+        r"job.device is cuda, but this node has 2 GPUs for 4 processes; start fewer processes,? or set job.device"
+    )
+    with pytest.raises(ValueError, match=expected):
+        choose_device("cuda", Place(0, 0, 4, 4))
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_go_out_and_come_back() -> None:
+    codec = text_codec("bytes")
+    text = "def naïve(): return '∑'\n"
+    assert codec.encode(text) == list(text.encode()) and codec.decode(codec.encode(text)) == text
+    assert codec.decode([0x61, 0xE2, 0x88]) == "a\ufffd"  # a character cut short
+    assert codec.decode([0x61, 300, 0x62]) == "ab"  # rows of the vocabulary beyond the bytes
+    assert codec.encode("") == []
+
+
+def test_a_tokenizer_neither_adds_nor_shows_special_tokens(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[BOS]": 0, "one": 1, "two": 2}, unk_token="[BOS]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.add_special_tokens(["[BOS]"])
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    codec = text_codec(str(tmp_path / "tokenizer.json"))
+    assert codec.encode("two one") == [2, 1]
+    assert codec.decode([0, 2, 1]) == "two one"
