@@ -48,6 +48,8 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tup
         head_dim=config.head_dim,
         window=config.sliding_window is not None,
         documents=job.data.document_mask,
+        rectangular=mesh.cp_size > 1,
+        deterministic=job.training.deterministic,
     )
     deterministic = job.training.deterministic
     if mesh.cp_size == 1:

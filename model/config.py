@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "torch_flash", "cpu", "math"]
+Backend = Literal["auto", "flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "cpu", "math"]
 
 
 class RopeScaling(BaseModel):
@@ -39,7 +39,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     vocab_size: int = Field(gt=0)
-    """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism comes on top and is not stored."""
+    """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism comes on top, never stored."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
     intermediate_size: int = Field(gt=0)

@@ -167,6 +167,17 @@ def direct(target: Tensor | None) -> Tensor | None:
     return target if all(stride * target.element_size() % 16 == 0 for stride in target.stride()[:-1]) else None
 
 
+def writable(target: Tensor | None, like: Tensor) -> Tensor:
+    """The target if it can be written directly, else a new tensor, contiguous whatever the strides of `like`."""
+    target = direct(target)
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if target is None else target
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension is not contiguous: what every fused kernel asks of its inputs."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _document_band(mask: AttentionMask) -> Band:
     assert mask.packing is not None
     _, key_documents = mask.packing

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, writable
 from model.kernels.cuda import import_or_reason, missing_gpu
 from model.kernels.protocol import Capabilities, Documents, Gradients, Targets
 
@@ -72,8 +72,7 @@ class FlashAttn2Kernel(BandedKernel):
     def _band_backward(
         self, tensors: Tensors, scale: float, band: Band, packing: Packing, deterministic: bool, targets: Targets
     ) -> Gradients:
-        # Fully overwritten by the kernel, which wants the last dimension contiguous whatever the strides of the inputs.
-        dq, dk, dv = map(_writable, targets, tensors[1:4])
+        dq, dk, dv = map(writable, targets, tensors[1:4])
         options = _options(scale, band)
         if packing is None:
             _package()._wrapped_flash_attn_backward(*tensors, dq, dk, dv, *options, deterministic)
@@ -82,11 +81,6 @@ class FlashAttn2Kernel(BandedKernel):
                 *tensors, dq, dk, dv, *_lengths(*packing), *options, deterministic
             )
         return dq, dk, dv
-
-
-def _writable(target: Tensor | None, like: Tensor) -> Tensor:
-    target = direct(target)
-    return torch.empty_like(like, memory_format=torch.contiguous_format) if target is None else target
 
 
 def _options(scale: float, band: Band) -> tuple[float, float, bool, int, int, float, None]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 
 from model.kernels.cpu import CpuKernel
+from model.kernels.cudnn import CudnnKernel
 from model.kernels.flash_attn_2 import FlashAttn2Kernel
+from model.kernels.flash_attn_3 import FlashAttn3Kernel
 from model.kernels.flash_attn_4 import FlashAttn4Kernel
 from model.kernels.math_reference import MathKernel
 from model.kernels.protocol import AttentionKernel, KernelUnavailable
 from model.kernels.torch_flash import TorchFlashKernel
 
 # Fastest first, as measured on one H200 at 32k tokens (forward / backward TFLOP/s): flash_attn_4 641 / 555,
-# flash_attn_2 379 / 331, torch_flash 341 / 311.
+# cudnn 572 / 522, flash_attn_2 379 / 331, torch_flash 341 / 311. flash_attn_3 stands where its authors' numbers put it.
 _FASTEST_FIRST: tuple[AttentionKernel, ...] = (
     FlashAttn4Kernel(),
+    FlashAttn3Kernel(),
+    CudnnKernel(),
     FlashAttn2Kernel(),
     TorchFlashKernel(),
     CpuKernel(),
@@ -25,13 +29,23 @@ BACKENDS: tuple[str, ...] = ("auto", *KERNELS)
 
 
 def select_kernel(
-    backend: str, *, device_type: str, dtype: torch.dtype, head_dim: int, window: bool, documents: bool
+    backend: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: bool,
+    documents: bool,
+    rectangular: bool = False,
+    deterministic: bool = False,
 ) -> tuple[AttentionKernel, str]:
     """The kernel that `backend` names, or for "auto" the fastest that is installed and takes what is asked.
 
     Args:
         device_type, dtype: of q, k and v.
         window, documents: whether the masks will have them.
+        rectangular: whether causal masks will have an offset, or other keys than queries (context parallelism).
+        deterministic: whether the backward must give the same bits every time.
 
     Returns:
         The kernel and one line for the log: which, why, and why not each faster one for this device.
@@ -44,13 +58,16 @@ def select_kernel(
 
     def obstacle(kernel: AttentionKernel) -> str | None:
         # Availability imports packages and asks the driver, so it comes second.
-        capabilities = kernel.capabilities
-        return (
-            capabilities.refusal(
-                device_type=device_type, dtype=dtype, head_dim=head_dim, window=window, documents=documents
-            )
-            or kernel.availability()
+        refusal = kernel.capabilities.refusal(
+            device_type=device_type,
+            dtype=dtype,
+            head_dim=head_dim,
+            window=window,
+            documents=documents,
+            rectangular=rectangular,
+            deterministic=deterministic,
         )
+        return refusal or kernel.availability()
 
     if backend != "auto":
         chosen = KERNELS[backend]

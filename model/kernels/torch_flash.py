@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, unit_stride
 from model.kernels.cuda import missing_gpu
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
@@ -41,7 +41,7 @@ class TorchFlashKernel(BandedKernel):
         del target  # the operator makes its own
         left, right = band.flash_bounds
         out, lse, *_ = _forward_op(
-            *(_unit_stride(x) for x in (q, k, v)),
+            *(unit_stride(x) for x in (q, k, v)),
             *_lengths(q, k, packing),
             0.0,  # dropout
             band.causal,
@@ -65,7 +65,7 @@ class TorchFlashKernel(BandedKernel):
         )
         with _deterministic_algorithms(deterministic):
             dq, dk, dv = _backward_op(
-                *(_unit_stride(x) for x in tensors),
+                *(unit_stride(x) for x in tensors),
                 *_lengths(q, k, packing),
                 0.0,  # dropout
                 band.causal,
@@ -99,7 +99,3 @@ def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

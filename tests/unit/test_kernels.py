@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.config import Backend
 from model.kernels import (
     BACKENDS,
     KERNELS,
@@ -544,16 +546,62 @@ def test_auto_on_a_cpu() -> None:
 
 
 def test_auto_passes_over_what_is_missing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(KERNELS["flash_attn_4"]), "availability", lambda self: "needs a better GPU")
-    monkeypatch.setattr(type(KERNELS["flash_attn_2"]), "availability", lambda self: None)
+    for name in ("flash_attn_4", "flash_attn_3"):
+        monkeypatch.setattr(type(KERNELS[name]), "availability", lambda self: "needs a better GPU")
+    for name in ("cudnn", "flash_attn_2"):
+        monkeypatch.setattr(type(KERNELS[name]), "availability", lambda self: None)
     kernel, why = choose("auto", "cuda", torch.bfloat16)
     assert kernel.name == "flash_attn_2"
     assert "flash_attn_4 needs a better GPU" in why and "torch_flash" not in why
+    assert "cudnn has no sliding window" in why
     kernel, why = choose("auto", "cuda", torch.float32)
     assert kernel.name == "math" and why.startswith("WARNING: SLOW ATTENTION")
     assert "flash_attn_2 takes bfloat16, float16, not float32" in why
     kernel, why = choose("auto", "cuda", torch.bfloat16, head_dim=20)
     assert kernel.name == "math" and "in multiples of 8, not 20" in why
+
+
+def test_auto_takes_cudnn_only_where_it_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("flash_attn_4", "flash_attn_3"):
+        monkeypatch.setattr(type(KERNELS[name]), "availability", lambda self: "needs a better GPU")
+    for name in ("cudnn", "flash_attn_2"):
+        monkeypatch.setattr(type(KERNELS[name]), "availability", lambda self: None)
+
+    def choice(window: bool = False, documents: bool = False, **needs: bool) -> tuple[str, str]:
+        kernel, why = select_kernel(
+            "auto",
+            device_type="cuda",
+            dtype=torch.bfloat16,
+            head_dim=128,
+            window=window,
+            documents=documents,
+            **needs,
+        )
+        return kernel.name, why
+
+    assert choice()[0] == "cudnn"
+    for needs, words in (
+        ({"window": True}, "has no sliding window"),
+        ({"documents": True}, "has no document mask"),
+        ({"rectangular": True}, "takes a causal mask only over as many queries as keys"),
+        ({"deterministic": True}, "has no deterministic backward"),
+    ):
+        name, why = choice(**needs)
+        assert name == "flash_attn_2" and f"cudnn {words}" in why
+
+
+@pytest.mark.parametrize(("built", "version", "words"), [(False, None, "built with cuDNN"), (True, 8907, "loads 8907")])
+def test_cudnn_that_is_missing_or_old(
+    built: bool, version: int | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.kernels.cudnn.missing_gpu", lambda capabilities: None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: built)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    why = KERNELS["cudnn"].availability()
+    assert why is not None and words in why
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert KERNELS["cudnn"].availability() is None
 
 
 def test_a_named_backend() -> None:
@@ -569,14 +617,24 @@ def test_a_named_backend() -> None:
         choose("flash", "cpu", torch.bfloat16)
     with pytest.raises(KernelUnavailable, match="no attention kernel takes float8_e4m3fn on cpu"):
         choose("auto", "cpu", torch.float8_e4m3fn)
-    assert BACKENDS == ("auto", "flash_attn_4", "flash_attn_2", "torch_flash", "cpu", "math")
+    assert BACKENDS == (
+        "auto",
+        "flash_attn_4",
+        "flash_attn_3",
+        "cudnn",
+        "flash_attn_2",
+        "torch_flash",
+        "cpu",
+        "math",
+    )
+    assert get_args(Backend) == BACKENDS
 
 
-@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_2", "torch_flash"])
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch_flash"])
 def test_what_a_machine_lacks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal() -> str:
         with pytest.raises(KernelUnavailable, match=f"attention backend {backend} cannot run") as caught:
-            choose(backend, "cuda", torch.bfloat16)
+            select_kernel(backend, device_type="cuda", dtype=torch.bfloat16, head_dim=64, window=False, documents=False)
         return str(caught.value)
 
     monkeypatch.setattr(torch.version, "cuda", None)

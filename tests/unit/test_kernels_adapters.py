@@ -11,6 +11,7 @@ Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import TypeAlias
@@ -25,7 +26,10 @@ from model.kernels import (
     AttentionMask,
     Capabilities,
     Documents,
+    KernelUnavailable,
+    cudnn,
     flash_attn_2,
+    flash_attn_3,
     flash_attn_4,
     torch_flash,
 )
@@ -146,6 +150,33 @@ def fa2() -> SimpleNamespace:
     )
 
 
+def fa3() -> SimpleNamespace:
+    """flash_attn_interface of FlashAttention-3, the parameters in use."""
+
+    def _fwd(
+        q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+        causal=False, window_size_left=-1, window_size_right=-1
+    ):
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == longest(cuts)
+        out, lse = forward(q, k, v, softmax_scale, causal, window_size_left, window_size_right, cuts)
+        return out, lse, None, None
+
+    def _bwd(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False
+    ):
+        cuts = cu_seqlens_q, cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == longest(cuts) and deterministic and sequed_q is sequed_k is None
+        how = softmax_scale, is_causal, window_size_left, window_size_right, cuts
+        gradients = backward(dout, q, k, v, out, softmax_lse, *how)
+        for buffer, gradient in zip((dq, dk, dv), gradients, strict=True):
+            write(buffer, gradient)
+
+    return SimpleNamespace(_flash_attn_forward=_fwd, _flash_attn_backward=_bwd)
+
+
 def fa4() -> SimpleNamespace:
     """flash_attn.cute.interface 4.0.0b36, the parameters in use."""
 
@@ -201,11 +232,38 @@ def torch_backward(
     return backward(grad_out, query, key, value, out, logsumexp, *how)
 
 
+def cudnn_forward(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+    scale=None
+):
+    """aten::_scaled_dot_product_cudnn_attention: heads first, causal from the top left, lse [B, H, Sq, 1]."""
+    assert attn_bias is None and compute_log_sumexp and (dropout_p, return_debug_mask) == (0.0, False)
+    assert query.shape[2] > 1 and key.shape[2] > 1 and not (is_causal and query.shape[2] != key.shape[2])
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = forward(q, k, v, scale, is_causal, -1, -1, (None, None))
+    return out.transpose(1, 2), lse[..., None], *(None,) * 7
+
+
+def cudnn_backward(
+    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
+    max_k, dropout_p, is_causal, *, scale=None
+):
+    assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p) == (None, None, None, 0.0)
+    assert philox_seed.dtype == philox_offset.dtype == torch.int64
+    assert (max_q, max_k) == (query.shape[2], key.shape[2]) and min(max_q, max_k) > 1
+    # The plan that cuDNN is given depends on these strides, but torch does not look for it by them.
+    assert all(x.transpose(1, 2).is_contiguous() for x in (grad_out, out))
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    gradients = backward(dout, q, k, v, out, logsumexp.squeeze(-1), scale, is_causal, -1, -1, (None, None))
+    return tuple(x.transpose(1, 2) for x in gradients)
+
+
 # fmt: on
-@pytest.fixture(params=["torch_flash", "flash_attn_2", "flash_attn_4"])
+@pytest.fixture(params=["torch_flash", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
     """The adapter over its stand-in, allowed fp64 on the CPU."""
     monkeypatch.setattr(flash_attn_2, "_package", fa2)
+    monkeypatch.setattr(flash_attn_3, "_package", fa3)
     monkeypatch.setattr(flash_attn_4, "_package", fa4)
     monkeypatch.setattr(torch_flash, "_forward_op", torch_forward)
     monkeypatch.setattr(torch_flash, "_backward_op", torch_backward)
@@ -268,7 +326,12 @@ def test_adapter_is_math(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-WRITES = {"flash_attn_4": ("out", "dq", "dk", "dv"), "flash_attn_2": ("dq", "dk", "dv"), "torch_flash": ()}
+WRITES = {
+    "flash_attn_4": ("out", "dq", "dk", "dv"),
+    "flash_attn_3": ("dq", "dk", "dv"),
+    "flash_attn_2": ("dq", "dk", "dv"),
+    "torch_flash": (),
+}
 """What a backend's own interface can write in place."""
 
 
@@ -298,6 +361,72 @@ def test_adapter_writes_where_it_is_wanted(
     }
     empty = mask.offset == -5
     assert inside == {name: name in WRITES[kernel.name] and not unaligned and not empty for name in targets}
+
+
+@pytest.fixture
+def over_cudnn(monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
+    """The adapter over its stand-in with its own refusals, allowed fp64 on the CPU."""
+    monkeypatch.setattr(cudnn, "_forward_op", cudnn_forward)
+    monkeypatch.setattr(cudnn, "_backward_op", cudnn_backward)
+    kernel = KERNELS["cudnn"]
+    allowed = replace(kernel.capabilities, device_types=("cpu",), dtypes=(torch.float64,))
+    monkeypatch.setattr(kernel, "capabilities", allowed)
+    return kernel
+
+
+@by_heads
+@pytest.mark.parametrize("place", ["nowhere", "in slices"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [(7, 7, True), (7, 7, False), (5, 9, False), (9, 5, False), (1, 1, True), (1, 6, False), (6, 1, False)],
+)
+def test_cudnn_is_math(
+    over_cudnn: AttentionKernel, queries: int, keys: int, causal: bool, place: str, heads: tuple[int, int]
+) -> None:
+    """Any strides; a single query or key does not reach cuDNN."""
+    kernel, mask = over_cudnn, AttentionMask(causal=causal)
+    q, k, v, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(heads, queries, keys))
+    targets = [x.new_full((*x.shape[:2], x.shape[2] + 2, 8), math.nan)[:, :, 1:-1] for x in (q, q, k, v)]
+    out_target, dq, dk, dv = targets if place == "in slices" else (None,) * 4
+    out, lse = kernel.forward(q, k, v, SCALE, mask, out=out_target)
+    gradients = kernel.backward(dout, q, k, v, out, lse, SCALE, mask, dq=dq, dk=dk, dv=dv)
+    expected, expected_lse = KERNELS["math"].forward(q, k, v, SCALE, mask)
+    exact = expected, expected_lse, *KERNELS["math"].backward(dout, q, k, v, expected, expected_lse, SCALE, mask)
+    for actual, right in zip((out, lse, *gradients), exact, strict=True):
+        torch.testing.assert_close(actual, right, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (AttentionMask(window=3), "has no sliding window"),
+        (AttentionMask(documents=Documents.from_boundaries([0, 7, 14], "cpu")), "has no document mask"),
+        (AttentionMask(offset=2), "takes a causal mask only over as many queries as keys with offset 0"),
+    ],
+    ids=str,
+)
+def test_cudnn_refuses_what_torch_does_not_ask_of_it(
+    over_cudnn: AttentionKernel, mask: AttentionMask, words: str
+) -> None:
+    q, k, v, dout = draw((4, 4), 7, 7)
+    with pytest.raises(KernelUnavailable, match=f"attention kernel cudnn {words}"):
+        over_cudnn.forward(q, k, v, SCALE, mask)
+    lse = q.new_zeros(2, 4, 7)
+    with pytest.raises(KernelUnavailable, match="cudnn has no deterministic backward"):
+        over_cudnn.backward(dout, q, k, v, q, lse, SCALE, AttentionMask(), deterministic=True)
+
+
+def test_flash_attn_3_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, why = flash_attn_3._load.__wrapped__()
+    assert package is None and why.startswith("needs flash_attn_interface, which is not installed; it is not on PyPI")
+    assert "#subdirectory=hopper" in why
+    monkeypatch.setattr(flash_attn_3, "import_or_reason", lambda module, remedy: (fa3(), ""))
+    package, why = flash_attn_3._load.__wrapped__()
+    assert package is None and "before _flash_attn_forward, _flash_attn_backward became custom operators" in why
+    modern = SimpleNamespace(register_autograd=None)
+    both = SimpleNamespace(_flash_attn_forward=modern, _flash_attn_backward=modern)
+    monkeypatch.setattr(flash_attn_3, "import_or_reason", lambda module, remedy: (both, ""))
+    assert flash_attn_3._load.__wrapped__() == (both, "")
 
 
 def test_flash_attn_2_alone_does_not_pass_for_4(monkeypatch: pytest.MonkeyPatch) -> None:
