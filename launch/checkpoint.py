@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000150/            complete: it got this name by one rename, after everything else
         manifest.json                         progress, model, data, and size and CRC-32 of every file, its own included
         .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
-    RUN/checkpoints/step-00000200.partial/    a save or removal in progress or killed; never read, the next save removes it
+    RUN/checkpoints/step-00000200.partial/    a save or removal in progress or killed; never read, cleared by the next
 
 There is no `latest` file to go stale: the newest complete directory is the latest.
 """

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
+
+_FIRST_WORD_SECONDS = 20.0
+"""How long rank 0 has to report a fault. The launcher looks once a second and ends all ranks once one has failed."""
+
+
+class DeviceUnavailable(ValueError):
+    """A device that the job asks for and this node lacks."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,12 @@ def place_in_world() -> Place:
 def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     """The device of this process and a sentence saying why. `wanted` is job.device.
 
-    Tells DeepSpeed too, so it must run before DeepSpeed is imported. Raises ValueError where GPUs were asked for and
-    are not there.
+    Tells DeepSpeed too, so it must run before DeepSpeed is imported. Raises DeviceUnavailable where GPUs were asked for
+    and are not there.
     """
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and gpus < place.local_size:
-        raise ValueError(
+        raise DeviceUnavailable(
             f"job.device is cuda, but this node has {gpus} GPUs for {place.local_size} processes; start fewer "
             "processes, or set job.device: cpu"
         )
@@ -57,3 +66,15 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     why = "job.device is cpu" if wanted == "cpu" else f"{gpus} GPUs for {place.local_size} processes on this node"
     return torch.device("cpu"), f"CPU with gloo: {why}"
+
+
+def report_failure(text: str, place: Place) -> None:
+    """Tells the user why this rank is about to fail: once a node, and rank 0 first.
+
+    The others wait, because the first rank that ends takes all of its node with it, the report of rank 0 included. One
+    that outlives the wait is on another node, or has a fault that rank 0 has not, and speaks if it is its node's first.
+    """
+    if place.rank:
+        time.sleep(_FIRST_WORD_SECONDS)
+    if not place.local_rank:
+        print(text, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,14 @@ from launch.checkpoint import CheckpointError, Checkpoints, Progress
 from launch.config import JobConfig
 from launch.corpus import Corpus, CorpusError, conditional_bigram_entropy, split_corpus
 from launch.data import Batches, SequenceSampler, validation_batches
-from launch.environment import Place
+from launch.environment import Place, report_failure
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.sampling import sample
 from launch.sources import load_corpus
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
+from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine, initialize_distributed
 
@@ -36,17 +36,14 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     """Trains `job` on this rank; returns the exit status."""
     _leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
-    status = 0
     try:
         _train(_resolved(job), place, device, device_note)
-    except (CheckpointError, CorpusError, NonFiniteLoss) as error:
-        # Raised on every rank alike; one report is enough.
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 1
-    dist.barrier()  # the launcher ends all ranks as soon as one has failed: nobody leaves before the report is out
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss) as error:
+        report_failure(f"error: {error}", place)
+        return 1
+    dist.barrier()
     dist.destroy_process_group()
-    return status
+    return 0
 
 
 def _leave_out_what_no_user_can_change() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
-from launch.environment import choose_device, place_in_world
+from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
 from launch.violations import ConfigError
 
 
@@ -32,11 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Every rank looks, so that all of them stop before any waits for another; rank 0's reading is what counts.
         job = load_job(path, options.overrides, place.world_size)
-    except ConfigError as error:
-        if place.rank == 0:
-            print(error, file=sys.stderr)
+        device, device_note = choose_device(job.job.device, place)
+    except (ConfigError, DeviceUnavailable) as error:
+        report_failure(str(error), place)
         return 2
-    device, device_note = choose_device(job.job.device, place)
     from launch.run import run  # DeepSpeed looks for its accelerator when imported; choose_device has just named it
 
     return run(job, place, device, device_note)

@@ -159,15 +159,21 @@ class Trainer:
     def _check_finite(self, outcome: StepOutcome) -> None:
         """Every rank sees the same loss and norm, so all stop together."""
         loss, norm = float(outcome.loss), float(outcome.grad_norm)
-        if math.isfinite(loss) and (math.isfinite(norm) or not outcome.applied):
+        # DeepSpeed skips such an update in any precision; only a scaler makes that right, by lowering its scale.
+        skipped_by_scaler = not outcome.applied and bool(self.engine.loss_scaler_state)
+        if math.isfinite(loss) and (math.isfinite(norm) or skipped_by_scaler):
             return
         flags = torch.zeros(dist.get_world_size(), device=self.engine.device)
         flags[dist.get_rank()] = float(not math.isfinite(float(outcome.local_loss)))
         dist.all_reduce(flags)
         ranks = [str(rank) for rank, flag in enumerate(flags.tolist()) if flag]
         where = f"on rank {', '.join(ranks)}" if ranks else "in the gradients only"
+        # A checkpoint of the step before holds the very weights that failed; those before it led to a sound step.
         steps = self.checkpoints.steps()
-        good = f"step-{steps[-1]:08d} in {self.checkpoints.directory}" if steps else "none was saved yet"
+        sound = [step for step in steps if step < outcome.step - 1]
+        good = f"step-{sound[-1]:08d} in {self.checkpoints.directory}" if sound else "none"
+        if sound and sound != steps:
+            good += f" (move step-{steps[-1]:08d} away to continue from it)"
         raise NonFiniteLoss(
             f"step {outcome.step}: loss {loss}, gradient norm {norm}; it arose {where}. Last good checkpoint: {good}. "
             "Lower optimizer.learning_rate or training.gradient_clipping, lengthen optimizer.warmup_steps, or look at "

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.data import IGNORED_LABEL, MicroBatch
-from launch.environment import Place, choose_device, place_in_world
+from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import cut
 from launch.sampling import sample
 from launch.text_codec import text_codec
@@ -196,8 +196,27 @@ def test_missing_gpus_are_told_with_both_numbers(bare: pytest.MonkeyPatch) -> No
     expected = (
         r"job.device is cuda, but this node has 2 GPUs for 4 processes; start fewer processes,? or set job.device"
     )
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(DeviceUnavailable, match=expected):
         choose_device("cuda", Place(0, 0, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("place", "speaks", "waits"),
+    [
+        (Place(0, 0, 8, 4), True, False),
+        (Place(1, 1, 8, 4), False, True),
+        (Place(4, 0, 8, 4), True, True),  # the first of another node
+        (Place(5, 1, 8, 4), False, True),
+    ],
+)
+def test_a_failure_is_told_once_a_node_and_by_rank_0_first(
+    place: Place, speaks: bool, waits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept = Mock()
+    monkeypatch.setattr(time, "sleep", slept)
+    report_failure("too bad", place)
+    assert slept.called is waits
+    assert capsys.readouterr().err == ("too bad\n" if speaks else "")
 
 
 # -- text ----------------------------------------------------------------------------------------------------------

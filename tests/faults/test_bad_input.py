@@ -1,0 +1,80 @@
+"""What a user may get wrong, by the real command: one report that names the fault, and the right exit status."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+from tests.faults.launched import TinyJob
+
+pytestmark = pytest.mark.faults
+
+
+def refused(tiny: TinyJob, *overrides: str, status: int = 1) -> str:
+    """What a world of one says when it stops with `status`."""
+    with tiny.alone(*overrides) as job:
+        assert job.wait() == status, job.output[-8000:]
+        assert "Traceback" not in job.output, job.output[-8000:]
+        return job.output
+
+
+def test_configuration_errors_are_one_report_before_any_process_group(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path)
+    overrides = ["model.num_key_value_heads=3", "training.max_stepz=5", "parallel.tensor_parallel_size=two"]
+    said = refused(tiny, *overrides, status=2)
+    with tiny.launch(2, *overrides) as job:
+        assert job.wait() == 2, job.output[-8000:]
+        from_the_launcher = job.output
+    for output in (said, from_the_launcher):
+        assert output.count("errors in the job's configuration") == 1, output
+        for part in ("num_attention_heads (4) must be divisible by", "training.max_stepz", "max_steps", "two"):
+            assert part in output, (part, output)
+        assert "Traceback" not in output
+    assert not tiny.run.exists()
+
+
+def test_what_this_machine_lacks(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path)
+    if torch.cuda.device_count() == 0:
+        said = refused(tiny, "job.device=cuda", status=2)
+        assert said.startswith("job.device is cuda, but this node has 0 GPUs for 1 processes; start fewer processes")
+    assert "error: " in (said := refused(tiny, "model.attention_backend=flash_attn_2")) and "flash_attn_2" in said
+
+
+def test_an_empty_corpus(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path)
+    for path in (tmp_path / "text").iterdir():
+        path.write_bytes(b"")
+    assert "error: the corpus is empty: 8 files, 0 tokens; point data.files at files with text" in refused(tiny)
+    assert "no file matches" in refused(tiny, f"data.files=['{tmp_path}/nothing/*.txt']")
+
+
+def test_a_binary_corpus_under_a_tokenizer(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "1": 1}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    binary = tmp_path / "text" / "3.txt"
+    binary.write_bytes(b"text, then\0" + os.urandom(64))
+    said = refused(tiny, f"data.tokenizer={tmp_path}/tokenizer.json", f"data.cache_directory={tmp_path}/cache")
+    assert f"error: {binary}: binary, not text (NUL at byte 10); leave it out of data.files, or use " in said
+
+
+def test_what_is_not_finite_stops_the_job_with_step_rank_and_checkpoint(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path, cp=2, max_steps=3)
+    tiny.finish(2)
+    # Step 4 still computes with sound weights and ruins them; its checkpoint is complete, but not good. 1e30 lets the
+    # norms' squares overflow in the backward pass only; 1e39 is infinite in fp32 and reaches the loss.
+    wild = ["training.max_steps=9", "training.gradient_clipping=0"]
+    good = f"Last good checkpoint: step-00000003 in {tiny.checkpoints} (move step-00000004 away to continue from it). "
+    with tiny.launch(2, *wild, "optimizer.learning_rate=1e39") as job:
+        assert job.wait() == 1, job.output[-8000:]
+        said = job.output
+    assert "step 4/9  loss " in said
+    assert f"error: step 5: loss nan, gradient norm nan; it arose on rank 0, 1. {good}" in said, said[-8000:]
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    (tiny.checkpoints / "step-00000004").rename(tmp_path / "step-00000004")
+    said = refused(tiny, *wild, "optimizer.learning_rate=1e30", "parallel.context_parallel_size=1")
+    assert "resumed from step 3, " in said
+    assert f"gradient norm inf; it arose in the gradients only. {good}" in said, said[-8000:]
