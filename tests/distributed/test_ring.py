@@ -1,0 +1,380 @@
+"""Ring attention against attention over the whole sequence on one rank: the output and all three gradients.
+
+One world of eight serves every P: the ring of P is the group RINGS[P], which does not start at rank 0 and has gaps
+(but for P = 8), so that a group's rank is not taken for the world's. The sharder, the plan, the ring and a kernel are
+tested together.
+
+Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim; P context_parallel_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import parallel.ring
+from model.kernels import KERNELS, AttentionMask, Documents, attention
+from parallel.ring import RingAttention
+from parallel.ring_plan import ring_plan
+from parallel.sequence import shard_sequence
+from tests.distributed.harness import run_distributed
+
+B, S, D, SCALE = 2, 96, 8, 0.3
+RINGS = {1: [5], 2: [3, 6], 3: [1, 4, 6], 4: [1, 2, 5, 7], 8: list(range(8))}
+NAMES = ("out", "dq", "dk", "dv")
+
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 19)
+LONG = (1, 70, 1, 1, 23)  # one document longer than a rank's share where P > 1
+UNIT = (1,) * S
+
+
+@dataclass(frozen=True)
+class Case:
+    """`lengths`: the documents of all rows, a different cut in each row."""
+
+    window: int | None = None
+    lengths: tuple[int, ...] = ()
+    heads: int = 4
+    kv_heads: int = 2
+
+    def documents(self) -> Documents | None:
+        return Documents.from_boundaries([0, *accumulate(self.lengths)], "cpu") if self.lengths else None
+
+
+CASES = {
+    "causal": Case(),
+    "causal, 8:1": Case(heads=8, kv_heads=1),
+    "causal, MHA": Case(heads=3, kv_heads=3),
+    "window of one": Case(window=1),
+    "window smaller than a chunk": Case(window=5),  # chunks: 96, 24, 16, 12, 6
+    "window of a chunk": Case(window=12),
+    "window larger than a chunk": Case(window=31),
+    "window that hides one pair": Case(window=S - 1),
+    "window past the sequence": Case(window=S + 4),
+    "documents": Case(lengths=PRIMES + LONG),
+    "documents, 8:1": Case(lengths=LONG + PRIMES, heads=8, kv_heads=1),
+    "documents, one row of single tokens": Case(lengths=UNIT + (S,)),
+    "documents, a row whole": Case(lengths=(S, 48, 48)),
+    "documents and window": Case(window=9, lengths=LONG + PRIMES),
+    "documents and window of one": Case(window=1, lengths=PRIMES + LONG),
+    "documents and wide window, MHA": Case(window=40, lengths=PRIMES + LONG, heads=2, kv_heads=2),
+}
+
+
+def full_inputs(case: Case, sequence: int = S) -> list[Tensor]:
+    """q, k, v and the gradient of the output, [B, S, heads, D], fp64 that bf16 can hold: the same on every rank."""
+    generator = torch.Generator().manual_seed(11)
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    return [torch.randn(B, sequence, n, D, generator=generator).bfloat16().double() for n in heads]
+
+
+@cache
+def dense(case: Case, sequence: int = S) -> list[Tensor]:
+    """out, dq, dk, dv by the reference kernel over the whole sequence."""
+    *leaves, dout = (tensor.requires_grad_() for tensor in full_inputs(case, sequence))
+    mask = AttentionMask(window=case.window, documents=case.documents())
+    out = attention(*leaves, kernel=KERNELS["math"], scale=SCALE, mask=mask)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def local_part(full: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return torch.from_numpy(shard_sequence(full.numpy(), group.size(), dist.get_rank(group)))
+
+
+def ring_result(ring: RingAttention, case: Case, dtype: torch.dtype, sequence: int = S) -> list[Tensor]:
+    """out, dq, dk, dv of this rank's part."""
+    inputs = full_inputs(case, sequence)
+    q, k, v, dout = (local_part(tensor, ring.group).to(dtype).requires_grad_() for tensor in inputs)
+    out = ring(q, k, v, case.documents())
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def make_ring(group: dist.ProcessGroup, case: Case, kernel: str) -> RingAttention:
+    return RingAttention(group, KERNELS[kernel], scale=SCALE, window=case.window)
+
+
+def errors(group: dist.ProcessGroup, case: Case, kernel: str, dtype: torch.dtype) -> dict[str, float]:
+    """The largest error of this rank's part, relative to the largest element of the whole, or 1."""
+    results = ring_result(make_ring(group, case, kernel), case, dtype)
+    found = {}
+    for name, result, full in zip(NAMES, results, dense(case), strict=True):
+        assert result.dtype == dtype
+        difference = (result.double() - local_part(full, group)).abs().max()
+        found[name] = (difference / full.abs().max().clamp(min=1)).item()
+    return found
+
+
+Results = dict[Any, dict[str, float]]
+
+
+def on_rings(function: Callable[[int, dist.ProcessGroup], Results]) -> Results:
+    """`function(P, ring of P)` for every ring this rank stands in."""
+    found: Results = {}
+    for size, ranks in RINGS.items():
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            found |= function(size, group)
+    return found
+
+
+def worst(results: list[Results]) -> Results:
+    """Largest value over the ranks, nan if any is."""
+    merged: Results = {}
+    for rank_results in results:
+        for key, found in rank_results.items():
+            into = merged.setdefault(key, dict.fromkeys(found, 0.0))
+            for name, value in found.items():
+                into[name] = value if math.isnan(value) else max(into[name], value)
+    return merged
+
+
+# -- against the dense twin --------------------------------------------------------------------------------------------
+
+
+def _all_errors() -> Results:
+    def measure(size: int, group: dist.ProcessGroup) -> Results:
+        found = {}
+        for name, case in CASES.items():
+            found[size, name, "math", "fp64"] = errors(group, case, "math", torch.float64)
+            found[size, name, "cpu", "fp32"] = errors(group, case, "cpu", torch.float32)
+        return found
+
+    return on_rings(measure)
+
+
+@pytest.fixture(scope="module")
+def all_errors() -> Results:
+    return worst(run_distributed(_all_errors, 8))
+
+
+@pytest.mark.parametrize("size", RINGS)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [("math", "fp64", 1e-12), ("cpu", "fp32", 1e-5)])
+def test_equals_attention_over_the_whole_sequence(
+    all_errors: Results, size: int, kernel: str, dtype: str, tolerance: float
+) -> None:
+    for name in CASES:
+        for tensor, error in all_errors[size, name, kernel, dtype].items():
+            assert error < tolerance, f"{name}: {tensor}"
+
+
+# -- one ring over many batches ----------------------------------------------------------------------------------------
+
+
+def _batches_and_repeats() -> bool:
+    group = dist.new_group(RINGS[4])
+    if dist.get_rank() not in RINGS[4]:
+        return True
+    # One ring serves all layers and batches: its plan must follow the documents and the length.
+    packed, other = Case(lengths=PRIMES + LONG), Case(lengths=LONG + PRIMES)
+    ring = make_ring(group, Case(), "math")
+    for case, sequence in ((packed, S), (Case(), S), (other, S), (packed, S), (Case(), S // 2), (Case(), S)):
+        results = ring_result(ring, case, torch.float64, sequence)
+        for result, full in zip(results, dense(case, sequence), strict=True):
+            torch.testing.assert_close(result, local_part(full, group), rtol=1e-12, atol=1e-12)
+    for dtype in (torch.float32, torch.bfloat16):
+        deterministic = RingAttention(group, KERNELS["cpu"], scale=SCALE, deterministic=True)
+        first, second = (ring_result(deterministic, packed, dtype) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True)), "the same bits again"
+    return True
+
+
+def test_one_ring_serves_many_batches_and_repeats_itself() -> None:
+    assert all(run_distributed(_batches_and_repeats, 8))
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+def _bf16_squares() -> Results:
+    """Squared norms of this rank's errors and of its part of the reference."""
+    sequence, case = 240, Case()
+
+    def measure(size: int, group: dist.ProcessGroup) -> Results:
+        found: Results = {}
+        for kernel in ("cpu", "math"):
+            results = ring_result(make_ring(group, case, kernel), case, torch.bfloat16, sequence)
+            squares = {}
+            for name, result, full in zip(NAMES, results, dense(case, sequence), strict=True):
+                part = local_part(full, group)
+                squares[f"{name} error"] = (result.double() - part).square().sum().item()
+                squares[name] = part.square().sum().item()
+            found[size, kernel] = squares
+        return found
+
+    return on_rings(measure)
+
+
+def test_the_error_of_bf16_does_not_grow_with_the_ring() -> None:
+    results = run_distributed(_bf16_squares, 8)
+    for kernel in ("cpu", "math"):
+        relative: dict[int, dict[str, float]] = {}
+        for size in RINGS:
+            parts = [found[size, kernel] for found in results if (size, kernel) in found]
+            assert len(parts) == size
+            total = {key: sum(part[key] for part in parts) for key in parts[0]}
+            relative[size] = {name: math.sqrt(total[f"{name} error"] / total[name]) for name in NAMES}
+        # A real kernel loses most inside, whatever P. The reference rounds only what it hands out: once where P is 1,
+        # and each partial result where it is more, so it is judged from P = 2 on.
+        least = 1 if kernel == "cpu" else 2
+        for name in NAMES:
+            assert 1e-4 < relative[1][name] < 1e-2, "bf16 rounds, and no worse than it must"
+            for size in RINGS:
+                assert size < least or relative[size][name] <= 1.3 * relative[least][name], (kernel, size, name)
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stale_keys(size: int) -> Iterator[None]:
+    """The first message never arrives: step 1 computes with this rank's own keys again."""
+    original, count = parallel.ring._pass_on, iter(range(10**6))
+
+    def pass_on(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+        if next(count) > 0:
+            return original(outgoing, incoming, group)
+        incoming.copy_(outgoing)
+        return []
+
+    with mock.patch("parallel.ring._pass_on", pass_on):
+        yield
+
+
+@contextmanager
+def gradients_not_sent_home(size: int) -> Iterator[None]:
+    """The last hop of dK and dV is missing (P - 1 messages go out in forward, P - 1 and P in backward)."""
+    original, count = parallel.ring._pass_on, iter(range(10**6))
+
+    def pass_on(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+        if next(count) < 3 * size - 3:
+            return original(outgoing, incoming, group)
+        incoming.copy_(outgoing)
+        return []
+
+    with mock.patch("parallel.ring._pass_on", pass_on):
+        yield
+
+
+@contextmanager
+def wrong_direction(size: int) -> Iterator[None]:
+    """Keys come from the next rank where the plan expects the previous one's."""
+    original = dist.get_global_rank
+
+    def get_global_rank(group: dist.ProcessGroup, rank: int) -> int:
+        return original(group, (2 * dist.get_rank(group) - rank) % size)
+
+    with mock.patch("torch.distributed.get_global_rank", get_global_rank):
+        yield
+
+
+@contextmanager
+def skipped_step(size: int) -> Iterator[None]:
+    original = parallel.ring._bind
+
+    def bind(*arguments: Any) -> list[list[Any]]:
+        return original(*arguments)[:-1] + [[]]
+
+    with mock.patch("parallel.ring._bind", bind):
+        yield
+
+
+def _window_changed_by(change: int) -> Callable[[int], Any]:
+    @contextmanager
+    def fault(size: int) -> Iterator[None]:
+        original = ring_plan
+
+        def plan(length: int, size: int, rank: int, window: int | None = None, *rest: Any) -> Any:
+            return original(length, size, rank, None if window is None else window + change, *rest)
+
+        with mock.patch("parallel.ring.ring_plan", plan):
+            yield
+
+    return fault
+
+
+@contextmanager
+def lse_of_the_wrong_half(size: int) -> Iterator[None]:
+    """The merge weighs each of this rank's two chunks with the other's log-sum-exp."""
+    original = parallel.ring._merge
+
+    def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        original(out, lse, part, part_lse.roll(part_lse.shape[-1] // 2, dims=-1))
+
+    with mock.patch("parallel.ring._merge", merge):
+        yield
+
+
+@contextmanager
+def unweighted_merge(size: int) -> Iterator[None]:
+    """The last partial result replaces what was there, without weights."""
+
+    def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        out.copy_(part)
+        lse.copy_(part_lse)
+
+    with mock.patch("parallel.ring._merge", merge):
+        yield
+
+
+@contextmanager
+def documents_of_the_first_row(size: int) -> Iterator[None]:
+    original = parallel.ring._boundaries_by_row
+
+    def by_row(*arguments: Any) -> list[list[int]]:
+        rows = original(*arguments)
+        return [rows[0]] * len(rows)
+
+    with mock.patch("parallel.ring._boundaries_by_row", by_row):
+        yield
+
+
+FAULTS: dict[str, tuple[Callable[[int], Any], str, tuple[str, ...]]] = {
+    "stale keys": (stale_keys, "causal", NAMES),
+    "skipped step": (skipped_step, "causal", NAMES),
+    "wrong direction": (wrong_direction, "causal", NAMES),
+    "LSE of the wrong half": (lse_of_the_wrong_half, "causal", NAMES),
+    "unweighted merge": (unweighted_merge, "causal", NAMES),
+    "window one too wide": (_window_changed_by(+1), "window larger than a chunk", NAMES),
+    "window one too narrow": (_window_changed_by(-1), "window smaller than a chunk", NAMES),
+    "window one too narrow, one pair": (_window_changed_by(-1), "window that hides one pair", NAMES),
+    "window one too wide, documents": (_window_changed_by(+1), "documents and window", NAMES),
+    "dK and dV not sent home": (gradients_not_sent_home, "causal", ("dk", "dv")),
+    "documents of the first row": (documents_of_the_first_row, "documents", NAMES),
+}
+"""Name: (fault, the case that must notice, the tensors that must be wrong)."""
+
+
+def _errors_under_faults() -> Results:
+    def measure(size: int, group: dist.ProcessGroup) -> Results:
+        found = {}
+        for name, (fault, case, _) in FAULTS.items() if size in (3, 4) else ():
+            with fault(size):
+                found[size, name] = errors(group, CASES[case], "math", torch.float64)
+        return found
+
+    return on_rings(measure)
+
+
+@pytest.fixture(scope="module")
+def errors_under_faults() -> Results:
+    return worst(run_distributed(_errors_under_faults, 8))
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(errors_under_faults: Results, fault: str, size: int) -> None:
+    """Were one to slip through, the comparison above would prove nothing."""
+    for name in FAULTS[fault][2]:
+        error = errors_under_faults[size, fault][name]
+        assert error > 1e-4 or math.isnan(error), f"{name} is off by {error} only"

@@ -1,0 +1,339 @@
+"""Tensor-parallel layers against their dense twins: outputs and all gradients, fp32 and fp64, T = 2 and 4.
+
+The layers are made as training makes them: a plan applied on the meta device, then filled with the twin's slices. The
+vocabulary's padding is filled with large numbers: were it to count anywhere, it would show.
+
+Shapes: B batch, S sequence, E hidden_size, V vocabulary, F intermediate features, T tensor_parallel_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from model.head import Head
+from model.layers import RMSNorm
+from parallel.collectives import copy_to_group
+from parallel.tensor import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorShard,
+    apply_tensor_parallel,
+    check_head_divisibility,
+    style_of,
+    sum_partial_gradients,
+)
+from parallel.vocab import VocabParallelEmbedding, VocabParallelHead, padded_vocabulary, vocab_parallel_cross_entropy
+from tests.distributed.harness import run_distributed
+
+B, S, E, F = 2, 9, 8, 24
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Gives every parameter fp64 values that depend on its name alone."""
+    for name, parameter in model.named_parameters():
+        parameter.data = random(*parameter.shape, seed=sum(name.encode()))
+    return model
+
+
+def close(result: Tensor, expected: Tensor, what: str) -> None:
+    """Largest difference, relative to the largest element, or 1; a rank of padding only has nothing to compare."""
+    assert result.shape == expected.shape
+    if not expected.numel():
+        return
+    assert result.data_ptr() != expected.data_ptr(), "compared with itself"
+    error = (result.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < TOLERANCES[result.dtype], f"{what} is off by {error}"
+
+
+def parallel_twin(
+    build: Callable[[], nn.Module], plan: dict[str, str], group: ProcessGroup, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module, dict[str, TensorShard]]:
+    """(dense fp64, parallel in `dtype` with the dense one's slices and padding of 50, shards)."""
+    dense = randomize(build())
+    with torch.device("meta"):
+        model = build()
+    shards = apply_tensor_parallel(model, plan, group)
+    model.to_empty(device="cpu").to(dtype)
+    whole = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(50.0)
+            parameter[inside(shards[name])] = cut(whole[name], shards[name]).to(dtype)
+    sum_partial_gradients(model, shards, group)
+    return dense, model, shards
+
+
+def inside(shard: TensorShard) -> tuple[slice, ...]:
+    """The local tensor without its padding."""
+    return tuple(slice(size) for size in shard.sizes)
+
+
+def cut(full: Tensor, shard: TensorShard) -> Tensor:
+    return full[tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))]
+
+
+def compare_gradients(dense: nn.Module, model: nn.Module, shards: dict[str, TensorShard]) -> None:
+    whole = dict(dense.named_parameters())
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == whole.keys() == shards.keys(), "names do not change"
+    for name, parameter in parameters.items():
+        gradient, expected = parameter.grad, whole[name].grad
+        assert gradient is not None and expected is not None
+        close(gradient[inside(shards[name])], cut(expected, shards[name]), f"gradient of {name}")
+        padding = gradient.clone()
+        padding[inside(shards[name])] = 0
+        assert not padding.any(), "padding gets no gradient"
+
+
+def tensor_groups() -> Iterator[ProcessGroup]:
+    """This rank's groups of T = 4 and of T = 2; that of two is not made of neighbours."""
+    yield dist.new_group([0, 1, 2, 3])
+    pairs = {tuple(ranks): dist.new_group(ranks) for ranks in ([0, 2], [1, 3])}
+    yield next(group for ranks, group in pairs.items() if dist.get_rank() in ranks)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+class FeedForwardTwin(nn.Module):
+    """Identity, column, row: the region between a region_input and a row layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Identity()
+        self.up, self.down = nn.Linear(E, F, bias=False), nn.Linear(F, E, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(functional.silu(self.up(self.entry(x))))
+
+
+class HeadsTwin(nn.Module):
+    """A norm that acts on each rank's heads only, between column and row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.norm = RMSNorm(E, 1e-5), RMSNorm(6, 1e-5)
+        self.q, self.o = nn.Linear(E, 24, bias=False), nn.Linear(24, E, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.norm(self.q(self.entry(x)).unflatten(-1, (-1, 6))).flatten(-2))
+
+
+FEED_FORWARD_PLAN = {"entry": "region_input", "up": "column", "down": "row"}
+HEADS_PLAN = {"entry": "region_input", "q": "column", "norm": "partial_grad", "o": "row"}
+
+
+def check_region(
+    build: Callable[[], nn.Module], plan: dict[str, str], group: ProcessGroup, dtype: torch.dtype
+) -> nn.Module:
+    dense, model, shards = parallel_twin(build, plan, group, dtype)
+    x, upstream = random(B, S, E, seed=1), random(B, S, E, seed=2)
+    local_x, dense_x = x.to(dtype, copy=True).requires_grad_(), x.requires_grad_()
+    out, expected = model(local_x), dense(dense_x)
+    out.backward(upstream.to(dtype))
+    expected.backward(upstream)
+    close(out, expected, "output")
+    assert local_x.grad is not None and dense_x.grad is not None
+    close(local_x.grad, dense_x.grad, "gradient of the input")
+    compare_gradients(dense, model, shards)
+    return model
+
+
+def check_embedding(group: ProcessGroup, dtype: torch.dtype, vocab_size: int) -> None:
+    dense, model, shards = parallel_twin(
+        lambda: nn.Sequential(nn.Embedding(vocab_size, E)), {"0": "vocab_embedding"}, group, dtype
+    )
+    embedding = model.get_submodule("0")
+    assert isinstance(embedding, VocabParallelEmbedding)
+    assert embedding.weight.shape[0] == padded_vocabulary(vocab_size, group.size()) // group.size()
+    ids = torch.arange(2 * vocab_size).remainder(vocab_size).view(2, -1)  # each token twice
+    upstream = random(*ids.shape, E, seed=3)
+    out, expected = model(ids), dense(ids)
+    out.backward(upstream.to(dtype))
+    expected.backward(upstream)
+    close(out, expected, "output")
+    compare_gradients(dense, model, shards)
+
+
+def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels: Tensor) -> None:
+    dense, model, shards = parallel_twin(lambda: nn.Sequential(Head(E, vocab_size)), {"0": "vocab_head"}, group, dtype)
+    parallel_head, dense_head = model.get_submodule("0"), dense.get_submodule("0")
+    assert isinstance(parallel_head, VocabParallelHead)
+    hidden = random(*labels.shape, E, seed=4)
+    local_hidden, dense_hidden = hidden.to(dtype, copy=True).requires_grad_(), hidden.requires_grad_()
+    loss, count = parallel_head(local_hidden, labels)
+    expected, expected_count = dense_head(dense_hidden, labels)
+    (3 * loss).backward()  # losses are scaled by accumulation
+    (3 * expected).backward()
+    close(loss, expected, "loss")
+    assert count.item() == expected_count.item() == (labels != -100).sum()
+    assert local_hidden.grad is not None and dense_hidden.grad is not None
+    close(local_hidden.grad, dense_hidden.grad, "gradient of the hidden states")
+    compare_gradients(dense, model, shards)
+    with torch.no_grad():
+        logits = parallel_head(local_hidden)
+        assert logits.shape == (*labels.shape, vocab_size)
+        close(logits, dense_head(dense_hidden), "logits")
+
+
+def check_cross_entropy(group: ProcessGroup, dtype: torch.dtype) -> None:
+    """Each token's loss has a weight of its own, and logits may be huge."""
+    vocab_size, tokens = 61, 30
+    rows = padded_vocabulary(vocab_size, group.size()) // group.size()
+    start = rows * dist.get_rank(group)
+    labels = torch.arange(tokens) * 2
+    labels[5] = -100
+    for scale in (1.0, 1e4):
+        logits, weights = random(tokens, vocab_size, seed=5) * scale, random(tokens, seed=6)
+        logits = logits.float().double()  # the same numbers in both precisions
+        local = torch.full((tokens, rows), 7e4, dtype=dtype)  # padding above every logit
+        local[:, : max(0, vocab_size - start)] = logits[:, start : start + rows].to(dtype)
+        before = local.clone()
+        local.requires_grad_()
+        logits.requires_grad_()
+        losses = vocab_parallel_cross_entropy(local, labels, start, vocab_size, group)
+        expected = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        losses.backward(weights.to(dtype))
+        expected.backward(weights)
+        close(losses, expected, "losses")
+        assert losses[5] == 0 and torch.equal(local, before), "logits are not overwritten"
+        assert local.grad is not None and logits.grad is not None
+        assert not local.grad[5].any() and not local.grad[:, max(0, vocab_size - start) :].any()
+        close(
+            local.grad[:, : max(0, vocab_size - start)], logits.grad[:, start : start + rows], "gradient of the logits"
+        )
+
+
+def _layers() -> bool:
+    for group in tensor_groups():
+        for dtype in (torch.float64, torch.float32):
+            region = check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, dtype)
+            assert isinstance(region.up, ColumnParallelLinear) and region.up.weight.shape == (F // group.size(), E)
+            assert isinstance(region.down, RowParallelLinear) and region.down.weight.shape == (E, F // group.size())
+            check_region(HeadsTwin, HEADS_PLAN, group, dtype)
+            for vocab_size in (64, 61, 5):  # even; padded; T = 4: the last rank holds nothing but padding
+                check_embedding(group, dtype, vocab_size)
+                labels = torch.arange(B * S).remainder(vocab_size).view(B, S)
+                check_head(group, dtype, vocab_size, labels)
+                check_head(group, dtype, vocab_size, labels.masked_fill(labels % 3 == 0, -100))
+                check_head(group, dtype, vocab_size, torch.full((B, S), -100))
+            check_cross_entropy(group, dtype)
+    return True
+
+
+def test_layers_equal_their_dense_twins() -> None:
+    assert all(run_distributed(_layers, 4))
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+def _faults() -> dict[str, str]:
+    """What the comparison says of broken layers, by the fault's name."""
+    group = next(tensor_groups())
+    found = {}
+
+    def attempt(name: str, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except AssertionError as error:
+            found[name] = str(error).splitlines()[0]
+        dist.barrier()
+
+    without_region = {key: style for key, style in FEED_FORWARD_PLAN.items() if style != "region_input"}
+    attempt("input gradient not summed", lambda: check_region(FeedForwardTwin, without_region, group, torch.float64))
+    without_partial = {key: style for key, style in HEADS_PLAN.items() if style != "partial_grad"}
+    attempt("partial gradient not summed", lambda: check_region(HeadsTwin, without_partial, group, torch.float64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel.vocab.copy_to_group", lambda tensor, group: tensor)
+        labels = torch.arange(B * S).view(B, S)
+        attempt("hidden gradient not summed", lambda: check_head(group, torch.float64, 61, labels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel.tensor.reduce_from_group", lambda tensor, group: copy_to_group(tensor, group))
+        attempt("output not summed", lambda: check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, torch.float64))
+    return found
+
+
+def test_planted_faults_are_noticed() -> None:
+    for found in run_distributed(_faults, 4):
+        assert found.keys() == {
+            "input gradient not summed",
+            "partial gradient not summed",
+            "hidden gradient not summed",
+            "output not summed",
+        }
+        assert all("is off by" in message for message in found.values())
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def _plans() -> bool:
+    world = dist.new_group([0, 1])
+    with torch.device("meta"):
+        untouched = FeedForwardTwin()
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    shards = apply_tensor_parallel(untouched, FEED_FORWARD_PLAN, alone)
+    assert type(untouched.up) is nn.Linear and shards == {
+        "up.weight": TensorShard((F, E)),
+        "down.weight": TensorShard((E, F)),
+    }
+    with torch.device("meta"):
+        model = FeedForwardTwin()
+        with pytest.raises(ValueError, match="'sideways' matches no module of FeedForwardTwin"):
+            apply_tensor_parallel(model, {"sideways": "column"}, world)
+        with pytest.raises(ValueError, match="unknown tensor-parallel style 'diagonal'"):
+            apply_tensor_parallel(model, {"up": "diagonal"}, world)
+    rank = dist.get_rank()
+    shards = apply_tensor_parallel(model, FEED_FORWARD_PLAN, world)
+    assert shards == {
+        "up.weight": TensorShard((F, E), 0, rank * 12, 12),
+        "down.weight": TensorShard((E, F), 1, rank * 12, 12),
+    }
+    assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated yet"
+
+    with torch.device("meta"):
+        tied = nn.Sequential(nn.Embedding(61, E), Head(E, 61))
+        tied[1].weight = tied[0].weight
+    shards = apply_tensor_parallel(tied, {"0": "vocab_embedding", "1": "vocab_head"}, world)
+    assert tied[0].weight is tied[1].weight and tied[0].weight.shape == (31, E)
+    assert shards == {"0.weight": TensorShard((61, E), 0, rank * 31, 31 - rank)}
+    return True
+
+
+def test_plans_applied_and_refused() -> None:
+    assert all(run_distributed(_plans, 2))
+
+
+def test_the_first_matching_pattern_gives_the_style() -> None:
+    plan = {"layers.*.q_proj": "column", "layers.*": "row"}
+    assert style_of("layers.3.q_proj", plan) == "column"
+    assert style_of("layers.3.other", plan) == "row"
+    assert style_of("norm", plan) == "replicated"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 8, 3), (32, 8, 16), (4, 1, 2)])
+def test_heads_that_do_not_split(heads: int, kv_heads: int, size: int) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_head_divisibility(heads, kv_heads, size)
+    message = str(caught.value)
+    assert f"({heads})" in message and f"({kv_heads})" in message and f"({size})" in message
+    assert message.endswith("valid sizes here: 1, 2, 4, 8" if kv_heads == 8 else "valid sizes here: 1")
+
+
+def test_heads_that_split() -> None:
+    for size in (1, 2, 4, 8):
+        check_head_divisibility(32, 8, size)
+    assert [padded_vocabulary(61, size) for size in (1, 2, 4)] == [61, 62, 64]
