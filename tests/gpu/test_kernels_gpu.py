@@ -9,6 +9,7 @@ Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,13 +23,13 @@ from model.kernels.math_reference import visible_pairs
 pytestmark = pytest.mark.gpu
 
 B = 2
-CUDA_KERNELS = ["torch_flash", "flash_attn_2", "flash_attn_4"]
+CUDA_KERNELS = ["torch_flash", "flash_attn_2", "cudnn", "flash_attn_3", "flash_attn_4"]
 NAMES = ("out", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes are no multiples of any tile; `lengths` are the packed documents."""
+    """Sizes are no multiples of any tile; `lengths` are the packed documents, `key_lengths` theirs if they differ."""
 
     queries: int
     keys: int
@@ -36,15 +37,30 @@ class Case:
     window: int | None = None
     offset: int = 0
     lengths: tuple[int, ...] = ()
+    key_lengths: tuple[int, ...] = ()
 
     @property
     def mask(self) -> AttentionMask:
-        boundaries = [0, *accumulate(self.lengths)]
-        documents = Documents.from_boundaries(boundaries, "cuda") if self.lengths else None
-        return AttentionMask(self.causal, self.window, self.offset, documents)
+        documents, key_documents = (
+            Documents.from_boundaries([0, *accumulate(lengths)], "cuda") if lengths else None
+            for lengths in (self.lengths, self.key_lengths)
+        )
+        return AttentionMask(self.causal, self.window, self.offset, documents, key_documents)
+
+    def declared_by(self, kernel: AttentionKernel) -> bool:
+        why_not = kernel.capabilities.refusal(
+            device_type="cuda",
+            dtype=torch.bfloat16,
+            head_dim=128,
+            window=self.window is not None,
+            documents=bool(self.lengths),
+            rectangular=self.causal and (self.offset != 0 or self.queries != self.keys),
+        )
+        return why_not is None
 
 
 PACKED = (1, 127, 1, 211, 2, 170, 509, 3)  # two rows of 512
+MORE = (1, 187, 1, 239, 102, 170, 509, 191)  # the same documents with earlier keys: two rows of 700
 CASES = {
     "causal": Case(515, 515),
     "full rectangle": Case(301, 515, causal=False),
@@ -58,7 +74,18 @@ CASES = {
     "documents, window": Case(512, 512, window=50, lengths=PACKED),
     "documents, full": Case(512, 512, causal=False, lengths=PACKED),
     "documents of one token": Case(16, 16, lengths=(1,) * 32),
+    "more keys": Case(512, 700, lengths=PACKED, key_lengths=MORE),
+    "more keys, window": Case(512, 700, window=50, lengths=PACKED, key_lengths=MORE),
+    "more keys, full": Case(512, 700, causal=False, lengths=PACKED, key_lengths=MORE),
+    "more keys, one query each": Case(8, 300, lengths=(1,) * 16, key_lengths=(1, 2, 30, 67, *(50,) * 4) * 2),
 }
+
+
+def by_kernel_and_case(names: Iterable[str], kernels: Iterable[str] = CUDA_KERNELS) -> pytest.MarkDecorator:
+    """Every kernel with every one of these cases that it declares."""
+    pairs = [(kernel, name) for kernel in kernels for name in names if CASES[name].declared_by(KERNELS[kernel])]
+    values = [pytest.param(kernel, CASES[name], id=f"{kernel}-{name}") for kernel, name in pairs]
+    return pytest.mark.parametrize(("kernel", "case"), values, indirect=["kernel"])
 
 
 @pytest.fixture(params=CUDA_KERNELS)
@@ -142,7 +169,7 @@ def assert_as_good_as_torch(
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)], ids=["8:8", "8:2", "8:1"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@by_kernel_and_case(CASES)
 def test_kernel_is_math(kernel: AttentionKernel, case: Case, heads: tuple[int, int]) -> None:
     tensors, mask = inputs(case, heads, 128, torch.bfloat16), case.mask
     lse, actual = run(kernel, tensors, mask)
@@ -155,13 +182,17 @@ def test_kernel_is_math(kernel: AttentionKernel, case: Case, heads: tuple[int, i
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16), (96, torch.bfloat16)])
-def test_other_widths_and_dtypes(kernel: AttentionKernel, head_dim: int, dtype: torch.dtype) -> None:
-    for case in (CASES["causal"], CASES["documents"]):
-        tensors, mask = inputs(case, (8, 2), head_dim, dtype), case.mask
-        assert_as_good_as_torch(run(kernel, tensors, mask)[1], tensors, mask)
+@by_kernel_and_case(["causal", "documents"])
+def test_other_widths_and_dtypes(kernel: AttentionKernel, case: Case, head_dim: int, dtype: torch.dtype) -> None:
+    tensors, mask = inputs(case, (8, 2), head_dim, dtype), case.mask
+    assert_as_good_as_torch(run(kernel, tensors, mask)[1], tensors, mask)
 
 
-@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [(name, window) for name in CUDA_KERNELS for window in (None, 200) if not (window and name == "cudnn")],
+    indirect=["kernel"],
+)
 def test_blocks_of_keys_make_the_whole(kernel: AttentionKernel, window: int | None) -> None:
     """What a ring does: the keys before this rank's queries, then its own; out and lse of both in each backward."""
     size, earlier = 384, 200
@@ -170,7 +201,9 @@ def test_blocks_of_keys_make_the_whole(kernel: AttentionKernel, window: int | No
     scale = q.shape[-1] ** -0.5
     blocks = []
     for keys, offset in ((slice(None, earlier), earlier), (slice(earlier, None), 0)):
-        blocks.append((k[:, keys], v[:, keys], AttentionMask(window=window, offset=offset)))
+        # All the earlier keys are visible unless a window hides them: a full rectangle is all that takes.
+        causal = offset == 0 or window is not None
+        blocks.append((k[:, keys], v[:, keys], AttentionMask(causal, window, offset)))
     parts = [kernel.forward(q, k, v, scale, mask) for k, v, mask in blocks]
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     weights = [(part_lse - lse).exp().transpose(1, 2)[..., None] for _, part_lse in parts]
@@ -182,6 +215,9 @@ def test_blocks_of_keys_make_the_whole(kernel: AttentionKernel, window: int | No
     assert_as_good_as_torch(whole, (q, k, v, dout), case.mask)
 
 
+@pytest.mark.parametrize(
+    "kernel", [name for name in CUDA_KERNELS if KERNELS[name].capabilities.deterministic], indirect=True
+)
 @pytest.mark.parametrize("case", [Case(1000, 1000), Case(1000, 1000, window=300), CASES["documents"]], ids=str)
 def test_deterministic_backward_repeats_its_bits(kernel: AttentionKernel, case: Case) -> None:
     tensors, mask = inputs(case, (8, 2), 128, torch.bfloat16), case.mask
@@ -199,15 +235,63 @@ def test_views_compute_what_copies_do(kernel: AttentionKernel) -> None:
     fused, _, _, _ = inputs(case, (12, 1), 128, torch.bfloat16)
     *_, dout = inputs(case, (8, 1), 128, torch.bfloat16)
     views = *fused.split([8, 2, 2], dim=2), dout.transpose(1, 2).contiguous().transpose(1, 2)
-    lse, actual = run(kernel, views, mask, deterministic=True)
-    copied_lse, expected = run(kernel, tuple(x.contiguous() for x in views), mask, deterministic=True)
-    assert torch.equal(lse, copied_lse) and all(torch.equal(actual[name], expected[name]) for name in NAMES)
+    deterministic = kernel.capabilities.deterministic
+    lse, actual = run(kernel, views, mask, deterministic)
+    copied_lse, expected = run(kernel, tuple(x.contiguous() for x in views), mask, deterministic)
+    assert torch.equal(lse, copied_lse) and torch.equal(actual["out"], expected["out"])
+    if deterministic:
+        assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
+    assert_as_good_as_torch(actual, views, mask)
+    # A second layout of dout, and then the first again: nothing may be remembered of either.
+    for dout in (views[3].contiguous(), views[3]):
+        assert_as_good_as_torch(run(kernel, (*views[:3], dout), mask)[1], views, mask)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "offset rectangle, window, late rows empty", "documents"])
-@pytest.mark.parametrize("kernel_name", [*CUDA_KERNELS, "math"])
-def test_host_never_waits(kernel_name: str, name: str) -> None:
-    kernel, case = runnable(kernel_name), CASES[name]
+def around(like: Tensor, place: str) -> tuple[Tensor, Tensor]:
+    """A tensor like this one inside a larger one, and the larger one, all nan."""
+    batch, length, heads, width = like.shape
+    if place == "heads":
+        whole = like.new_full((batch, length, heads + 6, width), math.nan)
+        return whole[:, :, 2:-4], whole
+    if place == "positions":
+        whole = like.new_full((batch, length + 9, heads, width), math.nan)
+        return whole[:, 4:-5], whole
+    whole = like.new_full((length, 2, batch, heads, width), math.nan)  # as keys and values travel: position first
+    return whole[:, 1].transpose(0, 1), whole
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["8:8", "8:2"])
+@pytest.mark.parametrize("place", ["heads", "positions", "interleaved"])
+@by_kernel_and_case(["causal", "offset rectangle", "offset rectangle, window, late rows empty", "more keys"])
+def test_results_are_written_where_they_are_wanted(
+    kernel: AttentionKernel, case: Case, place: str, heads: tuple[int, int]
+) -> None:
+    """Inputs are slices of larger tensors too."""
+    tensors, mask = inputs(case, heads, 128, torch.bfloat16), case.mask
+    q, k, v, dout = (around(x, place)[0].copy_(x) for x in tensors)
+    (out_target, dq, dk, dv), wholes = zip(*(around(x, place) for x in (q, q, k, v)), strict=True)
+    scale = q.shape[-1] ** -0.5
+    out, lse = kernel.forward(q, k, v, scale, mask, out=out_target)
+    gradients = kernel.backward(dout, q, k, v, out, lse, scale, mask, dq=dq, dk=dk, dv=dv)
+    assert out is out_target and all(a is b for a, b in zip(gradients, (dq, dk, dv), strict=True))
+    assert_as_good_as_torch(dict(zip(NAMES, (out, *gradients), strict=True)), tensors, mask)
+    for name, result, whole in zip(NAMES, (out, *gradients), wholes, strict=True):
+        assert whole.isnan().sum() == whole.numel() - result.numel(), f"{name} was written outside its place"
+
+
+# FlashAttention-4 would compile a variant for each.
+@pytest.mark.parametrize("kernel", [name for name in CUDA_KERNELS if name != "flash_attn_4"], indirect=True)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (300, 1)])
+def test_a_single_query_or_key(kernel: AttentionKernel, queries: int, keys: int) -> None:
+    case = Case(queries, keys, causal=False)
+    tensors = inputs(case, (8, 2), 128, torch.bfloat16)
+    assert_as_good_as_torch(run(kernel, tensors, case.mask)[1], tensors, case.mask)
+
+
+@by_kernel_and_case(
+    ["causal", "window", "offset rectangle, window, late rows empty", "documents", "more keys"], [*CUDA_KERNELS, "math"]
+)
+def test_host_never_waits(kernel: AttentionKernel, case: Case) -> None:
     tensors, mask = inputs(case, (8, 2), 128, torch.bfloat16), case.mask
     run(kernel, tensors, mask)  # compiles, loads and allocates
     torch.cuda.set_sync_debug_mode("error")
@@ -220,11 +304,13 @@ def test_host_never_waits(kernel_name: str, name: str) -> None:
 def test_attention_is_differentiable(kernel: AttentionKernel) -> None:
     q, k, v, dout = inputs(CASES["causal"], (8, 2), 128, torch.bfloat16)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, kernel=kernel, scale=q.shape[-1] ** -0.5, mask=AttentionMask(), deterministic=True)
+    mask, deterministic = AttentionMask(), kernel.capabilities.deterministic
+    out = attention(*leaves, kernel=kernel, scale=q.shape[-1] ** -0.5, mask=mask, deterministic=deterministic)
     gradients = torch.autograd.grad(out, leaves, dout)
-    _, expected = run(kernel, (q, k, v, dout), AttentionMask(), deterministic=True)
+    _, expected = run(kernel, (q, k, v, dout), mask, deterministic)
     for name, actual in zip(NAMES, (out, *gradients), strict=True):
-        assert torch.equal(actual, expected[name]), name
+        assert torch.equal(actual, expected[name]) or not deterministic, name
+    assert_as_good_as_torch(dict(zip(NAMES, (out, *gradients), strict=True)), (q, k, v, dout), mask)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -236,11 +322,14 @@ def test_math_in_fp32(case: Case) -> None:
 
 
 def test_auto_takes_the_fastest_and_says_why() -> None:
-    def choose(dtype: torch.dtype) -> tuple[AttentionKernel, str]:
-        return select_kernel("auto", device_type="cuda", dtype=dtype, head_dim=128, window=True, documents=True)
+    def choose(dtype: torch.dtype, masked: bool) -> tuple[AttentionKernel, str]:
+        return select_kernel("auto", device_type="cuda", dtype=dtype, head_dim=128, window=masked, documents=masked)
 
-    fastest_first = ["flash_attn_4", "flash_attn_2", "torch_flash", "math"]
-    kernel, why = choose(torch.bfloat16)
-    assert kernel.name == next(name for name in fastest_first if KERNELS[name].availability() is None), why
-    kernel, why = choose(torch.float32)
+    fastest_first = ["flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "math"]
+    able = [name for name in fastest_first if KERNELS[name].availability() is None]
+    kernel, why = choose(torch.bfloat16, masked=False)
+    assert kernel.name == able[0], why
+    kernel, why = choose(torch.bfloat16, masked=True)
+    assert kernel.name == next(name for name in able if name != "cudnn"), why
+    kernel, why = choose(torch.float32, masked=True)
     assert kernel.name == "math" and why.startswith("WARNING: SLOW ATTENTION")
