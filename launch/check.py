@@ -14,6 +14,7 @@ from launch.memory import (
     count_parameters,
     estimate_activations,
     estimate_states,
+    working_copies,
 )
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
@@ -101,12 +102,10 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         ("master weights", states.master_weights, _shared(stage >= 1, zero_size)),
         ("Adam moments", states.moments, _shared(stage >= 1, zero_size)),
     ]
-    working = 0
+    working = working_copies(local, stage, precision)
     if stage == 3:
-        working = BYTES[precision] * min(local, LIVE_PARAMETERS)
         rows.append(("gathered", working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
-    elif stage == 0 and precision == "bf16":
-        working = 2 * local
+    elif working:
         rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
     peak = states.total + working + activations.peak
     rows += _activation_rows(job, activations)

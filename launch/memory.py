@@ -69,6 +69,14 @@ def estimate_states(parameters: int, zero_stage: int, precision: Precision, zero
     )
 
 
+def working_copies(parameters: int, zero_stage: int, precision: Precision) -> int:
+    """Bytes of parameters that computing takes beside the states: what stage 3 has gathered at a time, at most, and
+    stage 0's bf16 copies of its fp32 parameters."""
+    if zero_stage == 3:
+        return BYTES[precision] * min(parameters, LIVE_PARAMETERS)
+    return 2 * parameters if zero_stage == 0 and precision == "bf16" else 0
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes of one micro batch, at the end of its forward pass."""

@@ -1,0 +1,161 @@
+"""What a layout costs: memory of one rank, and bytes that it sends. Prints the table of docs/parallelism.md.
+
+    python benchmarks/layout_costs.py            # print it
+    python benchmarks/layout_costs.py --write    # renew it in the document
+
+Memory is `launch.memory`'s estimate. Traffic is computed from the payloads below, which a test counts in real worlds,
+and the share of a payload that each rank sends in a ring algorithm: over m ranks (m - 1) / m of it in an all-gather or
+a reduce-scatter, twice that in an all-reduce.
+
+Letters as in `launch.memory`; L num_hidden_layers, P context_parallel_size, N parameters on a tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import JobConfig, load_job
+from launch.memory import BYTES, Precision, count_parameters, estimate_activations, estimate_states, working_copies
+from model.config import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "parallelism.md"
+BEGIN, END = "<!-- layout_costs.py -->", "<!-- end -->"
+GPUS_8K, GPUS_128K = 8, 32
+LAYOUTS_8K = [(1, 1, stage) for stage in range(4)] + [(2, 1, 1), (2, 1, 2), (2, 1, 3), (8, 1, 1), (1, 2, 3), (2, 2, 2)]
+LAYOUTS_128K = [(2, 8, 3), (4, 8, 2), (8, 4, 2), (2, 16, 3), (1, 32, 3)]
+
+
+def tensor_payload(model: ModelConfig, tokens: int, width: int, *, checkpointing: bool) -> int:
+    """Bytes all-reduced over tp for one micro batch.
+
+    A layer sums its two row-parallel outputs forward and the gradients of its two inputs backward, each t E b; computed
+    again, it sums the attention's output once more. Embedding and head add one each, the loss three numbers a token.
+    """
+    sums = model.num_hidden_layers * (5 if checkpointing else 4) + 2
+    return sums * tokens * model.hidden_size * width + 12 * tokens
+
+
+def ring_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> int:
+    """Bytes sent by one rank around the ring for one micro batch.
+
+    K and V forward, again backward, and again where the forward pass is computed again, P - 1 hops each; dK and dV in
+    fp32, P hops.
+    """
+    passes = 3 if checkpointing else 2
+    return _keys(model, tokens, tp) * (passes * (cp - 1) * width + cp * 4)
+
+
+def exchange_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> float:
+    """Bytes sent by one rank, the mean over the ranks, in the exchange of keys for one micro batch, without window and
+    documents.
+
+    A query chunk needs no keys of its future, so that a rank fetches 3/4 (P - 1) t tokens of K and V: forward, again
+    where the forward pass is computed again, and again backward for P > 2; dK and dV of as many go back.
+    """
+    passes = 2 + checkpointing + (cp > 2)
+    return _keys(model, tokens, tp) * passes * 0.75 * (cp - 1) * width
+
+
+def _keys(model: ModelConfig, tokens: int, tp: int) -> int:
+    """Elements of K and V of all layers."""
+    return model.num_hidden_layers * 2 * tokens * model.head_dim * (model.num_key_value_heads // tp)
+
+
+@dataclass(frozen=True)
+class ZeroPayload:
+    """Bytes over dp x cp."""
+
+    all_reduced: int = 0
+    all_gathered: int = 0
+    reduce_scattered: int = 0
+
+    def sent(self, zero_size: int) -> float:
+        """By each rank."""
+        return (2 * self.all_reduced + self.all_gathered + self.reduce_scattered) * (zero_size - 1) / zero_size
+
+
+def zero_payloads(parameters: int, stage: int, precision: Precision, head: int) -> tuple[ZeroPayload, ZeroPayload]:
+    """What DeepSpeed 0.19 moves for one micro batch, and what once a step.
+
+    Stage 3 for a model larger than its limit of live parameters; below it, parameters stay gathered for backward, as
+    the `head` elements of the last module always do.
+    """
+    size = parameters * BYTES[precision]
+    if stage == 0:
+        return ZeroPayload(), ZeroPayload(all_reduced=4 * parameters)
+    if stage == 1:
+        return ZeroPayload(), ZeroPayload(all_reduced=size, all_gathered=size)
+    if stage == 2:
+        return ZeroPayload(all_reduced=size), ZeroPayload(all_gathered=size)
+    return ZeroPayload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=size), ZeroPayload()
+
+
+def table() -> str:
+    """Markdown: the shape of Llama-3 8B in bf16 at 8,192 and at 131,072 tokens, micro batches of one sequence."""
+    names = ["GPUs", "tokens", "tp x cp x dp", "ZeRO", "recompute", "states", "activations", "peak"]
+    names += ["tp", "cp exchange", "cp ring", "ZeRO", "ZeRO a step"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    short, long = CONFIGS / "llama3-8b-8k.yaml", CONFIGS / "llama3-8b-128k.yaml"
+    for tp, cp, stage in LAYOUTS_8K:
+        for checkpointing in ("none", "full"):
+            lines.append(_row(short, GPUS_8K, tp, cp, stage, checkpointing))
+    lines += [_row(long, GPUS_128K, tp, cp, stage, "full") for tp, cp, stage in LAYOUTS_128K]
+    return "\n".join(lines)
+
+
+def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) -> str:
+    sizes = [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
+    job = load_job(
+        config, [*sizes, f"parallel.zero_stage={stage}", f"training.activation_checkpointing={recompute}"], gpus
+    )
+    mesh, precision = job.mesh_shape(gpus), job.resolve_precision("cuda")
+    width, local, zero_size = BYTES[precision], count_parameters(job.model, tp), mesh.data_parallel_size * cp
+    tokens = job.training.micro_batch_size * job.training.sequence_length // cp
+    head = job.model.hidden_size * job.model.vocab_size // tp
+    states = estimate_states(local, stage, precision, zero_size).total + working_copies(local, stage, precision)
+    activations = _activations(job, tokens, precision)
+    checkpointing = recompute == "full"
+    over_tp = 2 * (tp - 1) / tp * tensor_payload(job.model, tokens, width, checkpointing=checkpointing)
+    over_cp = [
+        payload(job.model, tokens, width, tp=tp, cp=cp, checkpointing=checkpointing) if cp > 1 else 0
+        for payload in (exchange_payload, ring_payload)
+    ]
+    each, once = (payload.sent(zero_size) for payload in zero_payloads(local, stage, precision, head))
+    cells = [
+        str(gpus),
+        f"{job.training.sequence_length:,}",
+        f"{tp} x {cp} x {mesh.data_parallel_size}",
+        str(stage),
+        recompute,
+        *(f"{size / 2**30:.1f}" for size in (states, activations, states + activations)),
+        *(f"{size / 1e9:.1f}" if size else "-" for size in (over_tp, *over_cp, each, once)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _activations(job: JobConfig, tokens: int, precision: Precision) -> int:
+    return estimate_activations(
+        job.model,
+        tokens=tokens,
+        tensor_parallel_size=job.parallel.tensor_parallel_size,
+        context_parallel_size=job.parallel.context_parallel_size,
+        precision=precision,
+        autocast=job.parallel.zero_stage == 0 and precision == "bf16",
+        checkpointing=job.training.activation_checkpointing == "full",
+    ).peak
+
+
+def renewed(document: str) -> str:
+    """The document with the table that stands between its two markers replaced."""
+    head, rest = document.split(BEGIN)
+    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        DOCUMENT.write_text(renewed(DOCUMENT.read_text()))
+    else:
+        print(table())

@@ -1,0 +1,26 @@
+"""The worked table of docs/parallelism.md is what the code computes now."""
+
+from __future__ import annotations
+
+from benchmarks.layout_costs import DOCUMENT, exchange_payload, renewed
+from launch.config import load_job
+from parallel.exchange_plan import exchange_plan
+from parallel.sequence import chunk_starts
+from tests.unit.test_check import CONFIGS
+
+
+def test_the_table_is_current() -> None:
+    text = DOCUMENT.read_text()
+    assert renewed(text) == text, "renew it: python benchmarks/layout_costs.py --write"
+
+
+def test_the_exchange_moves_what_its_plan_says() -> None:
+    """For more ranks than a test of processes can afford: the plan's own count of fetched keys, mean over the ranks."""
+    model = load_job(CONFIGS / "llama3-8b-8k.yaml").model
+    for size in (2, 4, 8):
+        length = 64 * size
+        assert len(chunk_starts(length, size, 0)) == 2
+        fetched = sum(exchange_plan(length, size, rank).received_tokens for rank in range(size)) / size
+        keys = 2 * fetched * model.num_key_value_heads * model.head_dim * model.num_hidden_layers * 2
+        moved = exchange_payload(model, length // size, 2, tp=1, cp=size, checkpointing=False)
+        assert moved == keys * (3 if size > 2 else 2)
