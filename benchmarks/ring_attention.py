@@ -13,6 +13,8 @@ measures nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import re
 import statistics
@@ -36,6 +38,8 @@ from parallel.exchange import ExchangeAttention
 from parallel.ring import RingAttention
 
 HEAD_DIM = 128
+ROUNDS = 5
+ONE_GPU = "one GPU, whole sequence"
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,44 @@ def all_rows() -> list[Row]:
     return [ANCHOR] + [row for row in rows if row != ANCHOR]
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class Contestant:
+    """One way to attend: over q [1, L, heads, 128], k and v of `tokens` tokens, inside `context`."""
+
+    name: str
+    tokens: int
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-def contestants(row: Row, kernel_name: str, with_peers: bool) -> Iterator[tuple[str, Attend]]:
-    """(name, attention over the local tensors [1, L, heads, 128])."""
-    kernel, group, scale = KERNELS[kernel_name], dist.group.WORLD, HEAD_DIM**-0.5
-    window = row.window or None
-    for head_groups in (1, 2, 4):
+def contestants(row: Row, kernel_name: str, with_peers: bool) -> list[Contestant]:
+    """One GPU on the whole sequence first, then our modes, then peers."""
+    kernel, group, scale, window = KERNELS[kernel_name], dist.group.WORLD, HEAD_DIM**-0.5, row.window or None
+    mask = AttentionMask(causal=True, window=window)
+    found = [
+        Contestant(
+            ONE_GPU,
+            row.local_tokens * dist.get_world_size(),
+            lambda q, k, v: attention(q, k, v, kernel=kernel, scale=scale, mask=mask),
+        )
+    ]
+    for head_groups in (1, 2):
         if row.key_value_heads % head_groups == 0:
             exchange = ExchangeAttention(group, kernel, scale=scale, window=window, head_groups=head_groups)
-            yield f"exchange, {head_groups} head groups", lambda q, k, v, a=exchange: a(q, k, v, None)
+            name = f"exchange, {head_groups} head group{'s' * (head_groups > 1)}"
+            found.append(Contestant(name, row.local_tokens, partial(_without_documents, exchange)))
     ring = RingAttention(group, kernel, scale=scale, window=window)
-    yield "zigzag ring", lambda q, k, v: ring(q, k, v, None)
-    if with_peers and not window:
-        yield from peers(row)
+    found.append(Contestant("zigzag ring", row.local_tokens, partial(_without_documents, ring)))
+    return found + (peers(row) if with_peers and not window else [])
 
 
-def peers(row: Row) -> Iterator[tuple[str, Attend]]:
+def _without_documents(ours: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ours(q, k, v, None)
+
+
+def peers(row: Row) -> list[Contestant]:
     """Other libraries, each at its best settings; one that is not installed is named and left out."""
+    found = []
     try:
         import transformers.modeling_flash_attention_utils as utilities
 
@@ -93,19 +116,22 @@ def peers(row: Row) -> Iterator[tuple[str, Attend]]:
         if dist.get_rank() == 0:
             print(f"ring-flash-attn left out: {error}")
     else:
-        yield "ring-flash-attn zigzag (FA2)", lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True)
-        yield "ring-flash-attn stripe (FA2)", lambda q, k, v: stripe_flash_attn_func(q, k, v, causal=True)
+        for name, function in (("zigzag", zigzag_ring_flash_attn_func), ("stripe", stripe_flash_attn_func)):
+            found.append(Contestant(f"ring-flash-attn {name} (FA2)", row.local_tokens, partial(function, causal=True)))
+    found.append(Contestant("torch context_parallel (cuDNN)", row.local_tokens, _sdpa, _torch_context))
+    return found
+
+
+@contextlib.contextmanager
+def _torch_context() -> Iterator[None]:
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
-    with context_parallel(mesh), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        repeats = row.heads // row.key_value_heads
-        yield "torch context_parallel (cuDNN, enable_gqa)", partial(_sdpa, repeats=1)
-        yield "torch context_parallel (cuDNN, KV repeated)", partial(_sdpa, repeats=repeats)
+    unused = torch.zeros(2 * dist.get_world_size(), device="cuda")  # it insists on something to shard
+    with context_parallel(mesh, buffers=[unused], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        yield
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> Tensor:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # repeating KV by hand was slower at every length
     attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return attended.transpose(1, 2)
 
@@ -121,66 +147,76 @@ def tensors(row: Row, length: int) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in made[:3]] + made[3:]
 
 
-def measure(attend: Attend, inputs: list[Tensor], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of forward and of forward + backward, the slowest rank's, and peak GiB beyond the inputs."""
-    q, k, v, gradient = inputs
+class Measurement:
+    """One contestant on its inputs: warmed up once, then timed a round at a time."""
 
-    def both() -> None:
-        q.grad = k.grad = v.grad = None
-        attend(q, k, v).backward(gradient)
+    def __init__(self, contestant: Contestant, row: Row):
+        self.contestant = contestant
+        self.q, self.k, self.v, self.gradient = tensors(row, contestant.tokens)
+        self.rounds: dict[str, list[float]] = {"forward": [], "forward_backward": []}
+        with contestant.context():
+            for _ in range(3):
+                self.both()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with contestant.context():
+            self.both()
+        self.peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
 
-    for _ in range(3):
-        both()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times = {"forward": _median(lambda: attend(q, k, v), repetitions), "forward_backward": _median(both, repetitions)}
-    times["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    slowest = torch.tensor(list(times.values()), device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return dict(zip(times, slowest.tolist(), strict=True))
+    def forward(self) -> Tensor:
+        return self.contestant.attend(self.q, self.k, self.v)
+
+    def both(self) -> None:
+        self.q.grad = self.k.grad = self.v.grad = None
+        self.forward().backward(self.gradient)
+
+    def round(self, repetitions: int) -> None:
+        """Adds one round's medians."""
+        with self.contestant.context():
+            self.rounds["forward"].append(_median(self.forward, repetitions))
+            self.rounds["forward_backward"].append(_median(self.both, repetitions))
+
+    def result(self) -> dict[str, float]:
+        """Median over the rounds, of the slowest rank; milliseconds and GiB beyond the inputs."""
+        values = [statistics.median(self.rounds[kind]) for kind in self.rounds] + [self.peak_gib]
+        slowest = torch.tensor(values, device="cuda")
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return dict(zip([*self.rounds, "peak_gib"], slowest.tolist(), strict=True))
 
 
 def _median(action: Callable[[], object], repetitions: int) -> float:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 2)]
     dist.barrier()
     torch.cuda.synchronize()
-    marks[0].record()
-    for mark in marks[1:]:
-        action()
+    for mark in marks:
         mark.record()
+        action()
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False))
+    return statistics.median(one.elapsed_time(next_one) for one, next_one in itertools.pairwise(marks[1:]))
 
 
 def measure_row(row: Row, kernel_name: str, with_peers: bool) -> dict[str, Any]:
-    """All contestants on one shape, and the ideal."""
-    size = dist.get_world_size()
-    kernel, window = KERNELS[kernel_name], row.window or None
-    whole = tensors(row, row.local_tokens * size)
-    repetitions = max(5, min(30, 200_000 // (row.local_tokens * row.local_tokens // 2**20 + 1) // row.heads))
-    single = measure(
-        lambda q, k, v: attention(
-            q, k, v, kernel=kernel, scale=HEAD_DIM**-0.5, mask=AttentionMask(causal=True, window=window)
-        ),
-        whole,
-        repetitions,
-    )
-    del whole
-    result: dict[str, Any] = {"row": asdict(row), "gpus": size, "kernel": kernel_name, "one_gpu": single, "modes": {}}
-    for name, attend in contestants(row, kernel_name, with_peers):
-        local = tensors(row, row.local_tokens)
+    """All contestants on one shape, in turns: the GPU's clock drifts with its temperature, ratios must not."""
+    size, modes = dist.get_world_size(), {}
+    running: list[Measurement] = []
+    for contestant in contestants(row, kernel_name, with_peers):
         try:
-            measured = measure(attend, local, repetitions)
+            running.append(Measurement(contestant, row))
         except (RuntimeError, NotImplementedError, ValueError, AssertionError, KeyError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            result["modes"][name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-            continue
+            modes[contestant.name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    repetitions = max(4, min(20, (32768 // row.local_tokens) * 5 * 32 // row.heads))
+    for _ in range(ROUNDS):
+        for measurement in running:
+            measurement.round(repetitions)
+    results = {measurement.contestant.name: measurement.result() for measurement in running}
+    single = results.pop(ONE_GPU)
+    for measured in results.values():
         measured["share_of_ideal"] = single["forward_backward"] / size / measured["forward_backward"]
         measured["share_of_ideal_forward"] = single["forward"] / size / measured["forward"]
-        result["modes"][name] = measured
-    return result
+    return {"row": asdict(row), "gpus": size, "kernel": kernel_name, "one_gpu": single, "modes": modes | results}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -192,7 +228,7 @@ def table(results: dict[str, Any]) -> str:
         shape = key.rpartition(" / ")[0]
         single = result["one_gpu"]
         whole = [f"{single['forward']:.2f}", f"{single['forward_backward']:.2f}", "", "", f"{single['peak_gib']:.2f}"]
-        lines.append(_line([shape, result["kernel"], "one GPU, whole sequence", *whole]))
+        lines.append(_line([shape, result["kernel"], ONE_GPU, *whole]))
         for mode, measured in result["modes"].items():
             if "failed" in measured:
                 lines.append(_line(["", "", mode, measured["failed"], "", "", "", ""]))

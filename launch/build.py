@@ -7,6 +7,7 @@ The order is fixed by memory: shapes on the meta device, the tensor-parallel cut
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,8 @@ from launch.config import JobConfig
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
 from model.kernels import select_kernel
+from parallel.exchange import ExchangeAttention
+from parallel.exchange_plan import exchange_plan
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
 from parallel.ring import RingAttention
@@ -25,6 +28,9 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+_EXCHANGE_BYTES = 2**30
+"""Largest buffer of fetched keys and values of one layer for which `auto` exchanges."""
 
 
 def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroSettings:
@@ -54,14 +60,42 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tup
     deterministic = job.training.deterministic
     if mesh.cp_size == 1:
         return KernelAttention(kernel, config, deterministic=deterministic), reason
-    ring = RingAttention(
-        mesh.cp_group,
-        kernel,
-        scale=config.head_dim**-0.5,
-        window=config.sliding_window,
-        deterministic=deterministic,
-    )
-    return ring, f"{reason}; zigzag ring over {mesh.cp_size} ranks"
+    mode, why = context_parallel_mode(job, mesh, DTYPES[job.resolve_precision(device_type)])
+    attend: AttentionFunction
+    if mode == "ring":
+        attend = RingAttention(
+            mesh.cp_group,
+            kernel,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+            deterministic=deterministic,
+        )
+    else:
+        attend = ExchangeAttention(
+            mesh.cp_group,
+            kernel,
+            scale=config.head_dim**-0.5,
+            window=config.sliding_window,
+            deterministic=deterministic,
+            keep_gathered=mesh.cp_size == 2,  # twice a rank's own keys at most; beyond that they are fetched again
+        )
+    return attend, f"{reason}; {mode} of keys over {mesh.cp_size} ranks: {why}"
+
+
+def context_parallel_mode(
+    job: JobConfig, mesh: ParallelMesh, dtype: torch.dtype
+) -> tuple[Literal["exchange", "ring"], str]:
+    """The mode and why. Exchange merges nothing, so it is faster wherever its buffer fits; a ring needs no such
+    buffer."""
+    if job.parallel.context_parallel_mode != "auto":
+        return job.parallel.context_parallel_mode, "as configured"
+    plan = exchange_plan(job.training.sequence_length, mesh.cp_size, 0, job.model.sliding_window)  # rank 0 fetches most
+    heads = job.model.num_key_value_heads // mesh.tp_size
+    size = 2 * job.training.micro_batch_size * plan.buffer_length * heads * job.model.head_dim * dtype.itemsize
+    text = f"a layer's fetched keys and values take {size / 2**30:.2f} GiB"
+    if size <= _EXCHANGE_BYTES:
+        return "exchange", f"{text}, up to {_EXCHANGE_BYTES / 2**30:.0f} is exchanged"
+    return "ring", f"{text}, more than {_EXCHANGE_BYTES / 2**30:.0f} travels in a ring"
 
 
 def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[GPT, Mapping[str, TensorShard], str]:

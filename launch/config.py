@@ -54,6 +54,10 @@ class ParallelSection(Section):
     """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each sequence (ring attention)."""
+    context_parallel_mode: Literal["auto", "exchange", "ring"] = "auto"
+    """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
+    partial results are merged, which needs memory for one rank's keys only. auto takes exchange while the fetched keys
+    of a layer fit in 1 GiB."""
     zero_stage: int = Field(default=3, ge=0, le=3)
     """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""

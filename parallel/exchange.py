@@ -192,11 +192,15 @@ class _Exchange(torch.autograd.Function):
                 )
             share.send_home()
             shares.append((rows, group, share))
+        if len(shares) == 1:
+            dk, dv = _keys_and_values(shares[0][2].collect(), slice(None))
+            return dq, dk, dv, None, None
         shape = (q.shape[0], q.shape[1], jobs[0].buffer.shape[3] * groups, q.shape[3])
         dk, dv = q.new_empty(shape), q.new_empty(shape)
         for rows, group, share in shares:
             heads = _heads(shape[2], group, groups)
-            share.collect(dk[rows.rows, :, heads], dv[rows.rows, :, heads])
+            for whole, part in zip((dk, dv), _keys_and_values(share.collect(), slice(None)), strict=True):
+                whole[rows.rows, :, heads] = part
         return dq, dk, dv, None, None
 
 
@@ -252,25 +256,31 @@ class _KeyGradients:
                 operations.append(_operation(dist.irecv, part, peer, self.group))
         self.works = dist.batch_isend_irecv(operations) if operations else []
 
-    def collect(self, dk: Tensor, dv: Tensor) -> None:
-        """Waits for the peers' shares and writes the sums, added up in fp32, to dk and dv [B, L, K / G, D]."""
+    def collect(self) -> Tensor:
+        """Waits for the peers' shares; dK and dV of this rank's own tokens [L, 2, B, K / G, D], added up in fp32."""
         for work in self.works or []:
             work.wait()
+        if len(self.plan.own) == 1:  # the last rank's chunks are neighbours, in its buffer too
+            ((_, index, length),) = self.plan.own
+            return self._sum(slice(index, index + length), None)
+        total = self.gradient.new_empty(sum(length for *_, length in self.plan.own), *self.gradient.shape[1:])
         for local, index, length in self.plan.own:
-            keys = slice(index, index + length)
-            mine = self.gradient[keys]
-            shares = _overlaps(keys, self.extra) + _overlaps(keys, self.incoming)
-            targets = (part[:, local : local + length].transpose(0, 1) for part in (dk, dv))
-            if len(shares) == 1 and shares[0][0] == slice(0, length):
-                for kind, target in enumerate(targets):  # one kernel, which adds in fp32 and rounds once
-                    torch.add(mine[:, kind], shares[0][1][:, kind], out=target)
-                continue
-            if shares:
-                mine = mine.to(self.precise)
-                for where, share in shares:
-                    mine[where] += share
-            for kind, target in enumerate(targets):
-                target.copy_(mine[:, kind])
+            self._sum(slice(index, index + length), total[local : local + length])
+        return total
+
+    def _sum(self, keys: slice, target: Tensor | None) -> Tensor:
+        """All shares of some own keys, rounded once; written to `target`, or in place without one."""
+        mine = self.gradient[keys]
+        target = mine if target is None else target
+        shares = _overlaps(keys, self.extra) + _overlaps(keys, self.incoming)
+        if len(shares) == 1 and len(shares[0][1]) == len(mine):
+            return torch.add(mine, shares[0][1], out=target)  # adds in fp32
+        if not shares:
+            return mine if target is mine else target.copy_(mine)
+        precise = mine.to(self.precise)
+        for where, share in shares:
+            precise[where] += share
+        return target.copy_(precise)
 
 
 def _overlaps(keys: slice, shares: list[tuple[slice, Tensor]]) -> list[tuple[slice, Tensor]]:
@@ -310,8 +320,8 @@ def _packed(rows: _Rows, k: Tensor, v: Tensor, group: int, groups: int) -> Tenso
     k, v = k[rows.rows, :, heads], v[rows.rows, :, heads]
     buffer = k.new_empty(rows.plan.buffer_length, 2, k.shape[0], k.shape[2], k.shape[3])
     for local, index, length in rows.plan.own:
-        buffer[index : index + length, 0].copy_(k[:, local : local + length].transpose(0, 1))
-        buffer[index : index + length, 1].copy_(v[:, local : local + length].transpose(0, 1))
+        own = [part[:, local : local + length].transpose(0, 1) for part in (k, v)]
+        torch.stack(own, dim=1, out=buffer[index : index + length])
     return buffer
 
 

@@ -8,7 +8,6 @@ over cp.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,9 +126,8 @@ class ZeroEngine:
         self._grad_norm = torch.zeros((), device=device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward. Stage 0 below fp32 keeps fp32 weights and computes under autocast."""
-        with self._autocast():
-            return self.engine(*args, **kwargs)
+        """The model's forward. Stage 0 in bf16 keeps fp32 weights and computes under autocast."""
+        return self.engine(*args, **kwargs)
 
     def train(self) -> None:
         self.engine.train()
@@ -199,11 +197,6 @@ class ZeroEngine:
                 setattr(scaler, key, value)
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.stage == 0 and self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
 
     def _loss_scaler(self) -> Any:
         return getattr(self.engine.optimizer, "loss_scaler", None) if self.settings.precision == "fp16" else None
@@ -339,6 +332,12 @@ def _deepspeed_config(settings: ZeroSettings, parameters: int) -> dict[str, Any]
         },
         "bf16": {"enabled": sharded and settings.precision == "bf16"},
         "fp16": {"enabled": settings.precision == "fp16"},
+        # By DeepSpeed's own key: on GPUs its engine turns off an autocast it was not told of.
+        "torch_autocast": {
+            "enabled": settings.precision == "bf16" and not sharded,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # the modules whose gradients would be reduced in bf16
+        },
         # DeepSpeed accumulates in the parameters' type unless told otherwise
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,

@@ -54,6 +54,7 @@ class Case:
     precision: str = "fp32"
     backend: str = "math"
     head_dim: int = 16
+    mode: str = "auto"
 
     @property
     def world_size(self) -> int:
@@ -61,11 +62,12 @@ class Case:
 
     def __str__(self) -> str:
         heads = {1: "MQA", 2: "GQA"}[self.key_value_heads]
-        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {'tied' if self.tied else 'untied'}"
+        mode = f" {self.mode}" if self.cp > 1 and self.mode != "auto" else ""
+        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {'tied' if self.tied else 'untied'}{mode}"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
-        return replace(self, tp=1, cp=1, dp=1, stage=0)
+        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto")
 
     def job(self) -> JobConfig:
         """The case as a job."""
@@ -76,7 +78,8 @@ class Case:
                num_attention_heads: 4, num_key_value_heads: {self.key_value_heads}, head_dim: {self.head_dim}, qk_norm:
                true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend}}}
             parallel:
-              {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage}}}
+              {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage},
+               context_parallel_mode: {self.mode}}}
             data: {{source: files, files: [unused], tokenizer: unused}}
             optimizer: {{learning_rate: 0.003, eps: 1.0e-4, schedule: constant}}
             training:
@@ -92,8 +95,9 @@ def all_cases() -> list[Case]:
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
+    ring = [Case(*layout, 3, False, mode="ring") for layout in LAYOUTS if layout[1] > 1]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + single
+    return grouped + ring + single
 
 
 @dataclass

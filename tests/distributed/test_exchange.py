@@ -1,0 +1,127 @@
+"""Attention by exchange against attention over the whole sequence on one rank, in the cases that also try the ring."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.kernels import KERNELS
+from parallel.exchange import ExchangeAttention
+from parallel.exchange_plan import exchange_plan
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_ring import (
+    CASES,
+    LONG,
+    NAMES,
+    PRIMES,
+    RINGS,
+    SCALE,
+    B,
+    Case,
+    Results,
+    S,
+    dense,
+    full_inputs,
+    local_part,
+    on_rings,
+    ring_result,
+    worst,
+)
+
+VARIANTS = {
+    "keys kept": {"keep_gathered": True},
+    "keys fetched again": {"keep_gathered": False},
+    "two groups of heads": {"head_groups": 2},
+}
+
+
+def make(group: dist.ProcessGroup, case: Case, kernel: str, **variant: int) -> ExchangeAttention:
+    return ExchangeAttention(group, KERNELS[kernel], scale=SCALE, window=case.window, **variant)
+
+
+def _errors() -> Results:
+    def measure(size: int, group: dist.ProcessGroup) -> Results:
+        found: Results = {}
+        for (name, case), (label, variant) in itertools.product(CASES.items(), VARIANTS.items()):
+            if case.kv_heads % variant.get("head_groups", 1):
+                continue
+            for kernel, dtype in (("math", torch.float64), ("cpu", torch.float32)):
+                if kernel == "cpu" and label != "keys kept":
+                    continue
+                results = ring_result(make(group, case, kernel, **variant), case, dtype)  # type: ignore[arg-type]
+                found[size, name, label, kernel] = {
+                    tensor: (
+                        (result.double() - local_part(full, group)).abs().max() / full.abs().max().clamp(min=1)
+                    ).item()
+                    for tensor, result, full in zip(NAMES, results, dense(case), strict=True)
+                }
+        return found
+
+    return on_rings(measure)
+
+
+@pytest.fixture(scope="module")
+def errors() -> Results:
+    return worst(run_distributed(_errors, 8))
+
+
+@pytest.mark.parametrize("size", RINGS)
+@pytest.mark.parametrize(("kernel", "tolerance"), [("math", 1e-12), ("cpu", 1e-5)])
+def test_equals_attention_over_the_whole_sequence(errors: Results, size: int, kernel: str, tolerance: float) -> None:
+    found = {key: value for key, value in errors.items() if key[0] == size and key[3] == kernel}
+    assert len({key[1] for key in found}) == len(CASES)
+    for key, tensors in found.items():
+        for tensor, error in tensors.items():
+            assert error < tolerance, (key, tensor)
+
+
+def _leak() -> float:
+    """The largest change in documents 2, 3, ... of each row when document 1 changes."""
+    group = dist.new_group(RINGS[4])
+    if dist.get_rank() not in RINGS[4]:
+        return 0.0
+    case = Case(lengths=PRIMES + LONG)
+    attend = make(group, case, "cpu")
+    inputs = full_inputs(case)
+    changed = [tensor.clone() for tensor in inputs]
+    for tensor in changed:
+        tensor[0, : PRIMES[0]] += 1
+        tensor[1, : LONG[0]] += 1
+    outputs = []
+    for q, k, v, _ in (inputs, changed):
+        outputs.append(attend(*(local_part(x, group).float() for x in (q, k, v)), case.documents()))
+    position = local_part(torch.arange(S).expand(B, S).contiguous(), group)
+    others = position >= torch.tensor([[PRIMES[0]], [LONG[0]]])
+    assert (outputs[0] != outputs[1])[~others].any() or others.all()
+    return (outputs[0] - outputs[1])[others].abs().max().item()
+
+
+def test_nothing_leaks_from_one_document_to_the_next() -> None:
+    assert run_distributed(_leak, 8) == [0.0] * 8
+
+
+def _messages() -> list[int]:
+    """Elements sent by this rank in a forward pass, as counted at the call and as planned."""
+    group, sent = dist.group.WORLD, []
+    case = Case(window=5)
+    original = dist.batch_isend_irecv
+
+    def counting(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.extend(operation.tensor.numel() for operation in operations if operation.op is dist.isend)
+        return original(operations)
+
+    dist.batch_isend_irecv = counting
+    q, k, v, _ = (local_part(tensor, group).float() for tensor in full_inputs(case))
+    make(group, case, "math")(q, k, v, None)
+    plans = exchange_plan(S, group.size(), dist.get_rank(group), case.window).sends
+    tokens = sum(piece.length for pieces in plans.values() for piece in pieces)
+    return [sum(sent), tokens * 2 * B * case.kv_heads * q.shape[-1]]
+
+
+def test_what_is_sent_is_what_was_planned() -> None:
+    counted = run_distributed(_messages, 4)
+    assert all(sent == planned for sent, planned in counted)
+    assert 0 < sum(sent for sent, _ in counted) == 6 * 4 * 2 * B * 2 * 8  # six borders between ranks, a window of 5 - 1
