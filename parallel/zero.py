@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as _deepspeed_ops
+from deepspeed.runtime import bf16_optimizer
 from torch import Tensor, nn
 
 from parallel.mesh import ParallelMesh
@@ -64,6 +65,8 @@ def initialize_distributed(device_type: str) -> None:
     # DeepSpeed would compile a shared-memory collective for CPUs here: half a minute, and 69 MB left in /dev/shm by
     # every process that used it. gloo serves.
     _deepspeed_ops["deepspeed_shm_comm"] = False
+    # Its optimizer for bf16 at stage 1 prints the memory in use a dozen times while it is made, wanted or not.
+    bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
     deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
 
 
