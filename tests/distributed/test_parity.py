@@ -81,6 +81,7 @@ def key_gradients_stay_away() -> None:
     def forgetful(self: parallel.exchange._KeyGradients) -> torch.Tensor:
         for work in self.works or []:
             work.wait()
+        self.works = []  # gloo's work waits once
         self.incoming.clear()
         return collect(self)
 
