@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import JobConfig, load_job
+from launch.context import context_plan
 from launch.memory import BYTES, Precision, count_parameters, estimate_activations, estimate_states, working_copies
 from model.config import ModelConfig
+from parallel.mesh import MeshShape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "parallelism.md"
@@ -116,7 +118,7 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
     tokens = job.training.micro_batch_size * job.training.sequence_length // cp
     head = job.model.hidden_size * job.model.vocab_size // tp
     states = estimate_states(local, stage, precision, zero_size).total + working_copies(local, stage, precision)
-    activations = _activations(job, tokens, precision)
+    activations = _activations(job, mesh, tokens, precision)
     checkpointing = recompute == "full"
     over_tp = 2 * (tp - 1) / tp * tensor_payload(job.model, tokens, width, checkpointing=checkpointing)
     over_cp = [
@@ -136,12 +138,12 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
     return f"| {' | '.join(cells)} |"
 
 
-def _activations(job: JobConfig, tokens: int, precision: Precision) -> int:
+def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precision) -> int:
     return estimate_activations(
         job.model,
         tokens=tokens,
         tensor_parallel_size=job.parallel.tensor_parallel_size,
-        context_parallel_size=job.parallel.context_parallel_size,
+        context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
         checkpointing=job.training.activation_checkpointing == "full",

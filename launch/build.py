@@ -7,16 +7,15 @@ The order is fixed by memory: shapes on the meta device, the tensor-parallel cut
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from launch.config import JobConfig
+from launch.context import context_plan
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
 from model.kernels import select_kernel
 from parallel.exchange import ExchangeAttention
-from parallel.exchange_plan import exchange_plan
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
 from parallel.ring import RingAttention
@@ -28,9 +27,6 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-_EXCHANGE_BYTES = 2**30
-"""Largest buffer of fetched keys and values of one layer for which `auto` exchanges."""
 
 
 def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroSettings:
@@ -60,9 +56,10 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tup
     deterministic = job.training.deterministic
     if mesh.cp_size == 1:
         return KernelAttention(kernel, config, deterministic=deterministic), reason
-    mode, why = context_parallel_mode(job, mesh, DTYPES[job.resolve_precision(device_type)])
+    plan = context_plan(job, mesh.shape, DTYPES[job.resolve_precision(device_type)].itemsize)
+    assert plan is not None
     attend: AttentionFunction
-    if mode == "ring":
+    if plan.mode == "ring":
         attend = RingAttention(
             mesh.cp_group,
             kernel,
@@ -77,25 +74,9 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tup
             scale=config.head_dim**-0.5,
             window=config.sliding_window,
             deterministic=deterministic,
-            keep_gathered=mesh.cp_size == 2,  # twice a rank's own keys at most; beyond that they are fetched again
+            keep_gathered=plan.keep_gathered,
         )
-    return attend, f"{reason}; {mode} of keys over {mesh.cp_size} ranks: {why}"
-
-
-def context_parallel_mode(
-    job: JobConfig, mesh: ParallelMesh, dtype: torch.dtype
-) -> tuple[Literal["exchange", "ring"], str]:
-    """The mode and why. Exchange merges nothing, so it is faster wherever its buffer fits; a ring needs no such
-    buffer."""
-    if job.parallel.context_parallel_mode != "auto":
-        return job.parallel.context_parallel_mode, "as configured"
-    plan = exchange_plan(job.training.sequence_length, mesh.cp_size, 0, job.model.sliding_window)  # rank 0 fetches most
-    heads = job.model.num_key_value_heads // mesh.tp_size
-    size = 2 * job.training.micro_batch_size * plan.buffer_length * heads * job.model.head_dim * dtype.itemsize
-    text = f"a layer's fetched keys and values take {size / 2**30:.2f} GiB"
-    if size <= _EXCHANGE_BYTES:
-        return "exchange", f"{text}, up to {_EXCHANGE_BYTES / 2**30:.0f} is exchanged"
-    return "ring", f"{text}, more than {_EXCHANGE_BYTES / 2**30:.0f} travels in a ring"
+    return attend, f"{reason}; {plan.mode} of keys over {mesh.cp_size} ranks: {plan.reason}"
 
 
 def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[GPT, Mapping[str, TensorShard], str]:

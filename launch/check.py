@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from launch.config import JobConfig
+from launch.context import ContextPlan, context_plan
 from launch.memory import (
     BYTES,
+    EXCHANGE_FORMULA,
     LIVE_PARAMETERS,
     LOGITS_FORMULA,
     RING_FORMULA,
@@ -86,7 +88,7 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         "vocabulary": f"{model.vocab_size:,}"
         + (f", padded to {padded:,} for tp {tp}" if padded > model.vocab_size else ", no padding"),
         "precision": _precision_note(job, device),
-        "attention": _attention_note(job, mesh),
+        "attention": _attention_note(job, mesh, device),
     }
     return [f"{name:<16} {text}" for name, text in rows.items()]
 
@@ -108,7 +110,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     elif working:
         rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
     peak = states.total + working + activations.peak
-    rows += _activation_rows(job, activations)
+    rows += _activation_rows(job, activations, context_plan(job, mesh, BYTES[precision]))
     unit, unit_name = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
     return [
         f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
@@ -126,14 +128,16 @@ def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activ
         job.model,
         tokens=_local_tokens(job, mesh),
         tensor_parallel_size=mesh.tensor_parallel_size,
-        context_parallel_size=mesh.context_parallel_size,
+        context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
         checkpointing=job.training.activation_checkpointing == "full",
     )
 
 
-def _activation_rows(job: JobConfig, activations: Activations) -> list[tuple[str, int, str]]:
+def _activation_rows(
+    job: JobConfig, activations: Activations, context: ContextPlan | None
+) -> list[tuple[str, int, str]]:
     block, blocks = block_formula(job.model.qk_norm), job.model.num_hidden_layers
     if job.training.activation_checkpointing == "full":
         rows = [
@@ -143,8 +147,9 @@ def _activation_rows(job: JobConfig, activations: Activations) -> list[tuple[str
     else:
         rows = [("activations", activations.kept, f"{blocks} blocks, each {block}")]
     rows.append(("logits", activations.logits, f"{LOGITS_FORMULA}: fp32, with two gradients"))
-    if activations.ring:
-        rows.append(("ring", activations.ring, f"one block, {RING_FORMULA}"))
+    if context is not None:
+        formula = RING_FORMULA if context.mode == "ring" else f"{EXCHANGE_FORMULA}, M = {context.fetched_tokens:,}"
+        rows.append((context.mode, activations.context, f"one block, {formula}"))
     return rows
 
 
@@ -162,7 +167,7 @@ def _precision_note(job: JobConfig, device: str) -> str:
     return f"auto: {precision} on {'GPUs' if device == 'cuda' else 'CPUs'}"
 
 
-def _attention_note(job: JobConfig, mesh: MeshShape) -> str:
+def _attention_note(job: JobConfig, mesh: MeshShape, device: str) -> str:
     backend = job.model.attention_backend
     kernel = "auto: the fastest that the nodes have, named when the job starts" if backend == "auto" else backend
     extras = []
@@ -170,8 +175,9 @@ def _attention_note(job: JobConfig, mesh: MeshShape) -> str:
         extras.append(f"window {job.model.sliding_window:,}")
     if job.data.document_mask:
         extras.append("documents apart")
-    if mesh.context_parallel_size > 1:
-        extras.append(f"zigzag ring over {mesh.context_parallel_size} ranks")
+    context = context_plan(job, mesh, BYTES[job.resolve_precision(device)])
+    if context is not None:
+        extras.append(f"{context.mode} of keys over {mesh.context_parallel_size} ranks: {context.reason}")
     return "; ".join([kernel, *extras])
 
 

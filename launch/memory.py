@@ -7,10 +7,13 @@ heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from model.config import ModelConfig
 from parallel.vocab import padded_vocabulary
+
+if TYPE_CHECKING:
+    from launch.context import ContextPlan  # which reads a JobConfig, which counts its parameters here
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -87,13 +90,13 @@ class Activations:
     """What one block holds while it is computed again (activation_checkpointing: full)."""
     logits: int
     """The head: fp32 log-probabilities and, in its backward pass, two gradients as large."""
-    ring: int
-    """Context parallelism: one block's fp32 accumulators and the messages on their way."""
+    context: int
+    """Context parallelism: what one block's attention holds beside its inputs and outputs."""
 
     @property
     def peak(self) -> int:
         """The logits are gone when the first block is computed again."""
-        return self.kept + max(self.logits, self.recomputed + self.ring)
+        return self.kept + max(self.logits, self.recomputed + self.context)
 
 
 def block_formula(qk_norm: bool) -> str:
@@ -104,7 +107,9 @@ def block_formula(qk_norm: bool) -> str:
 
 LOGITS_FORMULA = "12 t V"
 RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
-"""dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
+"""Ring: dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
+EXCHANGE_FORMULA = "(4 M + 6 t) K D b"
+"""Exchange: the buffer of K and V and its gradient; a peer's shares, the sums in fp32 or two groups of them."""
 
 
 def estimate_activations(
@@ -112,7 +117,7 @@ def estimate_activations(
     *,
     tokens: int,
     tensor_parallel_size: int,
-    context_parallel_size: int,
+    context: ContextPlan | None,
     precision: Precision,
     autocast: bool,
     checkpointing: bool,
@@ -130,11 +135,18 @@ def estimate_activations(
     block = tokens * (norms + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads)
     ends = 2 * tokens * model.hidden_size * stream  # the last norm's input and output
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
-    ring = tokens * model.head_dim * (4 * query_heads + 16 * kv_heads + 4 * kv_heads * width)
-    kept = tokens * model.hidden_size * stream if checkpointing else block
+    keys = kv_heads * model.head_dim * width  # bytes of one token's K
+    transient = extra = 0
+    if context is not None and context.mode == "ring":
+        transient = tokens * model.head_dim * (4 * query_heads + 16 * kv_heads + 4 * kv_heads * width)
+    elif context is not None:
+        transient = (4 * context.fetched_tokens + 6 * tokens) * keys
+        if context.keep_gathered and not checkpointing:
+            extra = 2 * (context.fetched_tokens - tokens) * keys
+    kept = tokens * model.hidden_size * stream if checkpointing else block + extra
     return Activations(
         kept=model.num_hidden_layers * kept + ends,
         recomputed=block if checkpointing else 0,
         logits=12 * tokens * vocabulary,
-        ring=ring if context_parallel_size > 1 else 0,
+        context=transient,
     )

@@ -229,6 +229,7 @@ def _named_kernel_takes_the_job(job: Job) -> None:
             head_dim=job.model.head_dim,
             window=job.model.sliding_window is not None,
             documents=job.data.document_mask,
+            rectangular=job.parallel.context_parallel_size > 1,
             deterministic=job.training.deterministic,
         )
 
