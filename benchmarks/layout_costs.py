@@ -18,7 +18,8 @@ from pathlib import Path
 
 from launch.config import JobConfig, load_job
 from launch.context import context_plan
-from launch.memory import BYTES, Precision, count_parameters, estimate_activations, estimate_states, working_copies
+from launch.memory import estimate_activations, estimate_states, working_copies
+from launch.parameters import BYTES, Precision, count_parameters
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
 from launch.memory import (
-    BYTES,
     EXCHANGE_FORMULA,
     LIVE_PARAMETERS,
     LOGITS_FORMULA,
     RING_FORMULA,
     Activations,
-    Precision,
     block_formula,
-    count_parameters,
     estimate_activations,
     estimate_states,
     working_copies,
 )
+from launch.parameters import BYTES, Precision, count_parameters
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
 

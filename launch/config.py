@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from launch import rules
-from launch.memory import Precision, count_parameters
+from launch.parameters import Precision, count_parameters
 from launch.violations import ConfigError, Violation, section_violations, unknown_section
 from launch.yaml_strict import KeyPath, read_yaml, write_yaml
 from model.config import ModelConfig

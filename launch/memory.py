@@ -1,4 +1,4 @@
-"""What a rank of a job holds in memory: parameters counted from shapes, states by ZeRO stage, activations by formula.
+"""What a rank of a job holds in memory: states by ZeRO stage, activations by formula.
 
 Letters: E hidden_size, D head_dim; one tensor-parallel rank's share of F intermediate_size, H query heads, K key/value
 heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes of a working number.
@@ -7,33 +7,14 @@ heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
+from launch.context import ContextPlan
+from launch.parameters import BYTES, Precision
 from model.config import ModelConfig
 from parallel.vocab import padded_vocabulary
 
-if TYPE_CHECKING:
-    from launch.context import ContextPlan  # which reads a JobConfig, which counts its parameters here
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
 LIVE_PARAMETERS = 1_000_000_000
 """Elements that DeepSpeed may keep gathered at stage 3 (its stage3_max_live_parameters)."""
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Elements on one tensor-parallel rank, vocabulary padding included; with 1, the whole model's.
-
-    `tensor_parallel_size` must divide the heads and intermediate_size.
-    """
-    vocabulary = padded_vocabulary(model.vocab_size, tensor_parallel_size) // tensor_parallel_size
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) // tensor_parallel_size
-    projections = model.hidden_size * heads * model.head_dim
-    feed_forward = 3 * model.hidden_size * (model.intermediate_size // tensor_parallel_size)
-    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    tables = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return tables + model.num_hidden_layers * (projections + feed_forward + norms) + model.hidden_size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import warnings
 import torch
 from torch import nn
 
-from launch.memory import Precision, estimate_states
+from launch.memory import estimate_states
+from launch.parameters import Precision
 from parallel import zero
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.tensor import TensorShard

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.layout_costs import ZeroPayload, exchange_payload, ring_payload, tensor_payload, zero_payloads
 from launch.build import build_engine
 from launch.config import JobConfig
-from launch.memory import BYTES, Precision
+from launch.parameters import BYTES, Precision
 from parallel import zero
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine

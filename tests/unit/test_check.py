@@ -9,7 +9,8 @@ import torch
 
 from launch.check import layout_report
 from launch.config import load_job
-from launch.memory import count_parameters, estimate_activations, estimate_states
+from launch.memory import estimate_activations, estimate_states
+from launch.parameters import count_parameters
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT
