@@ -60,8 +60,7 @@ class StateFragment:
 
 
 def initialize_distributed(device_type: str) -> None:
-    """Joins the world that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...): gloo on CPU, NCCL on
-    GPUs."""
+    """Joins the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: gloo on CPU, NCCL on GPUs."""
     # DeepSpeed would compile a shared-memory collective for CPUs here: half a minute, and 69 MB left in /dev/shm by
     # every process that used it. gloo serves.
     _deepspeed_ops["deepspeed_shm_comm"] = False
@@ -71,8 +70,7 @@ def initialize_distributed(device_type: str) -> None:
 
 
 def partitioner(mesh: ParallelMesh, settings: ZeroSettings) -> Callable[[nn.Module], None]:
-    """A function that keeps only this rank's share of a module's own parameters (stage 3); below stage 3, it keeps
-    all."""
+    """A function that keeps only this rank's share of a module's own parameters; below stage 3 it keeps all."""
     if settings.stage < 3:
         return lambda module: None
     config, mpu = _deepspeed_config(settings, parameters=0), _ModelParallelUnit(mesh)
@@ -139,8 +137,7 @@ class ZeroEngine:
         self.engine.eval()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates one micro-batch's gradients. DeepSpeed divides by accumulation_steps and averages over dp x
-        cp."""
+        """Accumulates a micro-batch's gradients, divided by accumulation_steps and averaged over dp x cp."""
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch; the last one's step is `step`
