@@ -83,6 +83,7 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     """The model, filled and sharded; what this rank holds of each parameter; and the sentence on attention."""
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
+    mesh.warm_up(device)
     attend, attention_note = build_attention(job, mesh, device.type)
     with torch.device("meta"):
         model = GPT(config, attend, activation_checkpointing=job.training.activation_checkpointing == "full")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -84,6 +85,16 @@ class ParallelMesh:
             cp_group=_own_group(rank, [[shape.rank_at(t, c, d) for c in cps] for t in tps for d in dps]),
             zero_group=_own_group(rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
         )
+
+    def warm_up(self, device: torch.device) -> None:
+        """One collective in every group, on the device that will train. Collective over the world.
+
+        NCCL makes a group's communicator at its first use and waits for all its ranks; a first use in which only some
+        of them exchange messages would hang.
+        """
+        for group in (self.tp_group, self.cp_group, self.zero_group):
+            if group.size() > 1:
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def tp_rank(self) -> int:

@@ -151,7 +151,7 @@ def test_a_planted_fault_is_noticed(mutation, case: Case) -> None:  # type: igno
 
 
 def attention_computes_in_bf16() -> None:
-    """Not a fault: the kernel takes nothing else, so that a stage whose autocast is off cannot pass by its precision."""
+    """Not a fault: the kernel takes nothing else, so that no stage passes because its autocast is off."""
     forward = CpuKernel.forward
 
     def insisting(self: CpuKernel, q: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
