@@ -60,7 +60,7 @@ format: $(STAMP)  ## Let ruff repair what it can
 	$(BIN)/ruff format .
 
 parity: $(STAMP)  ## The parity table: each layout and ZeRO stage against one process
-	$(ON_CPU) $(BIN)/python tests/distributed/parity.py $(ARGS)
+	$(ON_CPU) $(BIN)/python -m tests.distributed.parity $(ARGS)
 
 board: $(STAMP)  ## TensorBoard on the newest run
 	@run=$$(ls -td runs/*/ 2>/dev/null | head -n 1); \

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -168,3 +170,14 @@ def test_bf16_stays_within_its_rounding(layout: tuple[int, int, int]) -> None:
     cases = [Case(*layout, stage, False, precision="bf16", backend="cpu") for stage in range(4)]
     for case, errors in run_cases(cases, attention_computes_in_bf16).items():
         assert errors.loss < 4e-3 and errors.grad_norm < 2e-2, (case, errors)
+
+
+def test_make_parity_prints_the_table() -> None:
+    """The recipe as make would run it, on one layout."""
+    root = Path(__file__).resolve().parents[2]
+    recipe = subprocess.run(
+        ["make", "--dry-run", "parity", "ARGS=--layout 1x1x2"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    done = subprocess.run(recipe, shell=True, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1x1x2 stage 3 GQA untied" in done.stdout and "largest error" in done.stdout
