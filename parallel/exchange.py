@@ -56,8 +56,8 @@ class ExchangeAttention:
     """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
-    rank's outputs [B, L, H, D]. `head_groups` must divide K. `keep_gathered` keeps
-    fetched keys and values for the backward pass; otherwise they are fetched again.
+    rank's outputs [B, L, H, D]. `head_groups` must divide K. `keep_gathered` keeps fetched keys and values for the
+    backward pass; otherwise they are fetched again.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class ExchangeAttention:
         self.window, self.deterministic, self.head_groups = window, deterministic, head_groups
         self.keep_gathered = keep_gathered
         self.rank = dist.get_rank(group)
-        self._planned_for: tuple[Any, ...] = ()
+        self._shape: tuple[int, int] = (0, 0)
+        self._documents: Documents | None = None
         self._planned: list[_Rows] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
@@ -83,10 +84,9 @@ class ExchangeAttention:
 
     def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
-        key = (q.shape[0], q.shape[1], q.device, documents)
-        if len(self._planned_for) != 4 or self._planned_for[:3] != key[:3] or self._planned_for[3] is not documents:
-            self._planned = self._plan(q, documents)
-            self._planned_for = key
+        shape = (q.shape[0], q.shape[1])
+        if self._shape != shape or self._documents is not documents:
+            self._planned, self._shape, self._documents = self._plan(q, documents), shape, documents
         return self._planned
 
     def _plan(self, q: Tensor, documents: Documents | None) -> list[_Rows]:

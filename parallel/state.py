@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,13 +186,3 @@ class _LoadRectangles(DefaultLoadPlanner):
 
 def _chunk(part: Rectangle) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(part.offsets), sizes=part.tensor.shape)
-
-
-def tensor_names(directory: Path) -> dict[str, Any]:
-    """Keys and full shapes that a checkpoint holds, without reading its tensors."""
-    metadata = FileSystemReader(directory).read_metadata()
-    return {
-        key: tuple(stored.size)
-        for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }

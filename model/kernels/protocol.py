@@ -54,7 +54,9 @@ class Documents:
                 "document boundaries must rise strictly from 0 and hold at least one document, got "
                 f"{list(boundaries)[:8]}"
             )
-        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+        # From pinned memory the copy does not hold up the host; from ordinary memory it would wait for the device.
+        pinned = torch.device(device).type == "cuda"
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)
         return cls(tuple(boundaries), cu_seqlens, max(lengths))
 
     @property

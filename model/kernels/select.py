@@ -13,8 +13,8 @@ from model.kernels.math_reference import MathKernel
 from model.kernels.protocol import AttentionKernel, KernelUnavailable
 from model.kernels.torch_flash import TorchFlashKernel
 
-# Fastest first, as measured on one H200 at 32k tokens (forward / backward TFLOP/s): flash_attn_4 641 / 555,
-# cudnn 572 / 522, flash_attn_2 379 / 331, torch_flash 341 / 311. flash_attn_3 stands where its authors' numbers put it.
+# Fastest first. flash_attn_4 and flash_attn_2 as measured on an H200 (docs/ring_attention.md); the others stand where
+# their authors' figures put them.
 _FASTEST_FIRST: tuple[AttentionKernel, ...] = (
     FlashAttn4Kernel(),
     FlashAttn3Kernel(),
