@@ -16,7 +16,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class Progress:
     """Optimizer steps done, skipped ones included: the index of the next batch."""
     tokens: int = 0
     """Tokens seen."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The data cursor's record, plain JSON (see `launch.cursor`): what the order of the data depends on besides the
+    step."""
 
 
 class Checkpoints:

@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ class Trainer:
                 if unchecked is not None:
                     self._check_finite(unchecked)
                 unchecked = outcome
-                progress = Progress(outcome.step, progress.tokens + self.job.tokens_per_step)
+                progress = replace(progress, step=outcome.step, tokens=progress.tokens + self.job.tokens_per_step)
                 self.monitor.advance(outcome.step)
                 last = outcome.step == total
                 if outcome.step % self.job.monitor.log_interval == 0 or last:
