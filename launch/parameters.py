@@ -20,6 +20,11 @@ def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) // tensor_parallel_size
     projections = model.hidden_size * heads * model.head_dim
     feed_forward = 3 * model.hidden_size * (model.intermediate_size // tensor_parallel_size)
+    biases = 0
+    if model.attention_bias != "none":
+        biases = (model.num_attention_heads + 2 * model.num_key_value_heads) // tensor_parallel_size * model.head_dim
+    if model.attention_bias == "all":
+        biases += model.hidden_size
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
     tables = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return tables + model.num_hidden_layers * (projections + feed_forward + norms) + model.hidden_size
+    return tables + model.num_hidden_layers * (projections + biases + feed_forward + norms) + model.hidden_size

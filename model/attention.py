@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kernels import AttentionKernel, AttentionMask, Documents, attention
-from model.layers import RMSNorm, rotate
+from model.layers import RMSNorm
+from model.rope import rotate
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Documents | None"], Tensor]
 """(q [B, S, H, D], k and v [B, S, K, D], documents) -> [B, S, H, D]: causal self-attention, windowed if configured."""
@@ -38,10 +39,11 @@ class Attention(nn.Module):
         self.head_dim, self.attend = config.head_dim, attend
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        bias, output_bias = config.attention_bias != "none", config.attention_bias == "all"
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,27 +11,62 @@ Backend = Literal["auto", "flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2
 
 
 class RopeScaling(BaseModel):
-    """Llama-3's frequency scaling (The Llama 3 Herd of Models, section 3.2; the numbers of its `config.json`)."""
+    """Rotary frequencies stretched past the context they were trained on. Keys of another kind keep their defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
+    kind: Literal["linear", "llama3", "yarn"] = "llama3"
+    """linear: all wavelengths alike (Position Interpolation, arXiv:2306.15595). llama3: long ones only (The Llama 3
+    Herd of Models, section 3.2). yarn: those that turn little within the original context (arXiv:2309.00071)."""
     factor: float = Field(gt=1.0)
-    """Wavelengths longer than the original context are stretched by this much."""
-    low_frequency_factor: float = Field(default=1.0, gt=0)
-    """Wavelengths above original_sequence_length / low_frequency_factor are stretched in full."""
-    high_frequency_factor: float = Field(default=4.0, gt=0)
-    """Wavelengths below original_sequence_length / high_frequency_factor are left alone."""
+    """Wavelengths are stretched by this much."""
     original_sequence_length: int = Field(default=8192, gt=0)
-    """Tokens of context that the unscaled frequencies were trained on."""
+    """llama3, yarn: tokens of context that the unscaled frequencies were trained on."""
+    low_frequency_factor: float = Field(default=1.0, gt=0)
+    """llama3: wavelengths above original_sequence_length / low_frequency_factor are stretched in full."""
+    high_frequency_factor: float = Field(default=4.0, gt=0)
+    """llama3: wavelengths below original_sequence_length / high_frequency_factor are left alone."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: pairs that turn more often than this within the original context are left alone."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: pairs that turn less often than this are stretched in full."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """yarn: multiplies rotated queries and keys; omit for the paper's 0.1 ln(factor) + 1."""
+
+    @property
+    def yarn_magnitude(self) -> float:
+        """What yarn multiplies rotated queries and keys by (arXiv:2309.00071, section 3.4)."""
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    @model_validator(mode="after")
+    def _keys_are_of_this_kind(self) -> Self:
+        for key, kinds in _SCALING_KEYS.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} ({getattr(self, key)}) belongs to kind {' and '.join(kinds)}, not {self.kind}")
+        return self
 
     @model_validator(mode="after")
     def _frequencies_in_order(self) -> Self:
-        if self.high_frequency_factor <= self.low_frequency_factor:
-            raise ValueError(
-                f"high_frequency_factor ({self.high_frequency_factor}) must be greater than low_frequency_factor "
-                f"({self.low_frequency_factor}); Llama 3 uses 4.0 and 1.0"
-            )
+        for low, high, usual in (
+            ("low_frequency_factor", "high_frequency_factor", "Llama 3 uses 4.0 and 1.0"),
+            ("beta_slow", "beta_fast", "YaRN uses 32.0 and 1.0"),
+        ):
+            if getattr(self, high) <= getattr(self, low):
+                raise ValueError(
+                    f"{high} ({getattr(self, high)}) must be greater than {low} ({getattr(self, low)}); {usual}"
+                )
         return self
+
+
+_SCALING_KEYS = {
+    "original_sequence_length": ("llama3", "yarn"),
+    "low_frequency_factor": ("llama3",),
+    "high_frequency_factor": ("llama3",),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+    "attention_factor": ("yarn",),
+}
+"""Which kinds of scaling read a key."""
 
 
 class ModelConfig(BaseModel):
@@ -57,11 +93,14 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies (RoFormer, section 3.2.2); Llama 3 uses 500000."""
     rope_scaling: RopeScaling | None = None
-    """Llama-3 frequency scaling; omit for plain RoPE."""
+    """Frequencies for a longer context than the weights were trained on; omit for plain RoPE."""
     tie_word_embeddings: bool = False
     """Share the embedding's weight with the head's."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys before RoPE."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Biases of the attention projections: none (Llama, Mistral, Qwen3), those of queries, keys and values (Qwen2), or
+    the output's too."""
     sliding_window: int | None = Field(default=None, gt=0)
     """A token sees itself and the sliding_window - 1 tokens before it; omit for full causal attention."""
     initializer_range: float = Field(default=0.02, gt=0)

@@ -15,7 +15,8 @@ from model.attention import Attention, AttentionFunction
 from model.config import ModelConfig
 from model.head import Head
 from model.kernels import Documents
-from model.layers import FeedForward, RMSNorm, rotary_tables
+from model.layers import FeedForward, RMSNorm
+from model.rope import rotary_tables
 
 
 class Block(nn.Module):
@@ -83,9 +84,11 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(hidden), labels)
 
     def initial_distribution(self, name: str) -> tuple[float, float]:
-        """(mean, standard deviation) of the parameter `name` before training: norms are 1, matrices are normal."""
+        """(mean, standard deviation) of the parameter `name` before training: norms 1, biases 0, matrices normal."""
         if name.endswith("norm.weight"):
             return 1.0, 0.0
+        if name.endswith(".bias"):
+            return 0.0, 0.0
         std = self.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self.config.num_hidden_layers)

@@ -1,17 +1,15 @@
-"""Norm, rotary positions and the feed-forward layer.
+"""Norm and the feed-forward layer.
 
-Shapes: B batch, S sequence, E hidden_size, F intermediate_size, H heads, D head_dim.
+Shapes: B batch, S sequence, E hidden_size, F intermediate_size.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import ModelConfig, RopeScaling
+from model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -37,33 +35,3 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, S, 1, D/2] of the rotary angles at `position_ids` [B, S] (RoFormer, arXiv:2104.09864).
-
-    Angles are computed in fp32 (fp64 for a fp64 model): a bf16 position is wrong from 257 on.
-    """
-    precision = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=precision, device=position_ids.device) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = _llama3_frequencies(frequencies, config.rope_scaling)
-    angles = (position_ids.to(precision).unsqueeze(-1) * frequencies).unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Applies the rotation to [B, S, H, D]; pairs are (d, d + D/2), the half-split layout of Llama checkpoints."""
-    cos, sin = tables
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths stretched by `factor`, short ones kept, those between interpolated."""
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_sequence_length / wavelengths
-    keep = (turns - scaling.low_frequency_factor) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
-    keep = keep.clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor

@@ -5,15 +5,15 @@ Shapes: B batch, S sequence, I input features, O output features, T tensor_paral
 The plan maps module-name patterns to the styles below. Nothing else of the model is known here. Parameter names do not
 change, so a checkpoint reads the same for every T.
 
-| style           | weight on this rank | communication                                               |
-|-----------------|---------------------|-------------------------------------------------------------|
-| column          | [O / T, I]          | none (its input comes from a region_input)                   |
-| row             | [O, I / T]          | output summed over the group                                |
-| region_input    | replicated          | gradient of the output summed over the group                |
-| partial_grad    | replicated          | acts on this rank's heads only: weight gradient summed      |
-| vocab_embedding | [V / T, I]          | output summed over the group                                |
-| vocab_head      | [V / T, I]          | cross entropy over the group (`parallel.vocab`)             |
-| replicated      | replicated          | none                                                        |
+| style           | weight on this rank      | communication                                              |
+|-----------------|--------------------------|------------------------------------------------------------|
+| column          | [O / T, I], bias [O / T] | none (its input comes from a region_input)                 |
+| row             | [O, I / T], bias whole   | output summed over the group, then the bias added          |
+| region_input    | replicated               | gradient of the output summed over the group               |
+| partial_grad    | replicated               | acts on this rank's heads only: weight gradient summed     |
+| vocab_embedding | [V / T, I]               | output summed over the group                               |
+| vocab_head      | [V / T, I]               | cross entropy over the group (`parallel.vocab`)            |
+| replicated      | replicated               | none                                                       |
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -72,28 +73,32 @@ class TensorShard:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Y_r = X W_r^T with W cut by output features. [B, S, I] -> [B, S, O / T]."""
+    """Y_r = X W_r^T + b_r with W and b cut by output features. [B, S, I] -> [B, S, O / T]."""
 
     def __init__(self, dense: nn.Linear, group: ProcessGroup):
         super().__init__()
         assert dense.out_features % group.size() == 0, dense
-        self.weight = nn.Parameter(dense.weight.new_empty(dense.out_features // group.size(), dense.in_features))
+        local_features = dense.out_features // group.size()
+        self.weight = nn.Parameter(dense.weight.new_empty(local_features, dense.in_features))
+        self.bias = None if dense.bias is None else nn.Parameter(dense.bias.new_empty(local_features))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight)
+        return functional.linear(hidden, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """Y = sum_r X_r W_r^T with W cut by input features. [B, S, I / T] -> [B, S, O]."""
+    """Y = sum_r X_r W_r^T + b with W cut by input features, b whole. [B, S, I / T] -> [B, S, O]."""
 
     def __init__(self, dense: nn.Linear, group: ProcessGroup):
         super().__init__()
         assert dense.in_features % group.size() == 0, dense
         self.group = group
         self.weight = nn.Parameter(dense.weight.new_empty(dense.out_features, dense.in_features // group.size()))
+        self.bias = None if dense.bias is None else nn.Parameter(torch.empty_like(dense.bias))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return reduce_from_group(functional.linear(hidden, self.weight), self.group)
+        total = reduce_from_group(functional.linear(hidden, self.weight), self.group)
+        return total if self.bias is None else total + self.bias  # once, after the sum
 
 
 def style_of(name: str, plan: Mapping[str, str]) -> str:
@@ -127,6 +132,9 @@ def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, str], group: Proc
             weight = f"{name}.weight"
             if weight in shards:  # a tied head's weight goes by the embedding's name
                 shards[weight] = _shard(shards[weight].full_shape, dim, rank, group.size())
+            bias = f"{name}.bias"
+            if bias in shards and style == "column":  # a row layer's bias stays whole
+                shards[bias] = _shard(shards[bias].full_shape, 0, rank, group.size())
     for first, other in shared:  # a weight used by two modules stays one parameter
         model.get_submodule(other).weight = model.get_submodule(first).weight
     return shards

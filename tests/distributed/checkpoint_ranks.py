@@ -45,12 +45,13 @@ class Layout:
         return f"{self.tp}x{self.cp}x{self.dp}-stage{self.stage}-{self.precision}"
 
     def job(self) -> JobConfig:
-        """A two-layer GQA model with QK-norm; 61 tokens, which two tensor-parallel ranks pad."""
+        """A two-layer GQA model with QK-norm and biases; 61 tokens, which two tensor-parallel ranks pad."""
         return JobConfig.from_yaml(
             f"""
             model:
               {{vocab_size: {VOCABULARY}, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,
-               num_attention_heads: 4, num_key_value_heads: 2, qk_norm: true, attention_backend: math}}
+               num_attention_heads: 4, num_key_value_heads: 2, qk_norm: true, attention_bias: qkv,
+               attention_backend: math}}
             parallel:
               {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage}}}
             data: {{source: files, files: [unused], tokenizer: unused}}

@@ -54,6 +54,7 @@ class Variant:
 VARIANTS = {
     "plain": Variant({}),
     "qk_norm, tied, MHA": Variant({"qk_norm": True, "tie_word_embeddings": True, "num_key_value_heads": 8}),
+    "biases": Variant({"attention_bias": "all"}),
     "documents, window, recomputed": Variant(
         {
             "qk_norm": True,

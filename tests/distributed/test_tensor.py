@@ -120,12 +120,12 @@ class FeedForwardTwin(nn.Module):
 
 
 class HeadsTwin(nn.Module):
-    """A norm that acts on each rank's heads only, between column and row."""
+    """A norm that acts on each rank's heads only, between column and row, which have biases."""
 
     def __init__(self) -> None:
         super().__init__()
         self.entry, self.norm = RMSNorm(E, 1e-5), RMSNorm(6, 1e-5)
-        self.q, self.o = nn.Linear(E, 24, bias=False), nn.Linear(24, E, bias=False)
+        self.q, self.o = nn.Linear(E, 24), nn.Linear(24, E)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.o(self.norm(self.q(self.entry(x)).unflatten(-1, (-1, 6))).flatten(-2))

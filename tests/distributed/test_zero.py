@@ -43,6 +43,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,
     head_dim=6,
     qk_norm=True,
+    attention_bias="all",
     tie_word_embeddings=True,
 )
 
@@ -183,7 +184,7 @@ def assembled(ranks: list[Kept], tp_size: int) -> dict[str, np.ndarray]:
             values[key][where] = part
             counts[key][where] += 1
     for key, count in counts.items():
-        replicated = key.endswith("norm.weight")
+        replicated = key.endswith(("norm.weight", "o_proj.bias"))
         assert (count == (tp_size if replicated else 1)).all(), key
     return values
 

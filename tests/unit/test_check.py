@@ -121,8 +121,15 @@ def build(config: ModelConfig, device: str, checkpointing: bool = False) -> GPT:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": True}, {"qk_norm": True}, {"num_key_value_heads": 1, "head_dim": 16}],
-    ids=["plain", "tied", "qk_norm", "mqa"],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"qk_norm": True},
+        {"attention_bias": "qkv"},
+        {"attention_bias": "all"},
+        {"num_key_value_heads": 1, "head_dim": 16},
+    ],
+    ids=["plain", "tied", "qk_norm", "bias", "output bias", "mqa"],
 )
 def test_parameters_are_those_of_the_model(changes: dict[str, object]) -> None:
     config = shape(**changes)
@@ -134,6 +141,8 @@ def test_parameters_of_a_tensor_parallel_rank() -> None:
     # embedding and head: 66 x 48 each (131 padded to 132); block: q and o 2 x 24 x 48, k and v 2 x 12 x 48,
     # feed-forward 3 x 40 x 48, two norms of 48; last norm 48
     assert count_parameters(shape(), 2) == 2 * 66 * 48 + 3 * (72 * 48 + 120 * 48 + 96) + 48
+    # biases of 24, 12 and 12 split heads, and a whole one of the output
+    assert count_parameters(shape(attention_bias="all"), 2) - count_parameters(shape(), 2) == 3 * (48 + 48)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

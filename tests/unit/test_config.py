@@ -117,7 +117,21 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "did you mean model.rope_scaling.low_frequency_factor?",
         ),
         ("model.rope_scaling.factor=0.5", "model.rope_scaling.factor = 0.5", "must be greater than 1"),
-        ("model.rope_scaling=8", "model.rope_scaling = 8", "must be a group of keys: factor, low_frequency_factor"),
+        (
+            "model.rope_scaling={factor: 8.0, beta_fast: 16.0}",
+            "model.rope_scaling",
+            "beta_fast (16.0) belongs to kind yarn, not llama3",
+        ),
+        (
+            "model.rope_scaling={kind: yarn, factor: 8.0, beta_fast: 0.5}",
+            "model.rope_scaling",
+            "beta_fast (0.5) must be greater than beta_slow (1.0); YaRN uses 32.0 and 1.0",
+        ),
+        (
+            "model.rope_scaling=8",
+            "model.rope_scaling = 8",
+            "must be a group of keys: kind, factor, original_sequence_length",
+        ),
         ("training.max_steps=5.0", "training.max_steps = 5.0", "must be a valid integer; give integer >= 1"),
         ("training.max_steps='5'", "training.max_steps = 5", "must be a valid integer, not text"),
         ("training.max_steps=true", "training.max_steps = true", "must be a valid integer"),

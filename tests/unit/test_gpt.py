@@ -20,7 +20,8 @@ from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.head import Head
 from model.kernels import KERNELS, Documents
-from model.layers import FeedForward, RMSNorm, rotary_tables
+from model.layers import FeedForward, RMSNorm
+from model.rope import rotary_tables
 
 B, S = 2, 12
 DOCUMENT_LENGTHS = (1, 7, 4, 5, 1, 1, 5)  # two rows of 12
@@ -46,9 +47,9 @@ def build(config: ModelConfig, kernel: str = "math", dtype: torch.dtype = torch.
     model = GPT(config, KernelAttention(KERNELS[kernel], config), **options).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.3 * noise)
+            parameter.copy_(1 + 0.3 * noise if name.endswith("norm.weight") else 0.3 * noise)
     return model
 
 
@@ -68,11 +69,15 @@ def batch(packed: bool, vocab_size: int = 31) -> dict[str, Any]:
 
 
 def plain_frequencies(config: ModelConfig) -> list[float]:
-    """Radians a position of each rotated pair: RoFormer (3.2.2), and Llama 3.1's published `apply_scaling`."""
+    """Radians a position of each rotated pair: RoFormer (3.2.2), and the published code of each scaling."""
     frequencies = [config.rope_theta ** (-2 * pair / config.head_dim) for pair in range(config.head_dim // 2)]
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if scaling.kind == "linear":
+        return [frequency / scaling.factor for frequency in frequencies]
+    if scaling.kind == "yarn":
+        return plain_yarn(config, scaling)
     scaled = []
     for frequency in frequencies:
         wavelength = 2 * math.pi / frequency
@@ -88,15 +93,39 @@ def plain_frequencies(config: ModelConfig) -> list[float]:
     return scaled
 
 
+def plain_yarn(config: ModelConfig, scaling: RopeScaling) -> list[float]:
+    """`YaRNScaledRotaryEmbedding` of the paper's repository."""
+
+    def correction(rotations: float) -> float:
+        span = math.log(scaling.original_sequence_length / (rotations * 2 * math.pi))
+        return config.head_dim * span / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(correction(scaling.beta_fast)), 0)
+    high = min(math.ceil(correction(scaling.beta_slow)), config.head_dim - 1)
+    scaled = []
+    for pair in range(config.head_dim // 2):
+        inverse = 1 / config.rope_theta ** (2 * pair / config.head_dim)
+        mask = 1 - min(1.0, max(0.0, (pair - low) / (high - low)))
+        scaled.append(inverse / scaling.factor * (1 - mask) + inverse * mask)
+    return scaled
+
+
 def plain_rotate(heads: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     """[B, S, H, D]: dims d and d + D/2 are one complex number, turned by position x frequency."""
     turns = [[[cmath.exp(1j * p * f) for f in plain_frequencies(config)] for p in row] for row in positions.tolist()]
     pairs = torch.complex(*heads.chunk(2, dim=-1)) * torch.tensor(turns, dtype=torch.complex128)[:, :, None]
+    if config.rope_scaling is not None and config.rope_scaling.kind == "yarn":
+        pairs = pairs * (config.rope_scaling.attention_factor or 0.1 * math.log(config.rope_scaling.factor) + 1)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
 def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps) ** -0.5 * weight
+
+
+def plain_linear(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    y = x @ p[f"{name}.weight"].T
+    return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
 
 def plain_visible(config: ModelConfig, lengths: tuple[int, ...]) -> Tensor:
@@ -118,7 +147,7 @@ def plain_logits(p: dict[str, Tensor], config: ModelConfig, inputs: dict[str, An
     for number in range(config.num_hidden_layers):
         w = {name.removeprefix(f"layers.{number}."): weight for name, weight in p.items()}
         y = plain_norm(x, w["attention_norm.weight"], eps)
-        q, k, v = ((y @ w[f"attention.{c}_proj.weight"].T).view(B, S, -1, width) for c in "qkv")
+        q, k, v = (plain_linear(y, w, f"attention.{c}_proj").view(B, S, -1, width) for c in "qkv")
         if config.qk_norm:
             q = plain_norm(q, w["attention.q_norm.weight"], eps)
             k = plain_norm(k, w["attention.k_norm.weight"], eps)
@@ -129,7 +158,7 @@ def plain_logits(p: dict[str, Tensor], config: ModelConfig, inputs: dict[str, An
         weights = torch.where(visible[:, None], scores.exp(), 0)
         weights = weights / weights.sum(-1, keepdim=True)
         attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, S, -1)
-        x = x + attended @ w["attention.o_proj.weight"].T
+        x = x + plain_linear(attended, w, "attention.o_proj")
         y = plain_norm(x, w["feed_forward_norm.weight"], eps)
         gate, up = y @ w["feed_forward.gate_proj.weight"].T, y @ w["feed_forward.up_proj.weight"].T
         x = x + (gate / (1 + (-gate).exp()) * up) @ w["feed_forward.down_proj.weight"].T
@@ -160,6 +189,17 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "window past the sequence": ({"sliding_window": 40}, False),
     "documents": ({}, True),
     "documents, window": ({"sliding_window": 3}, True),
+    "bias of queries, keys and values": ({"attention_bias": "qkv"}, False),
+    "bias everywhere, QK-norm": ({"attention_bias": "all", "qk_norm": True}, False),
+    "linear scaling": ({"rope_scaling": RopeScaling(kind="linear", factor=3.0)}, False),
+    "yarn": (
+        {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_sequence_length=256), "rope_theta": 900.0},
+        False,
+    ),
+    "yarn, its factor given": (
+        {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_sequence_length=256, attention_factor=1.3)},
+        False,
+    ),
     "rope scaling": ({"rope_scaling": RopeScaling(factor=4.0, original_sequence_length=16), "rope_theta": 90.0}, False),
     "all at once": (
         {
@@ -262,7 +302,9 @@ def test_the_loss_of_a_half_precision_model_is_summed_in_fp32() -> None:
     assert relative_error(loss.double(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": True, "attention_bias": "all"}, {"tie_word_embeddings": True}], ids=str
+)
 def test_the_tensor_parallel_plan_covers_the_model(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         config = config_of(**changes)
@@ -297,7 +339,7 @@ def test_the_tensor_parallel_plan_covers_the_model(changes: dict[str, Any]) -> N
 @pytest.mark.parametrize("layers", [1, 8])
 def test_initial_distribution(layers: int) -> None:
     with torch.device("meta"):
-        config = config_of(num_hidden_layers=layers, qk_norm=True, initializer_range=0.05)
+        config = config_of(num_hidden_layers=layers, qk_norm=True, attention_bias="all", initializer_range=0.05)
         model = GPT(config, KernelAttention(KERNELS["math"], config))
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
     assert len(norms) == 4 * layers + 1
@@ -305,6 +347,8 @@ def test_initial_distribution(layers: int) -> None:
         mean, std = model.initial_distribution(name)
         if name in norms:
             assert (mean, std) == (1.0, 0.0), name
+        elif name.endswith(".bias"):
+            assert (mean, std) == (0.0, 0.0), name
         elif name.split(".")[-2] in ("o_proj", "down_proj"):  # GPT-2: 2 additions to the residual stream a layer
             assert (mean, std) == (0.0, pytest.approx(0.05 / (2 * layers) ** 0.5)), name
         else:
