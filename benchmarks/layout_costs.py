@@ -35,10 +35,15 @@ def tensor_payload(model: ModelConfig, tokens: int, width: int, *, checkpointing
     """Bytes all-reduced over tp for one micro batch.
 
     A layer sums its two row-parallel outputs forward and the gradients of its two inputs backward, each t E b; computed
-    again, it sums the attention's output once more. Embedding and head add one each, the loss three numbers a token.
+    again, it sums the attention's output once more. Embedding and head add one each.
     """
     sums = model.num_hidden_layers * (5 if checkpointing else 4) + 2
-    return sums * tokens * model.hidden_size * width + 12 * tokens
+    return sums * tokens * model.hidden_size * width
+
+
+def loss_payload(tokens: int, tp: int) -> int:
+    """Bytes all-gathered over tp for the loss of one micro batch: three fp32 numbers of each token from each rank."""
+    return 12 * tokens * tp
 
 
 def ring_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> int:
@@ -122,6 +127,7 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
     activations = _activations(job, mesh, tokens, precision)
     checkpointing = recompute == "full"
     over_tp = 2 * (tp - 1) / tp * tensor_payload(job.model, tokens, width, checkpointing=checkpointing)
+    over_tp += (tp - 1) / tp * loss_payload(tokens, tp)
     over_cp = [
         payload(job.model, tokens, width, tp=tp, cp=cp, checkpointing=checkpointing) if cp > 1 else 0
         for payload in (exchange_payload, ring_payload)

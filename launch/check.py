@@ -6,8 +6,8 @@ from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
 from launch.memory import (
     EXCHANGE_FORMULA,
+    HEAD_FORMULA,
     LIVE_PARAMETERS,
-    LOGITS_FORMULA,
     RING_FORMULA,
     Activations,
     block_formula,
@@ -16,6 +16,7 @@ from launch.memory import (
     working_copies,
 )
 from launch.parameters import BYTES, Precision, count_parameters
+from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
 
@@ -114,7 +115,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
         *(f"  {name:<16} {size / unit:>8.2f}   {note}" for name, size, note in rows),
         f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.total / unit:.2f}) and activations, "
-        "with the larger of logits and one block's work",
+        "with the larger of the head's and one block's work",
         f"  t = {_local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
         "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
         "  its scores of t x sequence_length per head.",
@@ -144,7 +145,8 @@ def _activation_rows(
         ]
     else:
         rows = [("activations", activations.kept, f"{blocks} blocks, each {block}")]
-    rows.append(("logits", activations.logits, f"{LOGITS_FORMULA}: fp32, with two gradients"))
+    chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp := job.parallel.tensor_parallel_size) // tp)
+    rows.append(("head", activations.head, f"{HEAD_FORMULA}, c = min(t, {chunk:,})"))
     if context is not None:
         formula = RING_FORMULA if context.mode == "ring" else f"{EXCHANGE_FORMULA}, M = {context.fetched_tokens:,}"
         rows.append((context.mode, activations.context, f"one block, {formula}"))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launch.data import MicroBatch
-from model.head import IGNORED_LABEL
 from model.kernels import Documents
+from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
 from parallel.sequence import shard_sequence
 

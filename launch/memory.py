@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from launch.context import ContextPlan
 from launch.parameters import BYTES, Precision
 from model.config import ModelConfig
+from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.vocab import padded_vocabulary
 
 LIVE_PARAMETERS = 1_000_000_000
@@ -69,15 +70,15 @@ class Activations:
     """What all blocks keep for the backward pass."""
     recomputed: int
     """What one block holds while it is computed again (activation_checkpointing: full)."""
-    logits: int
-    """The head: fp32 log-probabilities and, in its backward pass, two gradients as large."""
+    head: int
+    """A chunk of logits and what is made of it, then the gradients of the weight and of the hidden states."""
     context: int
     """Context parallelism: what one block's attention holds beside its inputs and outputs."""
 
     @property
     def peak(self) -> int:
-        """The logits are gone when the first block is computed again."""
-        return self.kept + max(self.logits, self.recomputed + self.context)
+        """The head's tensors are gone when the first block is computed again."""
+        return self.kept + max(self.head, self.recomputed + self.context)
 
 
 def block_formula(qk_norm: bool) -> str:
@@ -86,7 +87,9 @@ def block_formula(qk_norm: bool) -> str:
     return f"t (4 E b + {'3 (H + K)' if qk_norm else '2 (H + K)'} D b + 4 F b + 4 H)"
 
 
-LOGITS_FORMULA = "12 t V"
+HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
+"""Head: the gradients of the weight, in fp32, and of the hidden states; with them 8 bytes for each logit of a chunk of
+c tokens, later both gradients once more, as the backward pass hands them on."""
 RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
 """Ring: dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
 EXCHANGE_FORMULA = "(4 M + 6 t) K D b"
@@ -114,7 +117,7 @@ def estimate_activations(
     inner = model.intermediate_size // size
     norms = 2 * model.hidden_size * (stream + width)
     block = tokens * (norms + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads)
-    ends = 2 * tokens * model.hidden_size * stream  # the last norm's input and output
+    last = tokens * model.hidden_size * stream  # the last norm's input
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
     keys = kv_heads * model.head_dim * width  # bytes of one token's K
     transient = extra = 0
@@ -126,8 +129,14 @@ def estimate_activations(
             extra = 2 * (context.fetched_tokens - tokens) * keys
     kept = tokens * model.hidden_size * stream if checkpointing else block + extra
     return Activations(
-        kept=model.num_hidden_layers * kept + ends,
+        kept=model.num_hidden_layers * kept + last,
         recomputed=block if checkpointing else 0,
-        logits=12 * tokens * vocabulary,
+        head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
         context=transient,
     )
+
+
+def _head(tokens: int, vocabulary: int, hidden_size: int, stream: int, weight: int) -> int:
+    """`stream`, `weight`: bytes of a hidden state's and of a weight's number."""
+    chunk, matrix, states = min(tokens, chunk_tokens(vocabulary)), vocabulary * hidden_size, tokens * hidden_size
+    return 4 * matrix + states * stream + max(8 * chunk * vocabulary, matrix * weight + states * stream)

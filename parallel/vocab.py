@@ -8,14 +8,13 @@ gradient, and are left out of checkpoints, so that a checkpoint reads the same f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from model.kernels.linear_cross_entropy import IGNORED_LABEL, VocabularySlice, linear_cross_entropy
 from parallel.collectives import copy_to_group, reduce_from_group
 
 
@@ -55,57 +54,28 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(dense_weight.new_empty(rows, hidden_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        local_logits = functional.linear(copy_to_group(hidden, self.group), self.weight)
+        hidden = copy_to_group(hidden, self.group)
         if labels is None:
+            local_logits = functional.linear(hidden, self.weight)
             slices = [torch.empty_like(local_logits) for _ in range(self.group.size())]
             dist.all_gather(slices, local_logits.contiguous(), group=self.group)
             return torch.cat(slices, dim=-1)[..., : self.vocab_size]
-        losses = vocab_parallel_cross_entropy(
-            local_logits.flatten(0, 1), labels.flatten(), self.start, self.vocab_size, self.group
+        loss_sum = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            vocabulary=VocabularySlice(self.start, max(0, self.vocab_size - self.start)),
+            combine=lambda statistics: _combined(statistics, self.group),
         )
-        return losses.sum(), (labels != -100).sum()
+        return loss_sum, (labels != IGNORED_LABEL).sum()
 
 
-def vocab_parallel_cross_entropy(
-    local_logits: Tensor, labels: Tensor, start: int, vocab_size: int, group: ProcessGroup
-) -> Tensor:
-    """Per-token cross entropy (nats, fp32; 0 where the label is -100) from this rank's logits [N, V / T].
-
-    Columns start, start + 1, ... of the vocabulary; those at vocab_size and above are padding. Megatron-LM, section 3.
-    """
-    return _VocabParallelCrossEntropy.apply(local_logits, labels, start, vocab_size, group)
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, local_logits: Tensor, labels: Tensor, start: int, vocab_size: int, group: ProcessGroup
-    ) -> Tensor:
-        logits = local_logits.to(torch.promote_types(local_logits.dtype, torch.float32), copy=True)
-        columns = logits.shape[1]
-        logits[:, max(0, vocab_size - start) :] = -torch.inf
-        maximum = logits.amax(dim=1)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        logits -= maximum.unsqueeze(1)
-
-        local_labels = labels - start
-        here = (local_labels >= 0) & (local_labels < columns) & (labels != -100)
-        safe_labels = torch.where(here, local_labels, 0)
-        target = logits.gather(1, safe_labels.unsqueeze(1)).squeeze(1).masked_fill(~here, 0)
-        probabilities = logits.exp_()
-        sums = torch.stack([probabilities.sum(dim=1), target])
-        dist.all_reduce(sums, group=group)
-        normaliser, target = sums[0], sums[1]
-
-        probabilities /= normaliser.unsqueeze(1)
-        ctx.save_for_backward(probabilities, safe_labels, here, labels)
-        ctx.input_dtype = local_logits.dtype
-        return torch.where(labels != -100, normaliser.log() - target, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities, safe_labels, here, labels = ctx.saved_tensors
-        # d loss / d logit = softmax - onehot
-        grad_logits = probabilities.scatter_add(1, safe_labels.unsqueeze(1), -here.to(probabilities).unsqueeze(1))
-        grad_logits *= torch.where(labels != -100, grads[0], 0).unsqueeze(1)
-        return grad_logits.to(ctx.input_dtype), None, None, None, None
+def _combined(statistics: Tensor, group: ProcessGroup) -> Tensor:
+    """The softmax's statistics [3, C] over the whole vocabulary, from those of each rank's slice: in one message what
+    Megatron-LM (section 3) sums in three."""
+    slices = [torch.empty_like(statistics, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(slices, statistics.contiguous(), group=group)
+    maxima, normalisers, targets = torch.stack(slices, dim=1)
+    maximum = maxima.amax(dim=0)
+    normaliser = (normalisers * (maxima - maximum).exp()).sum(dim=0)
+    return torch.stack([maximum, normaliser, targets.sum(dim=0)])

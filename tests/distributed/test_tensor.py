@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from model.head import Head
+from model.kernels import linear_cross_entropy
 from model.layers import RMSNorm
 from parallel.collectives import copy_to_group
 from parallel.tensor import (
@@ -29,7 +30,7 @@ from parallel.tensor import (
     style_of,
     sum_partial_gradients,
 )
-from parallel.vocab import VocabParallelEmbedding, VocabParallelHead, padded_vocabulary, vocab_parallel_cross_entropy
+from parallel.vocab import VocabParallelEmbedding, VocabParallelHead, padded_vocabulary
 from tests.distributed.harness import run_distributed
 
 B, S, E, F = 2, 9, 8, 24
@@ -167,6 +168,12 @@ def check_embedding(group: ProcessGroup, dtype: torch.dtype, vocab_size: int) ->
     compare_gradients(dense, model, shards)
 
 
+def dense_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The summed loss of whole logits by torch's own cross entropy."""
+    logits = head(hidden).flatten(0, 1)
+    return functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+
+
 def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels: Tensor) -> None:
     dense, model, shards = parallel_twin(lambda: nn.Sequential(Head(E, vocab_size)), {"0": "vocab_head"}, group, dtype)
     parallel_head, dense_head = model.get_submodule("0"), dense.get_submodule("0")
@@ -174,11 +181,11 @@ def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels:
     hidden = random(*labels.shape, E, seed=4)
     local_hidden, dense_hidden = hidden.to(dtype, copy=True).requires_grad_(), hidden.requires_grad_()
     loss, count = parallel_head(local_hidden, labels)
-    expected, expected_count = dense_head(dense_hidden, labels)
+    expected, expected_count = dense_loss(dense_head, dense_hidden, labels), (labels != -100).sum()
     (3 * loss).backward()  # losses are scaled by accumulation
     (3 * expected).backward()
     close(loss, expected, "loss")
-    assert count.item() == expected_count.item() == (labels != -100).sum()
+    assert count.item() == expected_count.item()
     assert local_hidden.grad is not None and dense_hidden.grad is not None
     close(local_hidden.grad, dense_hidden.grad, "gradient of the hidden states")
     compare_gradients(dense, model, shards)
@@ -188,35 +195,26 @@ def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels:
         close(logits, dense_head(dense_hidden), "logits")
 
 
-def check_cross_entropy(group: ProcessGroup, dtype: torch.dtype) -> None:
-    """Each token's loss has a weight of its own, and logits may be huge."""
-    vocab_size, tokens = 61, 30
-    rows = padded_vocabulary(vocab_size, group.size()) // group.size()
-    start = rows * dist.get_rank(group)
-    labels = torch.arange(tokens) * 2
-    labels[5] = -100
-    for scale in (1.0, 1e4):
-        logits, weights = random(tokens, vocab_size, seed=5) * scale, random(tokens, seed=6)
-        logits = logits.float().double()  # the same numbers in both precisions
-        local = torch.full((tokens, rows), 7e4, dtype=dtype)  # padding above every logit
-        local[:, : max(0, vocab_size - start)] = logits[:, start : start + rows].to(dtype)
-        before = local.clone()
-        local.requires_grad_()
-        logits.requires_grad_()
-        losses = vocab_parallel_cross_entropy(local, labels, start, vocab_size, group)
-        expected = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-        losses.backward(weights.to(dtype))
-        expected.backward(weights)
-        close(losses, expected, "losses")
-        assert losses[5] == 0 and torch.equal(local, before), "logits are not overwritten"
-        assert local.grad is not None and logits.grad is not None
-        assert not local.grad[5].any() and not local.grad[:, max(0, vocab_size - start) :].any()
-        close(
-            local.grad[:, : max(0, vocab_size - start)], logits.grad[:, start : start + rows], "gradient of the logits"
-        )
+def check_huge_logits(group: ProcessGroup, dtype: torch.dtype) -> None:
+    """Hidden states of 1e4, and padding that would make the largest logit."""
+    labels = torch.arange(30).view(2, 15) * 2
+    labels[0, 5] = -100
+    dense, model, shards = parallel_twin(lambda: nn.Sequential(Head(E, 61)), {"0": "vocab_head"}, group, dtype)
+    hidden = random(*labels.shape, E, seed=5) * 1e4
+    local_hidden, dense_hidden = hidden.to(dtype, copy=True).requires_grad_(), hidden.requires_grad_()
+    loss, _ = model.get_submodule("0")(local_hidden, labels)
+    expected = dense_loss(dense.get_submodule("0"), dense_hidden, labels)
+    loss.backward()
+    expected.backward()
+    close(loss, expected, "loss")
+    assert local_hidden.grad is not None and dense_hidden.grad is not None
+    assert not local_hidden.grad[0, 5].any()
+    close(local_hidden.grad, dense_hidden.grad, "gradient of the hidden states")
+    compare_gradients(dense, model, shards)
 
 
 def _layers() -> bool:
+    linear_cross_entropy._CHUNK_LOGITS = 1  # chunks of 128 tokens, the least
     for group in tensor_groups():
         for dtype in (torch.float64, torch.float32):
             region = check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, dtype)
@@ -229,7 +227,8 @@ def _layers() -> bool:
                 check_head(group, dtype, vocab_size, labels)
                 check_head(group, dtype, vocab_size, labels.masked_fill(labels % 3 == 0, -100))
                 check_head(group, dtype, vocab_size, torch.full((B, S), -100))
-            check_cross_entropy(group, dtype)
+                check_head(group, dtype, vocab_size, torch.arange(2 * 150).remainder(vocab_size).view(2, 150))
+            check_huge_logits(group, dtype)
     return True
 
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.layout_costs import ZeroPayload, exchange_payload, ring_payload, tensor_payload, zero_payloads
+from benchmarks.layout_costs import (
+    ZeroPayload,
+    exchange_payload,
+    loss_payload,
+    ring_payload,
+    tensor_payload,
+    zero_payloads,
+)
 from launch.build import build_engine
 from launch.config import JobConfig
 from launch.parameters import BYTES, Precision
@@ -77,6 +84,7 @@ def counted() -> Iterator[Counter[str]]:
         def count(*args: Any, **kwargs: Any) -> Any:
             # Two tensors are a part and the whole: the whole counts.
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            tensors += [torch.cat(value) for value in args if isinstance(value, list)]
             group = kwargs.get("group")
             if group is None or group.size() > 1:
                 bytes_of[kind] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -93,6 +101,7 @@ def counted() -> Iterator[Counter[str]]:
     batch_isend_irecv = dist.batch_isend_irecv
     with (
         mock.patch.object(dist, "all_reduce", counting("all_reduce", dist.all_reduce)),
+        mock.patch.object(dist, "all_gather", counting("all_gather", dist.all_gather)),
         mock.patch.object(dist, "batch_isend_irecv", counting_ring),
         mock.patch.object(comm.cdb, "all_gather_function", counting("all_gather", comm.cdb.all_gather_function)),
         mock.patch.object(
@@ -144,6 +153,7 @@ def test_tensor_parallelism() -> None:
         job = job_of(2, 1, 1, precision, how)
         payload = tensor_payload(job.model, LENGTH, BYTES[precision], checkpointing=how == "full")
         assert abs(found["all_reduce"] - ACCUMULATION * payload) <= NEGLIGIBLE, (precision, how)
+        assert found["all_gather"] == ACCUMULATION * loss_payload(LENGTH, tp=2), (precision, how)
 
 
 @pytest.mark.parametrize(("mode", "payload"), [("ring", ring_payload), ("exchange", exchange_payload)])
