@@ -93,7 +93,8 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     materialize(
         model,
         shards,
-        model.initial_distribution,
+        # Weights that are read later need no random numbers in their place.
+        model.initial_distribution if config.init_from is None else lambda name: (0.0, 0.0),
         seed=job.job.seed,
         device=device,
         dtype=dtype,

@@ -18,9 +18,11 @@ from launch.config import JobConfig
 from launch.corpus import Corpus, CorpusError, conditional_bigram_entropy, split_corpus
 from launch.data import Batches, SequenceSampler, validation_batches
 from launch.environment import Place, report_failure
+from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.sampling import sample
 from launch.sources import load_corpus
+from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
@@ -38,7 +40,7 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     initialize_distributed(device.type)
     try:
         _train(_resolved(job), place, device, device_note)
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss) as error:
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, WeightsError) as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
@@ -70,10 +72,11 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
     checkpoints = Checkpoints(
         job.checkpoint_path,
         keep_last=job.checkpoint.keep_last,
-        model=job.model.model_dump(mode="json", exclude={"attention_backend"}),
+        model=job.model.model_dump(mode="json", exclude={"attention_backend", "init_from"}),
         data_fingerprint=training.fingerprint,
     )
     progress = _resume(job, checkpoints, engine)
+    initial = load_initial_weights(job, engine) if progress is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
     layout = layout_report(job, place.world_size)
     precision = job.resolve_precision(device.type)
@@ -81,6 +84,8 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         monitor.message(line)
     if progress is not None:
         monitor.message(f"resumed from step {progress.step}, {progress.tokens:,} tokens seen")
+    if initial is not None:
+        monitor.message(f"started from the {initial}")
     monitor.text("configuration", job.to_yaml())
     monitor.text("layout", layout)
     batch_sizes: dict[str, Any] = {
