@@ -53,6 +53,9 @@ class ParallelSection(Section):
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
+    sequence_parallel: Literal["auto", True, False] = "auto"
+    """Between the layers that tensor parallelism splits, each of its ranks holds and computes its part of the tokens
+    (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each sequence (ring attention)."""
     context_parallel_mode: Literal["auto", "exchange", "ring"] = "auto"
@@ -235,6 +238,11 @@ class JobConfig(Section):
     def num_parameters(self) -> int:
         """Elements of the whole model, without vocabulary padding."""
         return count_parameters(self.model)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether hidden states are split over tensor-parallel ranks too."""
+        return rules.sequence_parallel(self.parallel, self.training)
 
     def mesh_shape(self, world_size: int) -> MeshShape:
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""

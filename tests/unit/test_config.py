@@ -146,6 +146,35 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "length", "tp", "cp", "split"),
+    [
+        ("auto", 64, 2, 1, True),
+        ("auto", 64, 1, 1, False),
+        ("auto", 66, 4, 1, False),  # 66 tokens for four ranks
+        ("auto", 72, 4, 2, True),
+        ("auto", 68, 4, 2, False),  # 34 tokens for four ranks
+        ("true", 64, 1, 1, False),
+        ("true", 64, 4, 2, True),
+        ("false", 64, 2, 1, False),
+    ],
+)
+def test_sequence_parallelism(tmp_path: Path, asked: str, length: int, tp: int, cp: int, split: bool) -> None:
+    sizes = [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
+    job = load(tmp_path, *sizes, f"parallel.sequence_parallel={asked}", f"training.sequence_length={length}")
+    assert job.sequence_parallel is split
+
+
+def test_the_rule_of_sequence_parallelism_in_full(tmp_path: Path) -> None:
+    sizes = ["parallel.tensor_parallel_size=4", "parallel.context_parallel_size=2", "training.sequence_length=68"]
+    assert report(tmp_path, *sizes, "parallel.sequence_parallel=true") == (
+        "job.yaml: 1 error in the job's configuration\n"
+        "  command line: parallel.sequence_parallel = true\n"
+        "      sequence_length (68) must be divisible by context_parallel_size x tensor_parallel_size (2 x 4 = 8) for "
+        "sequence_parallel; nearest valid lengths: 64, 72; or set parallel.sequence_parallel=false"
+    )
+
+
 def test_the_head_rule_in_full(tmp_path: Path) -> None:
     overrides = ["model.num_attention_heads=32", "model.num_key_value_heads=8", "parallel.tensor_parallel_size=3"]
     assert (
@@ -185,6 +214,11 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         ("training.max_steps='5'", "training.max_steps = 5", "must be a valid integer, not text"),
         ("training.max_steps=true", "training.max_steps = true", "must be a valid integer"),
         ("training.deterministic=yes", "training.deterministic = yes", "must be a valid boolean, not text"),
+        (
+            "parallel.sequence_parallel=yes",
+            "parallel.sequence_parallel = yes",
+            "give one of auto, true, false (default: auto)",
+        ),
         ("training.deterministic=1", "training.deterministic = 1", "must be a valid boolean"),
         ("training.precision=fp8", "training.precision = fp8", "give one of auto, fp32, bf16, fp16 (default: auto)"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4", "must be less than or equal to 3"),
