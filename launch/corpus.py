@@ -1,20 +1,20 @@
-"""A corpus: tokens on disk or in memory, and where its documents begin.
+"""A corpus: tokens in memory or in mapped files, and where their documents begin.
 
-Shapes: T tokens of storage, N tokens of this corpus, D documents.
+Shapes: T tokens and D documents of a shard, N tokens and R runs of a corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from launch.shuffle import Permutation
-
 Int64 = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.unsignedinteger]
+Tokens = npt.NDArray[np.integer]
 
 
 class CorpusError(ValueError):
@@ -22,39 +22,127 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents, one after the other, read through `read`.
+class Shard:
+    """Tokens that lie one after the other, with the index of Megatron's format (see `launch.indexed`).
 
-    The tokens lie in one flat array that may be memory-mapped and shared with other corpora: document d is
-    tokens[starts[d] : starts[d] + offsets[d + 1] - offsets[d]], so a split copies nothing. A foreign indexed
-    format (flat tokens plus document pointers) becomes a corpus by filling in these fields.
+    The index may be mapped, and of a billion documents: it is bisected where it is needed and never read whole.
     """
 
     name: str
-    """What errors call it: "training", "validation"."""
+    """What errors call it: the path without `.bin`, or the source of a text."""
     tokens: Tokens
-    """[T] unsigned integers."""
+    """[T]."""
+    pointers: Int64
+    """Byte at which each sequence begins, ascending; a sequence ends where the next begins."""
+    documents: Int64
+    """[D + 1] the first sequence of each document, and the number of sequences."""
+    fingerprint: str
+    """Hex digest of tokens and documents: equal wherever the same data lie."""
+    vocab_size: int | None = None
+    """Reading a token id that is not below it is an error; None lets every id pass."""
+
+    @classmethod
+    def in_memory(cls, name: str, tokens: Tokens, lengths: npt.ArrayLike, fingerprint: str) -> Shard:
+        """A shard of all of `tokens`; document `lengths` [D] must add up to them, empty documents are left out."""
+        sizes = np.asarray(lengths, dtype=np.int64)
+        sizes = sizes[sizes > 0]
+        assert sizes.sum() == len(tokens), (sizes.sum(), len(tokens))
+        pointers = _offsets(sizes)[:-1] * tokens.itemsize
+        return cls(name, tokens, pointers, np.arange(len(sizes) + 1), fingerprint)
+
+    @property
+    def num_documents(self) -> int:
+        """D, empty ones included."""
+        return len(self.documents) - 1
+
+    def begin(self, documents: Int64) -> Int64:
+        """Where in `tokens` each of `documents` (0 to D) begins; T for D."""
+        sequences = self.documents[documents]
+        inside = sequences < len(self.pointers)
+        positions = np.full(len(sequences), len(self.tokens), dtype=np.int64)
+        positions[inside] = self.pointers[sequences[inside]] // self.tokens.itemsize
+        return positions
+
+    def document_at(self, position: int) -> int:
+        """The first document that begins at `position` of `tokens` or later; D where none does."""
+        sequence = bisect_left(self.pointers, position * self.tokens.itemsize)
+        return bisect_left(self.documents, sequence, hi=self.num_documents)
+
+    def document_starts(self, start: int, stop: int) -> Int64:
+        """The positions p of `tokens`, start <= p < stop, at which a document begins, ascending; each once."""
+        return np.unique(self.begin(np.arange(self.document_at(start), self.document_at(stop))))
+
+    def read(self, start: int, stop: int) -> Int64:
+        """[stop - start] tokens. Raises CorpusError where one is beyond the vocabulary."""
+        found = self.tokens[start:stop].astype(np.int64)
+        if self.vocab_size is not None and found.size and int(found.view(np.uint64).max()) >= self.vocab_size:
+            at = int(np.flatnonzero(found.view(np.uint64) >= self.vocab_size)[0])
+            raise beyond_vocabulary(f"{self.name}, token {start + at:,}", int(found[at]), self.vocab_size)
+        return found
+
+
+def beyond_vocabulary(where: str, token: int, vocab_size: int) -> CorpusError:
+    """The error of a token id that the model has no embedding for."""
+    remedy = f"set model.vocab_size to at least {token + 1}, or give the corpus of this model's tokenizer"
+    if token < 0:
+        remedy = "the file is damaged, or no corpus"
+    return CorpusError(f"{where}: the token id {token} is beyond model.vocab_size ({vocab_size}); {remedy}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Runs of the documents of shards, one after the other, read through `read`. A split copies nothing."""
+
+    name: str
+    """What errors call it: "training", "validation"."""
+    shards: tuple[Shard, ...]
+    shard_of: Int64
+    """[R] the shard that each run lies in."""
     starts: Int64
-    """[D] where each document begins in `tokens`."""
+    """[R] where in that shard's tokens the run begins; a document begins there too."""
     offsets: Int64
-    """[D + 1] where each document begins in this corpus; offsets[0] = 0, offsets[D] = N. No document is
-    empty."""
+    """[R + 1] where each run begins in this corpus; offsets[0] = 0, offsets[R] = N. No run is empty."""
     fingerprint: str
     """Hex digest of tokens and documents: equal on every rank and every resume that sees the same data."""
 
     @classmethod
-    def from_documents(cls, name: str, tokens: Tokens, lengths: npt.ArrayLike, fingerprint: str) -> Corpus:
-        """A corpus of all of `tokens`; `lengths` [D] must add up to them, empty documents are left out."""
-        sizes = np.asarray(lengths, dtype=np.int64)
-        sizes = sizes[sizes > 0]
-        offsets = _offsets(sizes)
-        assert offsets[-1] == len(tokens), (offsets[-1], len(tokens))
-        return cls(name, tokens, offsets[:-1], offsets, fingerprint)
+    def of_shards(cls, name: str, shards: Sequence[Shard]) -> Corpus:
+        """All documents of `shards`, in their order."""
+        full = [index for index, shard in enumerate(shards) if len(shard.tokens)]
+        lengths = np.array([len(shards[index].tokens) for index in full], dtype=np.int64)
+        digest = shards[0].fingerprint if len(shards) == 1 else _digest(*(shard.fingerprint for shard in shards))
+        return cls(
+            name, tuple(shards), np.array(full, np.int64), np.zeros(len(full), np.int64), _offsets(lengths), digest
+        )
 
-    def select(self, name: str, starts: Int64, lengths: Int64) -> Corpus:
-        """The documents that begin at `starts` [D'] of storage and have `lengths` [D']."""
-        digest = hashlib.sha256(self.fingerprint.encode() + starts.tobytes() + lengths.tobytes()).hexdigest()
-        return Corpus(name, self.tokens, starts, _offsets(lengths), digest)
+    @classmethod
+    def from_documents(cls, name: str, tokens: Tokens, lengths: npt.ArrayLike, fingerprint: str) -> Corpus:
+        """A corpus in memory: see `Shard.in_memory`."""
+        return cls.of_shards(name, [Shard.in_memory(name, tokens, lengths, fingerprint)])
+
+    @classmethod
+    def concatenated(cls, name: str, parts: Sequence[Corpus]) -> Corpus:
+        """The corpora `parts`, one after the other."""
+        if len(parts) == 1:
+            return replace(parts[0], name=name)
+        firsts = np.cumsum([0, *(len(part.shards) for part in parts[:-1])])
+        return cls(
+            name,
+            tuple(shard for part in parts for shard in part.shards),
+            np.concatenate([part.shard_of + first for part, first in zip(parts, firsts, strict=True)]),
+            np.concatenate([part.starts for part in parts]),
+            _offsets(np.concatenate([np.diff(part.offsets) for part in parts])),
+            _digest(*(part.fingerprint for part in parts)),
+        )
+
+    def select(self, name: str, shard_of: Int64, starts: Int64, lengths: Int64) -> Corpus:
+        """The runs that begin at `starts` [R'] of shards `shard_of` [R'] and have `lengths` [R'], none empty."""
+        apart = np.ones(len(starts), dtype=bool)
+        apart[1:] = (shard_of[1:] != shard_of[:-1]) | (starts[1:] != starts[:-1] + lengths[:-1])
+        lengths = np.add.reduceat(lengths, np.flatnonzero(apart)) if len(lengths) else lengths
+        shard_of, starts = shard_of[apart], starts[apart]
+        digest = _digest(self.fingerprint, *(part.tobytes().hex() for part in (shard_of, starts, lengths)))
+        return Corpus(name, self.shards, shard_of, starts, _offsets(lengths), digest)
 
     def __len__(self) -> int:
         """N, in tokens."""
@@ -62,72 +150,37 @@ class Corpus:
 
     @property
     def num_documents(self) -> int:
-        return len(self.starts)
+        """Documents that begin in the runs."""
+        ends = self.starts + np.diff(self.offsets)
+        runs = zip(self.shard_of.tolist(), self.starts.tolist(), ends.tolist(), strict=True)
+        return sum(self.shards[s].document_at(end) - self.shards[s].document_at(start) for s, start, end in runs)
 
     def read(self, start: int, stop: int) -> Int64:
-        """[stop - start] int64: tokens start..stop-1 of this corpus, across documents."""
-        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        out = np.empty(stop - start, dtype=np.int64)
-        position = start
-        document = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        while position < stop:
-            begin, end = int(self.offsets[document]), min(int(self.offsets[document + 1]), stop)
-            source = int(self.starts[document]) + position - begin
-            out[position - start : end - start] = self.tokens[source : source + end - position]
-            position, document = end, document + 1
-        return out
+        """[stop - start] int64: tokens start..stop-1 of this corpus, across documents. Raises CorpusError."""
+        pieces = [shard.read(begin, end) for _, shard, begin, end in self._pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
 
     def document_starts(self, start: int, stop: int) -> Int64:
-        """Positions p, 0 < p < stop - start, at which tokens start..stop-1 enter another document;
-        ascending."""
-        first = np.searchsorted(self.offsets, start, side="right")
-        last = np.searchsorted(self.offsets, stop, side="left")
-        return self.offsets[first:last] - start
+        """Positions p, 0 < p < stop - start, at which tokens start..stop-1 enter another document; ascending."""
+        found = [np.zeros(1, np.int64)]
+        for at, shard, begin, end in self._pieces(start, stop):
+            found += [np.array([at]), shard.document_starts(begin, end) - begin + at]
+        return np.unique(np.concatenate(found))[1:]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, Shard, int, int]]:
+        """(p, shard, begin, end): the tokens from start + p on are shard.tokens[begin:end]; tiles start..stop-1."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        run, position = int(np.searchsorted(self.offsets, start, side="right")) - 1, start
+        while position < stop:
+            end = min(int(self.offsets[run + 1]), stop)
+            begin = int(self.starts[run]) + position - int(self.offsets[run])
+            yield position - start, self.shards[int(self.shard_of[run])], begin, begin + end - position
+            position, run = end, run + 1
 
 
 def _offsets(lengths: Int64) -> Int64:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def split_corpus(corpus: Corpus, validation_fraction: float, seed: int) -> tuple[Corpus, Corpus | None]:
-    """(training, validation) by document, deterministic from `seed`; a fraction of 0 gives no validation.
-
-    Documents are taken in an order shuffled by the seed, whenever one still fits into validation_fraction of
-    the tokens. When none is that small (one large file, say), the end of the largest is cut off instead.
-    """
-    assert 0 <= validation_fraction < 1, validation_fraction
-    lengths = np.diff(corpus.offsets)
-    if validation_fraction == 0:
-        return corpus.select("training", corpus.starts, lengths), None
-    target = max(1, round(validation_fraction * len(corpus)))
-    order = Permutation(corpus.num_documents, seed, "split")(np.arange(corpus.num_documents))
-    taken, held_out = 0, np.zeros(corpus.num_documents, dtype=bool)
-    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if taken + length <= target:
-            taken += length
-            held_out[document] = True
-    if taken:
-        training = corpus.select("training", corpus.starts[~held_out], lengths[~held_out])
-        return training, corpus.select("validation", corpus.starts[held_out], lengths[held_out])
-    largest = int(np.argmax(lengths))
-    kept = lengths.copy()
-    kept[largest] -= target
-    cut = corpus.starts[largest : largest + 1] + kept[largest]
-    training = corpus.select("training", corpus.starts[kept > 0], kept[kept > 0])
-    return training, corpus.select("validation", cut, np.array([target], dtype=np.int64))
-
-
-def conditional_bigram_entropy(tokens: npt.ArrayLike) -> float:
-    """H(x_t | x_{t-1}) of `tokens` [N >= 2] under their own exact pair counts, in nats per token.
-
-    The loss of the best predictor that sees only the previous token and has the answers: with n_ab the count
-    of the pair (a, b) and n_a that of a as a predecessor, (sum_a n_a log n_a - sum_ab n_ab log n_ab) / (N -
-    1) (Cover and Thomas, Elements of Information Theory, section 2.2).
-    """
-    ids = np.asarray(tokens, dtype=np.int64)
-    if len(ids) < 2:
-        raise CorpusError(f"an entropy of pairs needs at least 2 tokens, not {len(ids)}; add text to the corpus")
-    width = int(ids.max()) + 1
-    pairs = np.unique(ids[:-1] * width + ids[1:], return_counts=True)[1].astype(np.float64)
-    firsts = np.unique(ids[:-1], return_counts=True)[1].astype(np.float64)
-    return float((firsts @ np.log(firsts) - pairs @ np.log(pairs)) / (len(ids) - 1))
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -1,23 +1,22 @@
-"""From a corpus to the micro-batches of a step, on the host.
+"""From corpora to the micro-batches of a step, on the host.
 
-Which tokens a step sees follows from the seed and the step alone: sample i of global batch t is global sample
-t * global_batch_size + i, whatever the layout, and nothing is carried from step to step, so a resume needs no
-cursor.
+Which tokens a step sees follows from the seed, the step and the history of the blend (`launch.cursor`): sample i of
+global batch t is global sample t * global_batch_size + i, whatever the layout.
 
-Shapes: B micro-batch rows, S sequence length, N tokens of the corpus.
+Shapes: B micro-batch rows, S sequence length, N tokens of the corpus, W windows.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from launch.corpus import Corpus, CorpusError, Int64
+from launch.packing import PACKINGS
 from launch.shuffle import Permutation
 
 IGNORED_LABEL = -100
@@ -29,22 +28,40 @@ class Sample:
     input_ids: Int64
     """[S]."""
     labels: Int64
-    """[S] the token after each input, also where that token opens the next document."""
+    """[S] the token after each input in its corpus, also where that token opens the next document; IGNORED_LABEL for
+    the corpus's last token and for padding."""
     document_starts: Int64
-    """Positions p, 0 < p < S, at which another document begins; ascending."""
+    """Positions p, 0 < p < S, at which another document, or the padding, begins; ascending."""
+
+    def digest(self, index: int) -> int:
+        """64 bits of BLAKE2 of all three and of `index`, the global sample that it is."""
+        said = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
+        for part in (self.input_ids, self.labels, self.document_starts):
+            said.update(part.data)
+        return int.from_bytes(said.digest(), "little")
+
+
+class SampleSource(Protocol):
+    """An endless sequence of samples."""
+
+    sequence_length: int
+
+    def samples(self, indices: Int64) -> list[Sample]:
+        """The samples of these indices [n], in their order."""
 
 
 class SequenceSampler:
-    """Global sample index -> Sample.
+    """The samples of one corpus: an epoch is each of its windows once, in an order of its own.
 
-    Window w holds the inputs w*S .. w*S + S - 1 of the corpus and one token more for the last label. An epoch
-    takes each of the floor((N - 1) / S) windows once, in an order of its own; so each token is an input once
-    an epoch except for the tail, the last ((N - 1) mod S) + 1 tokens, of which only the first is seen, as a
-    label.
+    Every token of the corpus lies in exactly one window (`launch.packing`), so each is an input exactly once an epoch.
+    A last window that the corpus does not fill is padded with ignored labels: an epoch then has the same windows every
+    time, and what it saw can be accounted for. A draw costs constant time and memory whatever the size of the corpus.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: int) -> None:
-        """Raises CorpusError when the corpus is shorter than one window."""
+    def __init__(
+        self, corpus: Corpus, sequence_length: int, seed: int, packing: str = "split", stream: str = ""
+    ) -> None:
+        """`stream` separates corpora that share a seed. Raises CorpusError when the corpus fills no sequence."""
         if len(corpus) <= sequence_length:
             share = "raise data.validation_fraction" if corpus.name == "validation" else "add text"
             raise CorpusError(
@@ -54,23 +71,37 @@ class SequenceSampler:
             )
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.seed = seed
-        self.num_windows = (len(corpus) - 1) // sequence_length
+        self.packing = PACKINGS[packing](corpus, sequence_length)
+        self.num_windows = self.packing.num_windows
+        self._seed, self._stream = seed, stream
 
     def windows(self, indices: Int64) -> Int64:
-        """The window of each global sample index (any shape); constant time and memory for each."""
+        """The window of each sample index (any shape)."""
         epochs, within = np.divmod(np.asarray(indices, dtype=np.int64), self.num_windows)
         out = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            out[chosen] = Permutation(self.num_windows, self.seed, f"epoch {epoch}")(within[chosen])
+            permutation = Permutation(self.num_windows, self._seed, f"{self._stream}epoch {epoch}")
+            out[chosen] = permutation(within[chosen])
         return out
 
+    def samples(self, indices: Int64) -> list[Sample]:
+        return [self.sample(window) for window in self.windows(indices).tolist()]
+
     def sample(self, window: int) -> Sample:
-        start = window * self.sequence_length
-        tokens = self.corpus.read(start, start + self.sequence_length + 1)
-        starts = self.corpus.document_starts(start, start + self.sequence_length)
-        return Sample(tokens[:-1], tokens[1:], starts)
+        """Raises CorpusError where the corpus cannot be read."""
+        input_ids = np.zeros(self.sequence_length, dtype=np.int64)
+        labels = np.full(self.sequence_length, IGNORED_LABEL, dtype=np.int64)
+        starts, position = [], 0
+        for start, stop in self.packing.window(window):
+            end, after = position + stop - start, min(stop + 1, len(self.corpus))
+            tokens = self.corpus.read(start, after)
+            input_ids[position:end] = tokens[: stop - start]
+            labels[position : position + after - start - 1] = tokens[1:]
+            starts += [np.array([position]), self.corpus.document_starts(start, stop) + position]
+            position = end
+        starts.append(np.array([position] if position < self.sequence_length else [], dtype=np.int64))
+        return Sample(input_ids, labels, np.concatenate(starts)[1:])
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ class MicroBatch:
 class Batches:
     """One data-parallel rank's part of every global batch."""
 
-    sampler: SequenceSampler
+    source: SampleSource
     global_batch_size: int
     micro_batch_size: int
     data_parallel_size: int
@@ -98,6 +129,10 @@ class Batches:
     document_mask: bool = False
     limit: int | None = None
     """Global samples from this index on are blank: every label is IGNORED_LABEL."""
+    offset: int = 0
+    """Global sample of step 0, had global_batch_size always been what it is now; negative where it was smaller."""
+    note: Callable[[int, Int64, list[Sample]], None] | None = None
+    """Told of each step that is read: the step, the global sample indices, the samples."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0, self
@@ -105,36 +140,45 @@ class Batches:
 
     def global_batch(self, step: int) -> Int64:
         """[global_batch_size] the global sample indices of a step (counted from 0)."""
-        return np.arange(self.global_batch_size, dtype=np.int64) + step * self.global_batch_size
+        return np.arange(self.global_batch_size, dtype=np.int64) + step * self.global_batch_size + self.offset
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches, in the order of accumulation.
+    def local_batch(self, step: int) -> Int64:
+        """[accumulation steps, B] the global sample indices of a step that this rank feeds.
 
         Row m of accumulation step a on dp rank d is sample (a * data_parallel_size + d) * micro_batch_size +
         m of the global batch.
         """
-        mine = self.global_batch(step).reshape(-1, self.data_parallel_size, self.micro_batch_size)[:, self.dp_rank]
-        windows = self.sampler.windows(mine)
-        return [
-            self._assemble([self._sample(*one) for one in zip(*row, strict=True)])
-            for row in zip(mine.tolist(), windows.tolist(), strict=True)
-        ]
+        parts = self.global_batch(step).reshape(-1, self.data_parallel_size, self.micro_batch_size)
+        return parts[:, self.dp_rank]
 
-    def _sample(self, index: int, window: int) -> Sample:
-        if self.limit is None or index < self.limit:
-            return self.sampler.sample(window)
-        blank = np.zeros(self.sampler.sequence_length, dtype=np.int64)
-        return Sample(blank, blank + IGNORED_LABEL, blank[:0])
+    def samples(self, indices: Int64) -> list[Sample]:
+        """The samples of these global indices [n]. Raises CorpusError where a corpus cannot be read."""
+        if self.limit is None:
+            return self.source.samples(indices)
+        real = iter(self.source.samples(indices[indices < self.limit]))
+        blank = np.zeros(self.source.sequence_length, dtype=np.int64)
+        padding = Sample(blank, blank + IGNORED_LABEL, blank[:0])
+        return [next(real) if index < self.limit else padding for index in indices.tolist()]
 
-    def _assemble(self, samples: list[Sample]) -> MicroBatch:
-        length = self.sampler.sequence_length
-        positions = np.tile(np.arange(length, dtype=np.int64), (len(samples), 1))
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches, in the order of accumulation. Raises CorpusError."""
+        indices = self.local_batch(step).reshape(-1)
+        samples = self.samples(indices)
+        if self.note is not None:
+            self.note(step, indices, samples)
+        rows = self.micro_batch_size
+        return [self._assembled(samples[first : first + rows]) for first in range(0, len(samples), rows)]
+
+    def _assembled(self, samples: list[Sample]) -> MicroBatch:
+        length = self.source.sequence_length
+        steady = np.arange(length, dtype=np.int64)
+        positions = np.tile(steady, (len(samples), 1))
         boundaries: list[int] = []
         if self.document_mask:
             for row, sample in enumerate(samples):
-                boundaries += [row * length, *(row * length + sample.document_starts).tolist()]
-                for start in sample.document_starts.tolist():
-                    positions[row, start:] = np.arange(length - start)
+                starts = np.concatenate([steady[:1], sample.document_starts])
+                positions[row] -= np.repeat(starts, np.diff(starts, append=length))
+                boundaries += (row * length + starts).tolist()
             boundaries.append(len(samples) * length)
         return MicroBatch(
             input_ids=np.stack([sample.input_ids for sample in samples]),
@@ -171,47 +215,3 @@ def validation_batches(
     )
     for step in range(min(evaluation_batches, -(-sampler.num_windows // global_batch_size))):
         yield batches.micro_batches(step)
-
-
-T = TypeVar("T")
-
-
-class Prefetcher(Generic[T]):
-    """Calls load(step) one step ahead, in one background thread, so that reading never stalls a step.
-
-    Asking for another step than the one that was prepared is right, only not faster. An error in load is
-    raised by the `get` of its step. Use as a context manager, or call `close`.
-    """
-
-    def __init__(self, load: Callable[[int], T], stop: int | None = None) -> None:
-        """Steps from `stop` on are never prepared ahead."""
-        self._load = load
-        self._stop = stop
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[T]] | None = None
-
-    def get(self, step: int) -> T:
-        """load(step); starts load(step + 1) before it returns."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == step:
-            batch = ahead[1].result()
-        else:
-            if ahead is not None:
-                ahead[1].cancel()
-            batch = self._thread.submit(self._load, step).result()
-        if self._stop is None or step + 1 < self._stop:
-            self._ahead = step + 1, self._thread.submit(self._load, step + 1)
-        return batch
-
-    def close(self) -> None:
-        """Waits for the load in progress, if any; may be called twice."""
-        self._ahead = None
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

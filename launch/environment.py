@@ -68,13 +68,15 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"CPU with gloo: {why}"
 
 
-def report_failure(text: str, place: Place) -> None:
-    """Tells the user why this rank is about to fail: once a node, and rank 0 first.
+def report_failure(text: str, place: Place, *, leads: bool | None = None) -> None:
+    """Tells the user why this rank is about to fail: once a node, and rank 0 first. A fault that only some ranks know
+    is told at once by the one of them that `leads`.
 
     The others wait, because the first rank that ends takes all of its node with it, the report of rank 0 included. One
     that outlives the wait is on another node, or has a fault that rank 0 has not, and speaks if it is its node's first.
     """
-    if place.rank:
+    speaks = not place.local_rank if leads is None else leads
+    if not leads and place.rank:
         time.sleep(_FIRST_WORD_SECONDS)
-    if not place.local_rank:
+    if speaks:
         print(text, file=sys.stderr, flush=True)

@@ -16,11 +16,11 @@ from launch.violations import Violation
 from launch.yaml_strict import KeyPath
 from model.kernels import KERNELS
 from parallel.mesh import MeshShape
-from parallel.sequence import check_sequence_length, check_sequence_parallel
+from parallel.sequence import check_sequence_length
 from parallel.tensor import check_head_divisibility
 
 if TYPE_CHECKING:
-    from launch.config import ParallelSection, TrainingSection
+    from launch.config import TrainingSection
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,6 @@ def total_steps(training: TrainingSection) -> int:
     return min(limits)
 
 
-def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
-    """Whether hidden states are split over tensor-parallel ranks too."""
-    if parallel.sequence_parallel != "auto":
-        return parallel.sequence_parallel and parallel.tensor_parallel_size > 1
-    try:
-        check_sequence_parallel(training.sequence_length, parallel.context_parallel_size, parallel.tensor_parallel_size)
-    except ValueError:
-        return False
-    return parallel.tensor_parallel_size > 1
-
-
 def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
     """Raises ValueError unless each data-parallel rank gets a whole number of micro batches."""
     unit = micro_batch_size * data_parallel_size
@@ -131,19 +120,6 @@ def _sequence_splits_evenly(job: Job) -> None:
     check_sequence_length(job.training.sequence_length, job.parallel.context_parallel_size)
 
 
-@_rule(
-    "parallel.sequence_parallel",
-    "training.sequence_length",
-    "parallel.context_parallel_size",
-    "parallel.tensor_parallel_size",
-)
-def _tokens_split_evenly(job: Job) -> None:
-    if job.parallel.sequence_parallel is True:
-        check_sequence_parallel(
-            job.training.sequence_length, job.parallel.context_parallel_size, job.parallel.tensor_parallel_size
-        )
-
-
 @_rule("parallel.tensor_parallel_size", "parallel.context_parallel_size")
 def _mesh_fits_the_world(job: Job) -> None:
     if job.world_size is not None:
@@ -175,15 +151,46 @@ def _source_has_its_files(job: Job) -> None:
         )
 
 
+@_rule("data.blend", "data.source")
+def _source_has_its_blend(job: Job) -> None:
+    source, blend = job.data.source, job.data.blend
+    if source == "indexed" and not blend:
+        raise ValueError("blend is empty but source is indexed; list corpora, such as [{path: data/web, weight: 1}]")
+    if source != "indexed" and blend:
+        raise ValueError(f"blend is given but source ({source}) does not read it; remove it or set source: indexed")
+    if blend and not any(corpus.weight for corpus in blend):
+        raise ValueError(f"all {len(blend)} weights are 0, so nothing would be read; give one a weight > 0")
+
+
+@_rule("data.blend")
+def _corpora_have_names_of_their_own(job: Job) -> None:
+    labels = [corpus.label for corpus in job.data.blend]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(
+            f"{len(labels)} corpora have {len(set(labels))} names: {', '.join(twice)} comes twice, and a checkpoint "
+            "tells corpora apart by name; add name: to one"
+        )
+
+
+@_rule("data.validation_paths", "data.source")
+def _validation_paths_are_indexed(job: Job) -> None:
+    if job.data.validation_paths and job.data.source != "indexed":
+        raise ValueError(
+            f"validation_paths is given but source ({job.data.source}) does not read it; remove it, and data."
+            "validation_fraction holds a part out, or set source: indexed"
+        )
+
+
 @_rule("training.max_steps", "training.max_tokens")
 def _job_ends(job: Job) -> None:
     if job.training.max_steps is None and job.training.max_tokens is None:
         raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
 
 
-@_rule("model.vocab_size", "data.tokenizer")
+@_rule("model.vocab_size", "data.tokenizer", "data.source")
 def _bytes_fit_the_vocabulary(job: Job) -> None:
-    if job.data.tokenizer == "bytes" and job.model.vocab_size < 256:
+    if job.data.source != "indexed" and job.data.tokenizer == "bytes" and job.model.vocab_size < 256:
         raise ValueError(
             f"vocab_size ({job.model.vocab_size}) must be at least 256 for tokenizer bytes, "
             "which has 256 tokens; raise it or give a tokenizer.json"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launch.bigram import conditional_bigram_entropy
 from launch.build import build_engine
 from launch.check import layout_report
 from launch.checkpoint import CheckpointError, Checkpoints, Progress
 from launch.config import JobConfig
-from launch.corpus import Corpus, CorpusError, conditional_bigram_entropy, split_corpus
-from launch.data import Batches, SequenceSampler, validation_batches
+from launch.corpora import Corpora, describe, fresh_cursor, load_corpora, samplers, validation_sampler
+from launch.corpus import Corpus, CorpusError
+from launch.cursor import BlendedSamples, DataCursor
+from launch.data import Batches, validation_batches
+from launch.data_log import DataLog
 from launch.environment import Place, report_failure
-from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.sampling import sample
-from launch.sources import load_corpus
-from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
@@ -40,7 +41,10 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     initialize_distributed(device.type)
     try:
         _train(_resolved(job), place, device, device_note)
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, WeightsError) as error:
+    except _UnreadableStep as error:
+        report_failure(f"error: {error}", place, leads=error.leads)
+        return 1
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss) as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
@@ -67,16 +71,16 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(job.job.seed)
     mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
-    training, validation = _corpora(job)
+    corpora = _corpora(job)
     engine, attention_note = build_engine(job, mesh, device)
     checkpoints = Checkpoints(
         job.checkpoint_path,
         keep_last=job.checkpoint.keep_last,
-        model=job.model.model_dump(mode="json", exclude={"attention_backend", "init_from"}),
-        data_fingerprint=training.fingerprint,
+        model=job.model.model_dump(mode="json", exclude={"attention_backend"}),
+        data_fingerprint=corpora.fingerprint,
     )
     progress = _resume(job, checkpoints, engine)
-    initial = load_initial_weights(job, engine) if progress is None and job.model.init_from else None
+    cursor = _cursor(job, corpora, progress)
     monitor = _monitor(job, place, device, progress)
     layout = layout_report(job, place.world_size)
     precision = job.resolve_precision(device.type)
@@ -84,10 +88,12 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         monitor.message(line)
     if progress is not None:
         monitor.message(f"resumed from step {progress.step}, {progress.tokens:,} tokens seen")
-    if initial is not None:
-        monitor.message(f"started from the {initial}")
+    step = progress.step if progress is not None else 0
+    for line in describe(corpora, job, cursor, step):
+        monitor.message(line)
     monitor.text("configuration", job.to_yaml())
     monitor.text("layout", layout)
+    data_log = _data_log(job, mesh, cursor, progress, monitor)
     batch_sizes: dict[str, Any] = {
         "global_batch_size": job.training.global_batch_size,
         "micro_batch_size": job.training.micro_batch_size,
@@ -95,15 +101,20 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         "dp_rank": mesh.dp_rank,
         "document_mask": job.data.document_mask,
     }
-    length, seed = job.training.sequence_length, job.job.seed
+    validation = corpora.validation
     trainer = Trainer(
         job,
         mesh,
         engine,
-        Batches(SequenceSampler(training, length, seed), **batch_sizes),
+        Batches(
+            BlendedSamples(samplers(corpora, job), cursor),
+            **batch_sizes,
+            offset=cursor.offset,
+            note=data_log.note if data_log else None,
+        ),
         partial(
             validation_batches,
-            SequenceSampler(validation, length, seed),
+            validation_sampler(corpora, job),
             evaluation_batches=job.training.evaluation_batches,
             **batch_sizes,
         ),
@@ -112,33 +123,35 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
     )
     try:
-        trainer.run(progress or Progress())
+        trainer.run(replace(progress or Progress(), data=cursor.record()))
         if job.training.sample_tokens:
             monitor.message(_sample(job, mesh, engine, validation))
+    except CorpusError as error:
+        raise _UnreadableStep(str(error), leads=not mesh.tp_rank and not mesh.cp_rank) from error
     finally:
+        if data_log is not None:
+            data_log.close()
         monitor.close()
 
 
-def _corpora(job: JobConfig) -> tuple[Corpus, Corpus]:
-    """Training and validation, the same on every rank. Raises CorpusError on every rank where any has cause."""
+class _UnreadableStep(CorpusError):
+    """Data that cannot be read while training: only the ranks of one replica know."""
+
+    def __init__(self, message: str, *, leads: bool):
+        """`leads`: this rank speaks for its replica."""
+        super().__init__(message)
+        self.leads = leads
+
+
+def _corpora(job: JobConfig) -> Corpora:
+    """The job's corpora, the same on every rank. Raises CorpusError on every rank where any has cause."""
     failure, corpora = None, None
     try:
-        directory = job.data.cache_directory
-        whole = load_corpus(
-            source=job.data.source,
-            files=job.data.files,
-            tokenizer=job.data.tokenizer,
-            vocab_size=job.model.vocab_size,
-            cache_directory=Path(directory) if directory else None,
-        )
-        corpora = split_corpus(whole, job.data.validation_fraction, job.job.seed)
-        for part in corpora:
-            assert part is not None
-            SequenceSampler(part, job.training.sequence_length, job.job.seed)  # long enough for one sequence
+        corpora = load_corpora(job)
     except CorpusError as error:
         failure = str(error)
     seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(seen, (failure, corpora[0].fingerprint if corpora else None))
+    dist.all_gather_object(seen, (failure, corpora.fingerprint if corpora else None))
     for rank, (said, fingerprint) in enumerate(seen):
         if said:
             raise CorpusError(said)
@@ -147,8 +160,28 @@ def _corpora(job: JobConfig) -> tuple[Corpus, Corpus]:
                 f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
                 f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
             )
-    assert corpora is not None and corpora[1] is not None
-    return corpora[0], corpora[1]
+    assert corpora is not None
+    return corpora
+
+
+def _cursor(job: JobConfig, corpora: Corpora, progress: Progress | None) -> DataCursor:
+    """Where the run stands in its data. Raises CorpusError where a resume would repeat or lose some of it."""
+    fresh = fresh_cursor(corpora, job)
+    return DataCursor.from_record(progress.data).continued(progress.step, fresh) if progress is not None else fresh
+
+
+def _data_log(
+    job: JobConfig, mesh: ParallelMesh, cursor: DataCursor, progress: Progress | None, monitor: Monitor
+) -> DataLog | None:
+    """The record of what this replica reads, on its first rank."""
+    if mesh.tp_rank or mesh.cp_rank:
+        return None
+    log = DataLog(
+        job.run_path / "data", mesh.dp_rank, mesh.dp_size, progress.step if progress else None, monitor.message
+    )
+    if mesh.dp_rank == 0:
+        log.write_cursor(cursor.record())
+    return log
 
 
 def _resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Progress | None:

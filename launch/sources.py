@@ -1,10 +1,9 @@
-"""From the configuration's `data` section to a corpus: which files, which tokenizer, in memory or cached."""
+"""From texts to a corpus: which files, which tokenizer, in memory or cached."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
@@ -17,8 +16,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from launch.corpus import Corpus, CorpusError, Tokens
-from launch.token_cache import Summary, cached_corpus, write_documents
+from launch.corpus import Corpus, CorpusError, Shard, Tokens
+from launch.indexed import fingerprint, token_type
+from launch.token_cache import cached_shard
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ IN_MEMORY_BYTES = 256 << 20
 share."""
 READ_BYTES = 16 << 20
 """Text read before it is tokenised in one parallel batch."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
-Source = Literal["python_stdlib", "files"]
+TextSource = Literal["python_stdlib", "files"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TextFile:
     mtime_ns: int
 
 
-def load_corpus(
+def load_text(
     *,
-    source: Source,
+    source: TextSource,
     files: Sequence[str] = (),
     tokenizer: str = "bytes",
     vocab_size: int,
@@ -66,22 +66,27 @@ def load_corpus(
     documents = _documents(found, encoder)
     total_bytes = sum(file.size for file in found)
     if isinstance(encoder, ByteEncoder) and total_bytes <= IN_MEMORY_BYTES:
-        buffer = io.BytesIO()
-        lengths, summary = write_documents(documents, encoder.dtype, buffer)
-        tokens = np.frombuffer(buffer.getbuffer(), dtype=encoder.dtype)
-        corpus = Corpus.from_documents("text", tokens, lengths, summary.fingerprint)
+        shard, largest = _in_memory(documents, encoder.dtype)
     else:
         directory = cache_directory or Path.home() / ".cache" / "ringzero"
-        corpus, summary = _through_cache(directory, found, encoder, documents)
-    if summary.tokens == 0:
+        shard, largest = _through_cache(directory, found, encoder, documents)
+    if not len(shard.tokens):
         raise CorpusError(f"the corpus is empty: {len(found)} files, 0 tokens; point data.files at files with text")
-    if summary.largest_token >= vocab_size:
-        enough = max(summary.largest_token + 1, encoder.vocab_size)
+    if largest >= vocab_size:
+        enough = max(largest + 1, encoder.vocab_size)
         raise CorpusError(
-            f"the corpus holds token id {summary.largest_token} (data.tokenizer: {tokenizer}), beyond "
+            f"the corpus holds token id {largest} (data.tokenizer: {tokenizer}), beyond "
             f"model.vocab_size ({vocab_size}); set model.vocab_size to at least {enough}"
         )
-    return corpus
+    return Corpus.of_shards("text", [shard])
+
+
+def _in_memory(documents: Iterator[Tokens], dtype: np.dtype) -> tuple[Shard, int]:
+    """All documents, and their largest token id."""
+    parts = list(documents)
+    tokens = np.concatenate([np.zeros(0, dtype), *parts])
+    lengths = [len(part) for part in parts]
+    return Shard.in_memory("text", tokens, lengths, fingerprint(tokens, lengths)), int(tokens.max(initial=0))
 
 
 def _standard_library() -> list[TextFile]:
@@ -154,7 +159,7 @@ class TokenizerEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = int(self._tokenizer.get_vocab_size())
-        self.dtype: np.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self.dtype: np.dtype = token_type(self.vocab_size)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
@@ -194,7 +199,7 @@ def _read(path: Path) -> bytes:
 
 def _through_cache(
     directory: Path, files: Sequence[TextFile], encoder: Encoder, documents: Iterator[Tokens]
-) -> tuple[Corpus, Summary]:
+) -> tuple[Shard, int]:
     settings = [CACHE_VERSION, encoder.identity, [(file.label, file.size, file.mtime_ns) for file in files]]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
@@ -208,7 +213,7 @@ def _through_cache(
         return documents
 
     try:
-        return cached_corpus(directory, key, encoder.dtype, build)
+        return cached_shard(directory, key, encoder.dtype, build)
     except OSError as error:
         raise CorpusError(
             f"the token cache {directory} cannot be used ({error}); set data.cache_directory to a folder with room"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from launch.checkpoint import CheckpointError, Checkpoints, Progress
 from launch.config import JobConfig
-from launch.data import Batches, MicroBatch, Prefetcher
+from launch.data import Batches, MicroBatch
 from launch.feed import HostBatch, cut
 from launch.monitor import Monitor, StepRecord
+from launch.prefetch import Prefetcher
 from launch.schedule import learning_rate_at
 from launch.timing import StepTimer
 from parallel.mesh import ParallelMesh

@@ -18,15 +18,27 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from launch import sources
-from launch.corpus import Corpus, CorpusError, conditional_bigram_entropy, split_corpus
-from launch.data import IGNORED_LABEL, Batches, MicroBatch, Prefetcher, SequenceSampler, validation_batches
+from launch.bigram import conditional_bigram_entropy
+from launch.corpus import Corpus, CorpusError, Int64
+from launch.data import IGNORED_LABEL, Batches, MicroBatch, SequenceSampler, validation_batches
+from launch.prefetch import Prefetcher
 from launch.shuffle import Permutation
-from launch.sources import load_corpus
+from launch.sources import load_text
+from launch.split import split_corpus
 
 
 def corpus_of(*lengths: int, name: str = "training") -> Corpus:
     """Documents of these lengths; token i of the corpus is i, so that every position is recognisable."""
     return Corpus.from_documents(name, np.arange(sum(lengths), dtype=np.uint32), lengths, "test")
+
+
+def edges(corpus: Corpus) -> list[int]:
+    """Where the documents begin, and the corpus's end."""
+    return [0, *corpus.document_starts(0, len(corpus)).tolist(), len(corpus)]
+
+
+def contents(corpus: Corpus) -> Int64:
+    return corpus.read(0, len(corpus))
 
 
 # --- the permutation ---
@@ -78,20 +90,23 @@ def test_read_and_document_starts_match_a_list(lengths: list[int], data: st.Data
     corpus = corpus_of(*lengths)
     keep = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
     chosen = np.array(keep, dtype=bool)
-    part = corpus.select("part", corpus.starts[chosen], np.diff(corpus.offsets)[chosen])
-    flat = [t for d in range(len(lengths)) if keep[d] for t in range(corpus.offsets[d], corpus.offsets[d + 1])]
+    begins = np.cumsum([0, *lengths])
+    part = corpus.select("part", np.zeros(chosen.sum(), np.int64), begins[:-1][chosen], np.diff(begins)[chosen])
+    flat = [t for d in range(len(lengths)) if keep[d] for t in range(begins[d], begins[d + 1])]
+    kept = np.cumsum([0, *(length for length, yes in zip(lengths, keep, strict=True) if yes)]).tolist()
+    assert part.num_documents == sum(keep)
     assert len(part) == len(flat)
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))
     assert part.read(start, stop).tolist() == flat[start:stop]
-    inside = [int(o) - start for o in part.offsets if start < o < stop]
+    inside = [o - start for o in kept if start < o < stop]
     assert part.document_starts(start, stop).tolist() == inside
 
 
 def test_empty_documents_are_left_out() -> None:
     corpus = corpus_of(0, 3, 0, 0, 2, 0)
     assert corpus.num_documents == 2
-    assert corpus.offsets.tolist() == [0, 3, 5]
+    assert edges(corpus) == [0, 3, 5]
 
 
 def test_split_is_by_document_disjoint_complete_and_near_the_fraction() -> None:
@@ -107,7 +122,7 @@ def test_split_is_by_document_disjoint_complete_and_near_the_fraction() -> None:
     again, other = split_corpus(corpus, 0.05, seed=1)[1], split_corpus(corpus, 0.05, seed=2)[1]
     assert again is not None and other is not None
     assert again.fingerprint == validation.fingerprint != other.fingerprint
-    assert set(other.starts.tolist()) != set(validation.starts.tolist())
+    assert set(contents(other).tolist()) != set(contents(validation).tolist())
 
 
 @pytest.mark.parametrize("lengths", [(1000,), (400, 600)])
@@ -143,10 +158,10 @@ def test_bigram_entropy_by_hand() -> None:
 
 
 def test_the_standard_library_is_real_text_and_always_the_same() -> None:
-    corpus = load_corpus(source="python_stdlib", vocab_size=256)
+    corpus = load_text(source="python_stdlib", vocab_size=256)
     assert len(corpus) > 5_000_000
     assert corpus.num_documents > 300
-    assert corpus.fingerprint == load_corpus(source="python_stdlib", vocab_size=256).fingerprint
+    assert corpus.fingerprint == load_text(source="python_stdlib", vocab_size=256).fingerprint
     labels = [file.label for file in sources._standard_library()]
     assert labels == sorted(labels)
     assert "argparse.py" in labels and "json/decoder.py" in labels
@@ -180,19 +195,19 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 def test_files_as_bytes(texts: Path) -> None:
-    corpus = load_corpus(source="files", files=[f"{texts}/**/*.txt", f"{texts}/a.txt"], vocab_size=256)
+    corpus = load_text(source="files", files=[f"{texts}/**/*.txt", f"{texts}/a.txt"], vocab_size=256)
     assert bytes(corpus.read(0, len(corpus)).astype(np.uint8)) == b"the cat sata cat sat"
-    assert corpus.offsets.tolist() == [0, 11, 20]
+    assert edges(corpus) == [0, 11, 20]
 
 
 def test_files_relative_to_the_working_directory(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(texts)
-    assert len(load_corpus(source="files", files=["*.txt"], vocab_size=128)) == 11
+    assert len(load_text(source="files", files=["*.txt"], vocab_size=128)) == 11
 
 
 def test_files_through_a_tokenizer_are_cached_and_mapped(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     def load() -> Corpus:
-        return load_corpus(
+        return load_text(
             source="files",
             files=[f"{texts}/**/*.txt"],
             tokenizer=str(tokenizer),
@@ -202,7 +217,7 @@ def test_files_through_a_tokenizer_are_cached_and_mapped(texts: Path, tokenizer:
 
     first = load()
     assert first.read(0, len(first)).tolist() == [1, 2, 3, 4, 1, 1, 5, 3, 4]  # the empty file is a lone [BOS]
-    assert isinstance(first.tokens, np.memmap)
+    assert mapped(first)
     [entry] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     written = (entry / "tokens.bin").stat().st_mtime_ns
     assert load().fingerprint == first.fingerprint
@@ -212,13 +227,21 @@ def test_files_through_a_tokenizer_are_cached_and_mapped(texts: Path, tokenizer:
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
+def mapped(corpus: Corpus) -> bool:
+    """Whether the tokens lie in a file."""
+    base: object = corpus.shards[0].tokens
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    return isinstance(base, np.memmap)
+
+
 def test_large_byte_corpora_go_through_the_cache(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = load_corpus(source="files", files=[f"{texts}/*.txt"], vocab_size=256)
+    plain = load_text(source="files", files=[f"{texts}/*.txt"], vocab_size=256)
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 4)
-    mapped = load_corpus(source="files", files=[f"{texts}/*.txt"], vocab_size=256, cache_directory=tmp_path / "cache")
-    assert isinstance(mapped.tokens, np.memmap)
-    assert mapped.fingerprint == plain.fingerprint
-    assert (mapped.read(0, 11) == plain.read(0, 11)).all()
+    kept = load_text(source="files", files=[f"{texts}/*.txt"], vocab_size=256, cache_directory=tmp_path / "cache")
+    assert mapped(kept) and not mapped(plain)
+    assert kept.fingerprint == plain.fingerprint
+    assert (kept.read(0, 11) == plain.read(0, 11)).all()
 
 
 def _load_in_process(texts: Path, tokenizer: Path, cache: Path, log: Path, together: Barrier) -> None:
@@ -233,7 +256,7 @@ def _load_in_process(texts: Path, tokenizer: Path, cache: Path, log: Path, toget
     sources.TokenizerEncoder.encode = recorded  # type: ignore[method-assign,assignment]
     together.wait()
     files = [f"{texts}/**/*.txt"]
-    corpus = load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
+    corpus = load_text(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
     assert len(corpus) == 9
 
 
@@ -254,22 +277,22 @@ def test_a_killed_builder_leaves_nothing_that_is_believed(texts: Path, tokenizer
     cache = tmp_path / "cache"
     files = [f"{texts}/**/*.txt"]
     with pytest.raises(CorpusError, match="token id 5"):
-        load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=5, cache_directory=cache)
+        load_text(source="files", files=files, tokenizer=str(tokenizer), vocab_size=5, cache_directory=cache)
     [entry] = [path for path in cache.iterdir() if path.is_dir()]
     entry.rename(entry.with_name(entry.name + ".partial"))  # the state just before the last rename
-    corpus = load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
+    corpus = load_text(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
     assert len(corpus) == 9
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [entry.name]
     with open(entry / "tokens.bin", "r+b") as file:
         file.truncate(4)
-    with pytest.raises(CorpusError, match=r"damaged \(.*4 bytes, not 18\); delete that folder"):
-        load_corpus(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
+    with pytest.raises(CorpusError, match=r"damaged \(.*4 bytes instead of the 18 of .*\); delete that folder"):
+        load_text(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)
 
 
 def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     def refuse(match: str, *files: str, tokenizer: str = "bytes", vocab_size: int = 256) -> None:
         with pytest.raises(CorpusError, match=match):
-            load_corpus(
+            load_text(
                 source="files",
                 files=files,
                 tokenizer=tokenizer,
@@ -293,7 +316,7 @@ def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path
     refuse(r"binary.txt: not UTF-8 text \(at byte 3\); .*data.tokenizer: bytes",
            f"{texts}/*.txt", tokenizer=str(tokenizer))  # fmt: skip
     assert not list((tmp_path / "cache").glob("*.partial"))
-    assert len(load_corpus(source="files", files=[f"{texts}/*.txt"], vocab_size=256)) == 23
+    assert len(load_text(source="files", files=[f"{texts}/*.txt"], vocab_size=256)) == 23
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     (tmp_path / "cache").write_text("a file where the folder should be")
     refuse(r"token cache .*cache cannot be used .*data.cache_directory",
@@ -303,20 +326,27 @@ def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path
 # --- samples and batches ---
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(101, 10), (110, 10), (111, 11), (11, 1)])
-def test_every_token_is_an_input_once_an_epoch_up_to_the_tail(tokens: int, windows: int) -> None:
-    sampler = SequenceSampler(corpus_of(tokens), 10, seed=0)
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize(("tokens", "windows"), [(101, 11), (110, 11), (111, 12), (11, 2), (7000, 700), (6407, 641)])
+def test_every_token_is_an_input_once_an_epoch_tail_included(tokens: int, windows: int, packing: str) -> None:
+    lengths = np.random.default_rng(tokens).integers(1, 25, tokens)
+    lengths = lengths[np.cumsum(lengths) < tokens].tolist()
+    sampler = SequenceSampler(corpus_of(*lengths, tokens - sum(lengths)), 10, 0, packing)
     assert sampler.num_windows == windows
     orders = []
     for epoch in range(3):
         order = sampler.windows(np.arange(windows) + epoch * windows)
         samples = [sampler.sample(window) for window in order.tolist()]
-        assert sorted(np.concatenate([s.input_ids for s in samples]).tolist()) == list(range(windows * 10))
-        assert tokens - windows * 10 == (tokens - 1) % 10 + 1  # the tail, as documented
-        for sample in samples:
-            assert (sample.labels == sample.input_ids + 1).all()
+        inputs = np.concatenate([s.input_ids for s in samples])
+        labels = np.concatenate([s.labels for s in samples])
+        learned = labels != IGNORED_LABEL
+        # Token i of this corpus is i: each is an input with the next as its label, but for the last, which has no next.
+        assert sorted(inputs[learned].tolist()) == list(range(tokens - 1))
+        assert (labels[learned] == inputs[learned] + 1).all()
+        assert (inputs == tokens - 1).sum() == 1
+        assert len(inputs) - tokens == (~learned).sum() - 1 < 10  # the padding: zeros, less than a sequence
         orders.append(order.tolist())
-    if windows > 1:
+    if windows > 2:
         assert orders[0] != orders[1] != orders[2]
 
 
@@ -330,7 +360,7 @@ def test_a_corpus_shorter_than_a_sequence_is_refused_with_both_numbers() -> None
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_the_layout_does_not_change_the_global_batch(data_parallel_size: int, micro_batch_size: int) -> None:
-    sampler = SequenceSampler(corpus_of(*[37] * 20), 16, seed=5)  # 46 windows: steps cross the epoch's end
+    sampler = SequenceSampler(corpus_of(*[37] * 20), 16, seed=5)  # 47 windows: steps cross the epoch's end
     ranks = [Batches(sampler, 8, micro_batch_size, data_parallel_size, rank) for rank in range(data_parallel_size)]
     for step in range(12):
         expected = [sampler.sample(w).input_ids.tolist() for w in sampler.windows(np.arange(8) + 8 * step).tolist()]
@@ -355,7 +385,7 @@ def test_micro_batch_without_document_mask() -> None:
 
 
 def test_document_mask_restarts_positions_and_gives_row_major_boundaries() -> None:
-    lengths = (3, 5, 4, 9, 1, 1, 30)
+    lengths = (3, 5, 4, 9, 1, 1, 33)
     corpus = corpus_of(*lengths)
     sampler = SequenceSampler(corpus, 8, seed=0)
     position_of = [p for length in lengths for p in range(length)]  # inside its document
@@ -369,6 +399,15 @@ def test_document_mask_restarts_positions_and_gives_row_major_boundaries() -> No
         assert micro_batch.boundaries == (*expected_boundaries, 24)
 
 
+def test_padding_is_a_document_of_its_own() -> None:
+    sampler = SequenceSampler(corpus_of(6, 5), 8, seed=0)
+    samples = {int(sample.input_ids[0]): sample for sample in sampler.samples(np.arange(2))}
+    assert samples[0].document_starts.tolist() == [6]
+    assert samples[8].input_ids.tolist() == [8, 9, 10, 0, 0, 0, 0, 0]
+    assert samples[8].labels.tolist() == [9, 10, *[IGNORED_LABEL] * 6]
+    assert samples[8].document_starts.tolist() == [3]
+
+
 def test_batches_have_no_state() -> None:
     batches = Batches(SequenceSampler(corpus_of(1000), 10, seed=0), 4, 2, 1, 0)
     forwards = [batches.micro_batches(step)[1].input_ids.tolist() for step in range(5)]
@@ -378,7 +417,7 @@ def test_batches_have_no_state() -> None:
 
 
 def test_validation_sees_each_window_once_and_blanks_the_rest() -> None:
-    sampler = SequenceSampler(corpus_of(61, name="validation"), 10, seed=0)  # 6 windows in batches of 4
+    sampler = SequenceSampler(corpus_of(61, name="validation"), 10, seed=0)  # 7 windows in batches of 4
 
     def rows(evaluation_batches: int) -> list[tuple[list[int], list[int]]]:
         out = []
@@ -400,9 +439,9 @@ def test_validation_sees_each_window_once_and_blanks_the_rest() -> None:
     everything = rows(8)
     assert everything == rows(8)
     assert len(everything) == 8
-    real = [(ids, labels) for ids, labels in everything if labels != [IGNORED_LABEL] * 10]
-    assert sorted(sum((ids for ids, _ in real), [])) == list(range(60))
-    assert all(labels == [i + 1 for i in ids] for ids, labels in real)
+    real = [(i, label) for ids, labels in everything for i, label in zip(ids, labels, strict=True) if label >= 0]
+    assert sorted(i for i, _ in real) == list(range(60))
+    assert all(label == i + 1 for i, label in real)
 
 
 # --- prefetching ---

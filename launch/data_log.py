@@ -1,0 +1,76 @@
+"""What the ranks of a run fed to the model, kept beside it for `launch/audit_data.py`.
+
+    RUN/data/cursor.json      the data cursor of the run's last start (`launch.cursor`)
+    RUN/data/dp-00003.jsonl   a line for each step of data-parallel rank 3:
+                              {"step": 13, "samples": 128, "digest": 9125043421838452801}
+
+Steps count from 1 as in metrics.jsonl. A digest is the sum, modulo 2**64, of the digests of the samples that the rank
+read, so the ranks' sums add up to the same number on every layout. A resume drops what was read after its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from launch.corpus import Int64
+from launch.data import Sample
+from launch.metrics_file import MetricsFile
+
+WHOLE = 1 << 64
+
+
+def total_digest(indices: Iterable[int], samples: Iterable[Sample]) -> int:
+    """The sum that stands for these global samples, in whatever order."""
+    return sum(sample.digest(index) for index, sample in zip(indices, samples, strict=True)) % WHOLE
+
+
+class DataLog:
+    """One data-parallel rank's file. A step is noted when it is read, which is one step before it is trained on."""
+
+    def __init__(
+        self, directory: Path, dp_rank: int, dp_size: int, resumed_from: int | None, tell: Callable[[str], None]
+    ) -> None:
+        """resumed_from: the step of the loaded checkpoint; None drops all that was noted before. `tell` hears of a disk
+        that fails: the training goes on without the record."""
+        self._directory, self._tell = directory, tell
+        self._file: MetricsFile | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = MetricsFile(directory / f"dp-{dp_rank:05d}.jsonl", resumed_from)
+            for stale in directory.glob("dp-*.jsonl") if dp_rank == 0 else ():
+                if int(stale.stem.removeprefix("dp-")) >= dp_size:  # of ranks that this layout has not
+                    MetricsFile(stale, resumed_from).close()
+        except OSError as error:
+            self._give_up(error)
+
+    def write_cursor(self, record: dict[str, Any]) -> None:
+        """Replaces cursor.json at once."""
+        partial = self._directory / "cursor.json.partial"
+        try:
+            partial.write_text(json.dumps(record, indent=1))
+            os.replace(partial, self._directory / "cursor.json")
+        except OSError as error:
+            self._give_up(error)
+
+    def note(self, step: int, indices: Int64, samples: list[Sample]) -> None:
+        """Of a step counted from 0: see `launch.data.Batches`."""
+        if self._file is None:
+            return
+        entry = {"step": step + 1, "samples": len(samples), "digest": total_digest(indices.tolist(), samples)}
+        try:
+            self._file.append(entry)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _give_up(self, error: OSError) -> None:
+        self._file = None
+        self._tell(f"the record of the data cannot be written any more ({error}); the job goes on without it")

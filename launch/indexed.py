@@ -1,0 +1,322 @@
+"""Megatron's indexed dataset, as Megatron-LM, Megatron-Core and GPT-NeoX write it: reading and writing.
+
+    PREFIX.bin    the token ids of all documents, one after the other, little endian
+    PREFIX.idx    "MMIDIDX\\0\\0", version 1 (u64), code of the token type (u8), n (u64), m + 1 (u64),
+                  lengths [n] i32, pointers [n] i64 (bytes), documents [m + 1] i64 (first sequence of each)
+    PREFIX.summary.json    ours, and may be missing: what was learned when the tokens were written
+
+A document is one sequence or several; the n sequences follow one another in PREFIX.bin. Source:
+megatron/core/datasets/indexed_dataset.py of Megatron-Core 0.16.
+
+Shapes: n sequences, m documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from launch.corpus import CorpusError, Int64, Shard, Tokens, beyond_vocabulary
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""The format's codes of integers; 6 and 7 are floating point and hold no tokens."""
+LONGEST_SEQUENCE = (1 << 31) - 1
+"""Tokens: lengths are i32. A longer document is several sequences."""
+
+_BLOCK = 1 << 18
+_BLOCKS = 256
+"""What is read of each array when a corpus is opened: this many blocks of this many bytes, evenly spaced, so that
+up to 64 MiB are read whole and a terabyte opens as fast."""
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """What Megatron takes for this many ids: 16 bits where they do, else 32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the pass over the documents learned."""
+
+    tokens: int
+    documents: int
+    largest_token: int
+    """-1 where there is no token."""
+
+
+def beside(prefix: Path, suffix: str) -> Path:
+    """PREFIX.suffix, whatever dots the prefix has."""
+    return prefix.with_name(f"{prefix.name}.{suffix}")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_indexed(prefix: Path, vocab_size: int | None = None) -> Shard:
+    """The documents at `prefix`, mapped. Reading checks every token id against `vocab_size`.
+
+    Opening reads the header, both ends of each array and a sample: a token beyond the vocabulary, or sequences that do
+    not follow one another, are found here where the sample or the summary shows them.
+
+    Raises CorpusError: a file that is missing, cut short, longer than its index says, of another version or no such
+    file; a token id beyond `vocab_size`.
+    """
+    index_file, token_file = beside(prefix, "idx"), beside(prefix, "bin")
+    missing = [path.name for path in (index_file, token_file) if not path.is_file()]
+    if missing:
+        there = "neither is there" if len(missing) == 2 else "the other is there"
+        raise CorpusError(
+            f"{prefix}: {' and '.join(missing)} missing ({there}); a corpus is a .bin and an .idx, named without them: "
+            "correct the path, or copy the file again"
+        )
+    try:
+        dtype, lengths, pointers, documents = _index(index_file)
+        tokens = _tokens(token_file, index_file, dtype, lengths, pointers)
+    except OSError as error:
+        raise CorpusError(f"{prefix}: cannot be read ({error}); check the file system and its permissions") from error
+    _check_order(index_file, lengths, pointers, dtype.itemsize)
+    digest, smallest, largest = _sample(tokens, pointers, documents)
+    summary = read_summary(prefix)
+    if summary is not None and summary["tokens"] == len(tokens):
+        largest = max(largest, summary["largest_token"])
+    if vocab_size is not None and (smallest < 0 or largest >= vocab_size):
+        raise beyond_vocabulary(str(prefix), smallest if smallest < 0 else largest, vocab_size)
+    return Shard(str(prefix), tokens, pointers, documents, digest, vocab_size)
+
+
+def _index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64, Int64]:
+    """Token type, lengths [n], pointers [n] and documents [m + 1], mapped."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(HEADER.size)
+    if start[: len(MAGIC)] != MAGIC:
+        raise CorpusError(
+            f"{path}: begins with {start[:9]!r}, not with {MAGIC!r}: it is no index of Megatron's mapped format; "
+            "write the corpus with launch/prepare_data.py, or with --dataset-impl mmap"
+        )
+    if len(start) < HEADER.size:
+        raise CorpusError(f"{path}: cut short, {size} bytes where the header alone has {HEADER.size}; copy it again")
+    _, version, code, sequences, entries = HEADER.unpack(start)
+    if version != VERSION:
+        raise CorpusError(
+            f"{path}: an index of version {version}, this program reads version {VERSION}; write the corpus again"
+        )
+    if code not in TOKEN_TYPES:
+        raise CorpusError(
+            f"{path}: tokens of type code {code}, which is no integer type; readable are "
+            f"{', '.join(f'{key} ({np.dtype(name).name})' for key, name in TOKEN_TYPES.items())}"
+        )
+    wanted = HEADER.size + 12 * sequences + 8 * entries
+    if size != wanted:
+        what = "its modes of several media are not read" if size == wanted + sequences else "copy it again"
+        raise CorpusError(
+            f"{path}: {size} bytes instead of {wanted} for {sequences} sequences and {entries - 1} documents; {what}"
+        )
+    raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    at = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * entries]).tolist()
+    lengths, pointers, documents = (raw[at[i] : at[i + 1]].view(dtype) for i, dtype in enumerate(("<i4", "<i8", "<i8")))
+    if entries <= 1:  # some versions of the tools lost the documents when they merged files: one sequence each
+        documents = np.arange(sequences + 1, dtype=np.int64)
+    elif documents[0] != 0 or documents[-1] != sequences:
+        raise CorpusError(
+            f"{path}: its documents are sequences {documents[0]} to {documents[-1]}, but there are {sequences}; "
+            "write the corpus again"
+        )
+    return np.dtype(TOKEN_TYPES[code]), lengths, pointers, documents
+
+
+def _tokens(path: Path, index: Path, dtype: np.dtype, lengths: npt.NDArray[np.int32], pointers: Int64) -> Tokens:
+    """[T] mapped, as long as the index says."""
+    wanted, size = 0, path.stat().st_size
+    if len(lengths):
+        wanted = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
+    if size != wanted:
+        how = "cut short" if size < wanted else "longer than its index says"
+        raise CorpusError(
+            f"{path}: {how}, {size} bytes instead of the {wanted} of {index.name}; copy both again from where "
+            "they were written"
+        )
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
+
+
+def _check_order(path: Path, lengths: npt.NDArray[np.int32], pointers: Int64, itemsize: int) -> None:
+    """Raises CorpusError where a sequence of the sample does not begin where the one before it ends."""
+    if len(pointers) and pointers[0] != 0:
+        raise CorpusError(f"{path}: the first sequence begins at byte {pointers[0]}, not 0; write the corpus again")
+    for start, stop in _blocks(len(pointers), _BLOCK // 8):
+        begins = np.array(pointers[start : stop + 1])
+        ends = begins[: stop - start] + lengths[start:stop].astype(np.int64) * itemsize
+        wrong = np.flatnonzero(ends[: len(begins) - 1] != begins[1:])
+        if len(wrong):
+            one = int(wrong[0])
+            raise CorpusError(
+                f"{path}: sequence {start + one + 1} begins at byte {begins[one + 1]}, but the one before it ends at "
+                f"{ends[one]}; only sequences that follow one another are read: write the corpus again"
+            )
+
+
+def _sample(tokens: Tokens, pointers: Int64, documents: Int64) -> tuple[str, int, int]:
+    """Digest of the arrays' sizes and samples, and smallest and largest token id of the sample (0, -1: none)."""
+    digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)} {len(pointers)} {len(documents)}".encode())
+    smallest, largest = 0, -1
+    for array in (tokens, pointers, documents):
+        for start, stop in _blocks(len(array), _BLOCK // array.itemsize):
+            block = np.array(array[start:stop])
+            digest.update(block.tobytes())
+            if array is tokens:
+                smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
+    return digest.hexdigest(), smallest, largest
+
+
+def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at most _BLOCKS blocks of range(size): all of it where that is enough, the last included."""
+    if size <= _BLOCKS * block:
+        yield from ((start, min(start + block, size)) for start in range(0, size, block))
+    else:
+        starts = np.linspace(0, size - block, _BLOCKS).astype(np.int64)
+        yield from ((start, start + block) for start in starts.tolist())
+
+
+def fingerprint(tokens: Tokens, lengths: npt.ArrayLike) -> str:
+    """What `open_indexed` would say of the same documents on disk, one sequence each."""
+    shard = Shard.in_memory("", tokens, lengths, "")
+    return _sample(shard.tokens, shard.pointers, shard.documents)[0]
+
+
+def read_summary(prefix: Path) -> dict[str, Any] | None:
+    """PREFIX.summary.json, or None where there is none. Raises CorpusError where it cannot be read."""
+    path = beside(prefix, "summary.json")
+    try:
+        found = json.loads(path.read_text())
+        return {"tokens": int(found["tokens"]), "largest_token": int(found["largest_token"])} | found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path}: cannot be read ({error}); delete it, the corpus is complete without") from error
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class IndexedWriter:
+    """Writes documents to PREFIX.bin and PREFIX.idx in bounded memory, and goes on after a kill.
+
+    Tokens go to PREFIX.bin.partial and lengths to PREFIX.lengths.partial; the finished files appear by renames, the
+    index last. Errors: OSError.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype, state: dict[str, int] | None = None) -> None:
+        """`state` is what `sync` returned; what was written after it is dropped. Without it, a fresh start."""
+        self.prefix, self.dtype = prefix, dtype
+        if state and not beside(prefix, "bin.partial").exists() and not beside(prefix, "idx").exists():
+            os.replace(beside(prefix, "bin"), beside(prefix, "bin.partial"))  # killed between the last two renames
+        self.state = {"tokens": 0, "documents": 0, "sequences": 0, "largest_token": -1, "open": 0} | (state or {})
+        self._tokens = _reopened(beside(prefix, "bin.partial"), self.state["tokens"] * dtype.itemsize)
+        self._lengths = _reopened(beside(prefix, "lengths.partial"), self.state["sequences"] * 8)
+
+    def write(self, tokens: Tokens, lengths: Int64, *, continues: bool = False) -> None:
+        """Appends documents of `lengths` [D], together all of `tokens`; empty ones are left out.
+
+        With `continues` the last is not at its end: the first of the next call belongs to it.
+        """
+        state, sizes = self.state, np.array(lengths, dtype=np.int64)
+        assert sizes.sum() == len(tokens), (sizes.sum(), len(tokens))
+        self._tokens.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        state["tokens"] += len(tokens)
+        if len(tokens):
+            state["largest_token"] = max(state["largest_token"], int(tokens.max()))
+        if len(sizes):
+            sizes[0] += state["open"]
+            state["open"] = int(sizes[-1]) if continues else 0
+            sizes = sizes[: len(sizes) - continues]
+        sizes = sizes[sizes > 0]
+        self._lengths.write(sizes.tobytes())
+        state["documents"] += len(sizes)
+        state["sequences"] += len(sizes)
+
+    def sync(self) -> dict[str, int]:
+        """Brings all to the disk; returns what a writer that goes on from here needs."""
+        for file in (self._tokens, self._lengths):
+            file.flush()
+            os.fsync(file.fileno())
+        return dict(self.state)
+
+    def finish(self, **facts: Any) -> Summary:
+        """Writes the index and the summary, with `facts` beside what the writer knows."""
+        assert not self.state["open"], "the last document is not at its end"
+        self.sync()
+        self.close()
+        lengths_file = beside(self.prefix, "lengths.partial")
+        with open(beside(self.prefix, "idx.partial"), "wb") as file:
+            self._write_index(file, lengths_file)
+            _flush(file)
+        summary = Summary(*(self.state[key] for key in ("tokens", "documents", "largest_token")))
+        with open(beside(self.prefix, "summary.json.partial"), "w") as text:
+            json.dump({**asdict(summary), **facts}, text, indent=1)
+            _flush(text)
+        for suffix in ("summary.json", "bin", "idx"):
+            os.replace(beside(self.prefix, f"{suffix}.partial"), beside(self.prefix, suffix))
+        lengths_file.unlink()
+        return summary
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._lengths.close()
+
+    def _write_index(self, file: BinaryIO, lengths_file: Path) -> None:
+        """Streams the three arrays; a document too long for one sequence becomes several."""
+        count = self.state["sequences"]
+        lengths = np.memmap(lengths_file, dtype=np.int64, mode="r") if count else np.zeros(0, np.int64)
+        parts = [lengths[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
+        sequences = sum(int((-(-part // LONGEST_SEQUENCE)).sum()) for part in parts)
+        code = next(code for code, name in TOKEN_TYPES.items() if np.dtype(name) == self.dtype)
+        file.write(HEADER.pack(MAGIC, VERSION, code, sequences, count + 1))
+        for part in parts:
+            file.write(_cut(part)[0].astype("<i4").tobytes())
+        position = 0
+        for part in parts:
+            sizes = _cut(part)[0]
+            ends = position + np.cumsum(sizes)
+            file.write(((ends - sizes) * self.dtype.itemsize).astype("<i8").tobytes())
+            position = int(ends[-1])
+        first = 0
+        file.write(np.zeros(1, "<i8").tobytes())
+        for part in parts:
+            ends = first + np.cumsum(_cut(part)[1])
+            file.write(ends.astype("<i8").tobytes())
+            first = int(ends[-1])
+
+
+def _cut(lengths: Int64) -> tuple[Int64, Int64]:
+    """Lengths of the sequences of documents of `lengths` [D], and how many [D] each document has."""
+    counts = -(-lengths // LONGEST_SEQUENCE)
+    sizes = np.full(int(counts.sum()), LONGEST_SEQUENCE, dtype=np.int64)
+    sizes[np.cumsum(counts) - 1] = lengths - (counts - 1) * LONGEST_SEQUENCE
+    return sizes, counts
+
+
+def _reopened(path: Path, size: int) -> BinaryIO:
+    """The file, cut to its first `size` bytes, for appending."""
+    file = open(path, "ab")  # noqa: SIM115 (closed by close)
+    if file.tell() < size:
+        raise OSError(f"{path} has {file.tell()} bytes, less than the {size} that were recorded")
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,205 @@
+"""The order of a blend's samples: shares, the history of weights, nothing repeated and nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.blend import Blend, _sum_of_floors
+from launch.corpus import Corpus, CorpusError
+from launch.cursor import BlendedSamples, DataCursor, Segment
+from launch.data import IGNORED_LABEL, Batches, Sample, SequenceSampler
+from launch.packing import best_fit
+
+LENGTH = 8
+SIZES = {"web": 1003, "code": 400, "books": 77}
+FIRST = {"web": 0, "code": 10_000, "books": 20_000}
+"""Token i of a corpus is FIRST + i, so that every position is recognisable."""
+
+
+def corpus(name: str) -> Corpus:
+    lengths = np.random.default_rng(len(name)).integers(1, 20, SIZES[name])
+    lengths = lengths[np.cumsum(lengths) < SIZES[name]].tolist()
+    tokens = np.arange(SIZES[name], dtype=np.int32) + FIRST[name]
+    return Corpus.from_documents(name, tokens, [*lengths, SIZES[name] - sum(lengths)], f"print of {name}")
+
+
+CORPORA = {name: corpus(name) for name in SIZES}
+
+
+def cursor(weights: dict[str, float], size: int = 4, packing: str = "split", seed: int = 0) -> DataCursor:
+    prints = {name: CORPORA[name].fingerprint for name in weights}
+    return DataCursor(seed, LENGTH, packing, prints, (Segment(0, size, weights),))
+
+
+def blended(at: DataCursor) -> BlendedSamples:
+    names = at.history[-1].weights
+    return BlendedSamples(
+        {name: SequenceSampler(CORPORA[name], LENGTH, at.seed, at.packing, f"{name} ") for name in names}, at
+    )
+
+
+def run(at: DataCursor, start: int, stop: int, size: int, dp: int = 1, micro: int = 1) -> Iterator[list[Sample]]:
+    """The global batches of steps start..stop-1, put together from all data-parallel ranks."""
+    for step in range(start, stop):
+        rows: dict[int, Sample] = {}
+        for rank in range(dp):
+            seen: list = []
+            note = partial(lambda into, *noted: into.append(noted), seen)
+            batches = Batches(blended(at), size, micro, dp, rank, offset=at.offset, note=note)
+            batches.micro_batches(step)
+            [(noted_step, indices, samples)] = seen
+            assert noted_step == step
+            rows |= dict(zip(indices.tolist(), samples, strict=True))
+        yield [rows[index] for index in sorted(rows)]
+
+
+# --- the blend ---
+
+
+@given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 120), st.integers(0, 120))
+def test_sum_of_floors(n: int, m: int, a: int, b: int) -> None:
+    assert _sum_of_floors(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.integers(0, 3000))
+def test_counts_are_those_of_the_order_and_near_the_weights(weights: list[float], seed: int, samples: int) -> None:
+    named = {str(index): weight for index, weight in enumerate(weights)}
+    if not any(weights):
+        return
+    blend = Blend(named, seed)
+    drawn = Counter(blend.names[index] for index in blend.corpora(np.arange(samples)).tolist())
+    assert blend.counts(samples) == {name: drawn[name] for name in blend.names}
+    for name, weight in named.items():
+        assert drawn[name] == 0 if weight == 0 else abs(drawn[name] - samples * weight / sum(weights)) < 4
+
+
+def test_counts_of_a_trillion_samples_follow_from_the_stretches_between() -> None:
+    blend, far = Blend({"a": 0.6, "b": 0.3, "c": 0.1}, 7), 10**12
+    near = blend.corpora(np.arange(far, far + 5000))
+    before, after = blend.counts(far), blend.counts(far + 5000)
+    assert [after[name] - before[name] for name in blend.names] == np.bincount(near).tolist()
+    assert after["a"] == pytest.approx(0.6 * far, rel=1e-8)
+    assert blend.counts(10**9)["a"] == pytest.approx(0.6 * 10**9, abs=20)
+
+
+def test_the_order_of_a_blend_is_kept_across_versions() -> None:
+    """A changed order would silently repeat and lose data in every run that is resumed."""
+    order = Blend({"a": 0.5, "b": 0.3, "c": 0.2}, 0).corpora(np.arange(12))
+    assert order.tolist() == [
+        1,
+        0,
+        2,
+        1,
+        0,
+        2,
+        0,
+        0,
+        1,
+        0,
+        2,
+        1,
+    ]
+
+
+# --- packing ---
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(4, 32))
+def test_best_fit_loses_nothing_and_cuts_little(lengths: list[int], length: int) -> None:
+    ends = np.cumsum(lengths)
+    documents = list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
+    windows = best_fit(documents, length)
+    assert len(windows) == -(-int(ends[-1]) // length)
+    tokens = [token for window in windows for start, stop in window for token in range(start, stop)]
+    assert sorted(tokens) == list(range(ends[-1]))
+    assert all(sum(stop - start for start, stop in window) <= length for window in windows)
+    assert all(window == sorted(window) for window in windows)
+
+
+def test_best_fit_cuts_a_fraction_of_the_documents_that_split_cuts() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1.2, 4000).astype(int) + 1
+    text = Corpus.from_documents("text", np.zeros(lengths.sum(), np.uint16), lengths, "x")
+    edges = np.cumsum(lengths)
+
+    def cut_without_need(packing: str) -> int:
+        """Documents that are cut though they fit in a sequence."""
+        sampler = SequenceSampler(text, 2048, 0, packing)
+        ends = [stop for window in range(sampler.num_windows) for _, stop in sampler.packing.window(window)]
+        documents = np.unique(np.searchsorted(edges, np.setdiff1d(ends, edges)))
+        return int((lengths[documents] <= 2048).sum())
+
+    assert cut_without_need("best_fit") < 0.15 * cut_without_need("split")
+
+
+# --- the cursor ---
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize(("dp", "micro"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_the_layout_does_not_change_the_global_batches_of_a_blend(packing: str, dp: int, micro: int) -> None:
+    at = cursor({"web": 0.5, "code": 0.3, "books": 0.2}, packing=packing)
+    for one, other in zip(run(at, 0, 9, 4), run(at, 0, 9, 4, dp, micro), strict=True):
+        assert [sample.input_ids.tolist() for sample in one] == [sample.input_ids.tolist() for sample in other]
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_weights_change_on_resume_and_every_token_is_seen_once_an_epoch(packing: str) -> None:
+    """Other weights, a corpus added, one dropped and taken up again, another global batch size."""
+    starts = [
+        (0, 4, {"web": 0.7, "code": 0.3}),
+        (30, 4, {"web": 0.2, "code": 0.8}),
+        (41, 8, {"web": 0.5, "books": 0.5}),
+        (60, 4, {"code": 0.1, "web": 0.6, "books": 0.3}),
+    ]
+    at, drawn = cursor(starts[0][2], packing=packing), []
+    for (start, size, weights), stop in zip(starts, [30, 41, 60, 120], strict=True):
+        fresh = cursor(weights, size, packing)
+        at = DataCursor.from_record(json.loads(json.dumps(at.record()))).continued(start, fresh) if start else fresh
+        for batch in run(at, start, stop, size):
+            drawn += batch
+    assert len(drawn) == at.first_sample(120) == 4 * 30 + 4 * 11 + 8 * 19 + 4 * 60
+    for name, size in SIZES.items():
+        windows = -(-size // LENGTH)
+        mine = [s for s in drawn if FIRST[name] <= s.input_ids[0] < FIRST[name] + 10_000]
+        assert len(mine) == at.given(len(drawn))[name]
+        assert len(mine) > windows or name == "web"
+        for epoch in range(0, len(mine), windows):
+            samples = mine[epoch : epoch + windows]
+            tokens = np.concatenate([sample.input_ids[sample.labels != IGNORED_LABEL] for sample in samples])
+            assert len(set(tokens.tolist())) == len(tokens), "a token was repeated"
+            if len(samples) == windows:
+                assert sorted(tokens.tolist()) == list(range(FIRST[name], FIRST[name] + size - 1)), "a token was lost"
+
+
+def test_a_resume_without_a_change_adds_nothing_to_the_history() -> None:
+    at = cursor({"web": 0.7, "code": 0.3})
+    assert at.continued(30, at) == at
+    changed = at.continued(30, cursor({"web": 0.5, "code": 0.5}))
+    assert [segment.step for segment in changed.history] == [0, 30]
+    assert changed.continued(30, at) == at  # thought better of it before a step was done
+    assert changed.continued(50, cursor({"web": 0.5, "code": 0.5})) == changed
+
+
+def test_a_resume_onto_other_data_is_refused() -> None:
+    at = cursor({"web": 0.7, "code": 0.3})
+    for change, match in (
+        ({"seed": 1}, r"job.seed was 0 up to step 30 and is 1 now; .*set job.seed=0"),
+        ({"sequence_length": 16}, r"training.sequence_length was 8 up to step 30 and is 16 now"),
+        ({"packing": "best_fit"}, r"data.packing was split up to step 30 and is best_fit now"),
+        ({"corpora": {"web": "another", "code": at.corpora["code"]}},
+         r"other data \(corpus web: fingerprint print of web, here another\)"),
+    ):  # fmt: skip
+        with pytest.raises(CorpusError, match=match):
+            at.continued(30, replace(at, **change))  # type: ignore[arg-type]
+    for record in ({}, at.record() | {"format": 2}, {**at.record(), "more": 1}):
+        with pytest.raises(CorpusError, match="the record of what the run has read is not readable"):
+            DataCursor.from_record(record)

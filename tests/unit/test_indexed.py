@@ -1,0 +1,222 @@
+"""Megatron's indexed dataset: files of Megatron-Core's own builder, and bad ones."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launch import indexed
+from launch.corpora import open_corpus
+from launch.corpus import Corpus, CorpusError
+from launch.indexed import HEADER, IndexedWriter, fingerprint, open_indexed
+from launch.split import GROUPS, split_corpus
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Megatron-Core misses packages of NVIDIA's that its data set has no use for
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
+
+
+def documents(count: int, high: int, seed: int = 0) -> list[np.ndarray]:
+    """Documents of 0 to 40 tokens below `high`."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, high, rng.integers(0, 41)) for _ in range(count)]
+
+
+def built_by_megatron(prefix: Path, texts: list[np.ndarray], dtype: type = np.uint16, pieces: int = 1) -> Path:
+    """Written by Megatron-Core's builder, each document as `pieces` sequences."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for text in texts:
+        for part in np.array_split(text, pieces):
+            builder.add_item(torch.from_numpy(part.astype(np.int64)))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_what_megatron_writes_is_read(tmp_path: Path, dtype: type, pieces: int) -> None:
+    texts = documents(200, 100)
+    prefix = built_by_megatron(tmp_path / "web", texts, dtype, pieces)
+    corpus = open_corpus(str(prefix), 100)
+    theirs = IndexedDataset(str(prefix))
+    assert len(theirs) == 200 * pieces
+    assert corpus.read(0, len(corpus)).tolist() == np.concatenate([theirs[i] for i in range(len(theirs))]).tolist()
+    ends = np.cumsum([len(text) for text in texts])
+    assert corpus.document_starts(0, len(corpus)).tolist() == sorted(set(ends.tolist()) - {0, len(corpus)})
+    for start, stop in ((0, 1), (13, 900), (len(corpus) - 7, len(corpus))):
+        assert corpus.read(start, stop).tolist() == np.concatenate(texts)[start:stop].tolist()
+        inside = {int(end) - start for end in ends if start < end < stop}
+        assert corpus.document_starts(start, stop).tolist() == sorted(inside)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4"])
+def test_what_we_write_is_what_megatron_writes(tmp_path: Path, dtype: str) -> None:
+    texts = [text for text in documents(300, 60000) if len(text)]
+    theirs = built_by_megatron(tmp_path / "theirs", texts, np.dtype(dtype).type)
+    writer = IndexedWriter(tmp_path / "ours", np.dtype(dtype))
+    for first in range(0, len(texts), 7):
+        group = texts[first : first + 7]
+        writer.write(np.concatenate(group), np.array([len(text) for text in group]))
+    summary = writer.finish()
+    assert (summary.tokens, summary.documents) == (sum(map(len, texts)), len(texts))
+    assert summary.largest_token == max(int(text.max()) for text in texts)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == theirs.with_suffix(suffix).read_bytes()
+    assert open_indexed(tmp_path / "ours").fingerprint == open_indexed(theirs).fingerprint
+    tokens = np.concatenate(texts).astype(dtype)
+    assert open_indexed(theirs).fingerprint == fingerprint(tokens, [len(text) for text in texts])
+    assert sorted(path.name for path in tmp_path.glob("ours*")) == ["ours.bin", "ours.idx", "ours.summary.json"]
+
+
+def test_a_document_too_long_for_a_sequence_becomes_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "LONGEST_SEQUENCE", 10)
+    writer = IndexedWriter(tmp_path / "long", np.dtype("<u2"))
+    writer.write(np.arange(37, dtype=np.uint16), np.array([20, 0, 4, 13]), continues=True)
+    writer.write(np.arange(37, 43, dtype=np.uint16), np.array([2, 4]))
+    writer.finish()
+    theirs = IndexedDataset(str(tmp_path / "long"))
+    assert [len(one) for one in theirs[:]] == [10, 10, 4, 10, 5, 4]
+    assert theirs.document_indices.tolist() == [0, 2, 3, 5, 6]
+    assert open_corpus(str(tmp_path / "long")).document_starts(0, 43).tolist() == [20, 24, 39]
+
+
+def test_merged_files_that_lost_their_documents_have_one_for_each_sequence(tmp_path: Path) -> None:
+    prefix = built_by_megatron(tmp_path / "merged", [np.arange(5), np.arange(3)])
+    raw = prefix.with_suffix(".idx").read_bytes()
+    entries = HEADER.size + 12 * 2
+    header = HEADER.pack(*HEADER.unpack(raw[: HEADER.size])[:4], 1)
+    prefix.with_suffix(".idx").write_bytes(header + raw[HEADER.size : entries] + raw[entries : entries + 8])
+    assert open_corpus(str(prefix)).document_starts(0, 8).tolist() == [5]
+
+
+def test_shards_of_a_glob_are_one_corpus(tmp_path: Path) -> None:
+    texts = documents(90, 60000)
+    for shard in range(3):
+        built_by_megatron(tmp_path / f"web_{shard}", texts[30 * shard : 30 * shard + 30])
+    corpus = open_corpus(f"{tmp_path}/web_*")
+    assert corpus.read(0, len(corpus)).tolist() == np.concatenate(texts).tolist()
+    ends = set(np.cumsum([len(text) for text in texts]).tolist())
+    assert corpus.document_starts(0, len(corpus)).tolist() == sorted(ends - {0, len(corpus)})
+    training, validation = split_corpus(corpus, 0.2, seed=0)
+    assert validation is not None
+    together = sorted(training.read(0, len(training)).tolist() + validation.read(0, len(validation)).tolist())
+    assert together == sorted(np.concatenate(texts).tolist())
+    (tmp_path / "web_1.idx").unlink()
+    with pytest.raises(CorpusError, match=r"web_1: web_1.idx missing \(the other is there\).*copy the file again"):
+        open_corpus(f"{tmp_path}/web_*")
+
+
+def test_documents_beyond_the_groups_are_split_by_document_too(tmp_path: Path) -> None:
+    """More documents than groups, and a share smaller than a group: groups are taken apart."""
+    lengths = np.random.default_rng(0).integers(1, 9, 3 * GROUPS)
+    starts = np.cumsum(lengths) - lengths
+    corpus = Corpus.from_documents("text", np.arange(lengths.sum(), dtype=np.int32), lengths, "x")
+    for fraction in (0.2, 0.0003):
+        training, validation = split_corpus(corpus, fraction, seed=0)
+        assert validation is not None
+        held_out = validation.read(0, len(validation))
+        target = fraction * len(corpus)
+        assert target - 20 < len(held_out) <= target + 1
+        both = np.concatenate([training.read(0, len(training)), held_out])
+        assert (np.sort(both) == np.arange(len(corpus))).all()
+        for part in (training, validation):  # documents stay whole
+            tokens = part.read(0, len(part))
+            begins = tokens[[0, *part.document_starts(0, len(part)).tolist()]]
+            assert set(begins.tolist()) <= set(starts.tolist())
+            assert sum(lengths[np.searchsorted(starts, begins)]) == len(part)
+
+
+# --- bad files ---
+
+
+def refused(prefix: Path, match: str, vocab_size: int | None = None) -> None:
+    with pytest.raises(CorpusError, match=match):
+        open_corpus(str(prefix), vocab_size)
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    return built_by_megatron(tmp_path / "web", [np.arange(30), np.arange(5), np.arange(7)])
+
+
+def test_missing_files(tmp_path: Path, sound: Path) -> None:
+    refused(tmp_path / "nowhere", r"nowhere.idx and nowhere.bin missing \(neither is there\)")
+    sound.with_suffix(".bin").unlink()
+    refused(sound, r"web.bin missing \(the other is there\)")
+    refused(tmp_path / "no*", r"no .bin or .idx matches '.*no\*'")
+
+
+@pytest.mark.parametrize("length", [0, 9, 83, 85, 90])
+def test_a_token_file_of_another_length(sound: Path, length: int) -> None:
+    data = sound.with_suffix(".bin").read_bytes()
+    sound.with_suffix(".bin").write_bytes((data + data)[:length])
+    how = "cut short" if length < 84 else "longer than its index says"
+    refused(sound, f"web.bin: {how}, {length} bytes instead of the 84 of web.idx; copy both again")
+
+
+@pytest.mark.parametrize(
+    ("at", "format", "value", "match"),
+    [
+        (9, "<Q", 2, "an index of version 2, this program reads version 1; write the corpus again"),
+        (0, "<9s", b"TNTIDX\0\0\0", "begins with b'TNTIDX.*no index of Megatron's mapped format"),
+        (17, "<B", 7, r"tokens of type code 7, which is no integer type; readable are 1 \(uint8\), "),
+        (17, "<B", 99, "tokens of type code 99"),
+        (18, "<Q", 4, "102 bytes instead of 114 for 4 sequences and 3 documents"),
+        (34 + 12, "<q", 2, "the first sequence begins at byte 2, not 0"),
+        (34 + 12 + 8, "<q", 58, "sequence 1 begins at byte 58, but the one before it ends at 60"),
+        (34 + 36 + 24, "<q", 2, "its documents are sequences 0 to 2, but there are 3"),
+    ],
+)
+def test_a_bad_index(sound: Path, at: int, format: str, value: int, match: str) -> None:
+    raw = bytearray(sound.with_suffix(".idx").read_bytes())
+    struct.pack_into(format, raw, at, value)
+    sound.with_suffix(".idx").write_bytes(raw)
+    refused(sound, match)
+
+
+@pytest.mark.parametrize("length", [0, 20, 60])
+def test_an_index_cut_short(sound: Path, length: int) -> None:
+    sound.with_suffix(".idx").write_bytes(sound.with_suffix(".idx").read_bytes()[:length])
+    refused(sound, "web.idx: .*(begins with|cut short|instead of)")
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [np.zeros(3000, np.int64), np.array([1, 29, 2])]
+    prefix = built_by_megatron(tmp_path / "web", texts)
+    refused(prefix, r"the token id 29 is beyond model.vocab_size \(29\); set model.vocab_size to at least 30", 29)
+    negative = built_by_megatron(tmp_path / "negative", [np.array([3, -1])], np.int32)
+    refused(negative, r"the token id -1 is beyond model.vocab_size \(29\); the file is damaged", 29)
+    monkeypatch.setattr(indexed, "_BLOCKS", 1)  # what the sample does not show, reading does
+    monkeypatch.setattr(indexed, "_BLOCK", 64)
+    corpus = open_corpus(str(built_by_megatron(tmp_path / "late", [np.zeros(3000), np.array([29]), np.zeros(90)])), 29)
+    assert corpus.read(0, 3000).max() == 0
+    with pytest.raises(CorpusError, match=r"late, token 3,000: the token id 29 is beyond"):
+        corpus.read(2990, 3010)
+
+
+def test_an_empty_corpus(tmp_path: Path) -> None:
+    refused(built_by_megatron(tmp_path / "web", []), "the corpus is empty: 1 shards, 0 tokens")
+
+
+def test_opening_a_large_corpus_reads_little_of_it(tmp_path: Path) -> None:
+    """A sparse one of 40 GB, more than fits: what is opened is sampled, what is read is mapped."""
+    sequences, length = 10_000, 2_000_000
+    with open(tmp_path / "huge.idx", "wb") as file:
+        file.write(HEADER.pack(indexed.MAGIC, 1, 8, sequences, sequences + 1))
+        file.write(np.full(sequences, length, "<i4").tobytes())
+        file.write((np.arange(sequences) * length * 2).astype("<i8").tobytes())
+        file.write(np.arange(sequences + 1).astype("<i8").tobytes())
+    with open(tmp_path / "huge.bin", "wb") as tokens:
+        tokens.truncate(sequences * length * 2)
+    corpus = open_corpus(str(tmp_path / "huge"), 100)
+    training, validation = split_corpus(corpus, 0.001, seed=0)
+    assert validation is not None and len(validation) in range(7 * length, 11 * length, length)
+    assert training.document_starts(5 * length - 3, 5 * length + 9).tolist() == [3]
