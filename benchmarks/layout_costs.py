@@ -31,19 +31,40 @@ LAYOUTS_8K = [(1, 1, stage) for stage in range(4)] + [(2, 1, 1), (2, 1, 2), (2, 
 LAYOUTS_128K = [(2, 8, 3), (4, 8, 2), (8, 4, 2), (2, 16, 3), (1, 32, 3)]
 
 
-def tensor_payload(model: ModelConfig, tokens: int, width: int, *, checkpointing: bool) -> int:
-    """Bytes all-reduced over tp for one micro batch.
+@dataclass(frozen=True)
+class Payload:
+    """Bytes handed to collectives by one rank; of a gathering or scattering one, those of the whole."""
 
-    A layer sums its two row-parallel outputs forward and the gradients of its two inputs backward, each t E b; computed
-    again, it sums the attention's output once more. Embedding and head add one each.
+    all_reduced: int = 0
+    all_gathered: int = 0
+    reduce_scattered: int = 0
+
+    def sent(self, ranks: int) -> float:
+        """By each rank, in a ring algorithm."""
+        return (2 * self.all_reduced + self.all_gathered + self.reduce_scattered) * (ranks - 1) / ranks
+
+
+def tensor_payload(
+    model: ModelConfig, tokens: int, width: int, *, tp: int, checkpointing: bool, sequence_parallel: bool
+) -> Payload:
+    """What one micro batch moves over tp.
+
+    Regions: two in a layer, the embedding's and the head's, half each. Each is left once forward and entered once
+    backward, a sum of t E b; under sequence parallelism it is entered forward and left backward too, and what was a
+    sum is one part of it each. A layer computed again enters both regions and leaves the first; the second's output is
+    not needed. The loss takes three fp32 numbers of each token from each rank; sequence parallelism sums the gradients
+    of norms, which see a part of the tokens.
     """
-    sums = model.num_hidden_layers * (5 if checkpointing else 4) + 2
-    return sums * tokens * model.hidden_size * width
-
-
-def loss_payload(tokens: int, tp: int) -> int:
-    """Bytes all-gathered over tp for the loss of one micro batch: three fp32 numbers of each token from each rank."""
-    return 12 * tokens * tp
+    stream, layers = tokens * model.hidden_size * width, model.num_hidden_layers
+    loss = 12 * tokens * tp
+    if not sequence_parallel:
+        return Payload(all_reduced=(layers * (5 if checkpointing else 4) + 2) * stream, all_gathered=loss)
+    entered, left = 2 * layers + 1, 2 * layers + 1
+    return Payload(
+        all_reduced=(2 * layers + 1) * model.hidden_size * width,
+        all_gathered=(entered + left + (2 * layers if checkpointing else 0)) * stream + loss,
+        reduce_scattered=(entered + left + (layers if checkpointing else 0)) * stream,
+    )
 
 
 def ring_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> int:
@@ -72,20 +93,7 @@ def _keys(model: ModelConfig, tokens: int, tp: int) -> int:
     return model.num_hidden_layers * 2 * tokens * model.head_dim * (model.num_key_value_heads // tp)
 
 
-@dataclass(frozen=True)
-class ZeroPayload:
-    """Bytes over dp x cp."""
-
-    all_reduced: int = 0
-    all_gathered: int = 0
-    reduce_scattered: int = 0
-
-    def sent(self, zero_size: int) -> float:
-        """By each rank."""
-        return (2 * self.all_reduced + self.all_gathered + self.reduce_scattered) * (zero_size - 1) / zero_size
-
-
-def zero_payloads(parameters: int, stage: int, precision: Precision, head: int) -> tuple[ZeroPayload, ZeroPayload]:
+def zero_payloads(parameters: int, stage: int, precision: Precision, head: int) -> tuple[Payload, Payload]:
     """What DeepSpeed 0.19 moves for one micro batch, and what once a step.
 
     Stage 3 for a model larger than its limit of live parameters; below it, parameters stay gathered for backward, as
@@ -93,12 +101,12 @@ def zero_payloads(parameters: int, stage: int, precision: Precision, head: int) 
     """
     size = parameters * BYTES[precision]
     if stage == 0:
-        return ZeroPayload(), ZeroPayload(all_reduced=4 * parameters)
+        return Payload(), Payload(all_reduced=4 * parameters)
     if stage == 1:
-        return ZeroPayload(), ZeroPayload(all_reduced=size, all_gathered=size)
+        return Payload(), Payload(all_reduced=size, all_gathered=size)
     if stage == 2:
-        return ZeroPayload(all_reduced=size), ZeroPayload(all_gathered=size)
-    return ZeroPayload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=size), ZeroPayload()
+        return Payload(all_reduced=size), Payload(all_gathered=size)
+    return Payload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=size), Payload()
 
 
 def table() -> str:
@@ -126,8 +134,9 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
     states = estimate_states(local, stage, precision, zero_size).total + working_copies(local, stage, precision)
     activations = _activations(job, mesh, tokens, precision)
     checkpointing = recompute == "full"
-    over_tp = 2 * (tp - 1) / tp * tensor_payload(job.model, tokens, width, checkpointing=checkpointing)
-    over_tp += (tp - 1) / tp * loss_payload(tokens, tp)
+    over_tp = tensor_payload(
+        job.model, tokens, width, tp=tp, checkpointing=checkpointing, sequence_parallel=job.sequence_parallel
+    ).sent(tp)
     over_cp = [
         payload(job.model, tokens, width, tp=tp, cp=cp, checkpointing=checkpointing) if cp > 1 else 0
         for payload in (exchange_payload, ring_payload)
@@ -150,6 +159,7 @@ def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precis
         job.model,
         tokens=tokens,
         tensor_parallel_size=job.parallel.tensor_parallel_size,
+        sequence_parallel=job.sequence_parallel,
         context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",

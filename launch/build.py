@@ -87,13 +87,16 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     attend, attention_note = build_attention(job, mesh, device.type)
     with torch.device("meta"):
         model = GPT(config, attend, activation_checkpointing=job.training.activation_checkpointing == "full")
-    shards = apply_tensor_parallel(model, model.tensor_parallel_plan, mesh.tp_group)
+    shards = apply_tensor_parallel(
+        model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=job.sequence_parallel
+    )
     # Stage 0 computes bf16 under autocast: its parameters are their own fp32 masters.
     dtype = DTYPES[settings.precision] if settings.stage > 0 else torch.float32
     materialize(
         model,
         shards,
-        model.initial_distribution,
+        # Weights that are read later need no random numbers in their place.
+        model.initial_distribution if config.init_from is None else lambda name: (0.0, 0.0),
         seed=job.job.seed,
         device=device,
         dtype=dtype,

@@ -79,6 +79,7 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
         "tokens per rank": f"{_local_tokens(job, mesh):,} in a micro batch: "
         f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
+        "hidden states": f"{_local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
         "accumulation": f"{_count(accumulation, 'micro batch', 'micro batches')} x {training.micro_batch_size} x dp "
         f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
         f"{job.tokens_per_step:,} tokens a step",
@@ -127,6 +128,7 @@ def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activ
         job.model,
         tokens=_local_tokens(job, mesh),
         tensor_parallel_size=mesh.tensor_parallel_size,
+        sequence_parallel=job.sequence_parallel,
         context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
@@ -137,10 +139,10 @@ def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activ
 def _activation_rows(
     job: JobConfig, activations: Activations, context: ContextPlan | None
 ) -> list[tuple[str, int, str]]:
-    block, blocks = block_formula(job.model.qk_norm), job.model.num_hidden_layers
+    block, blocks = block_formula(job.model.qk_norm, job.sequence_parallel), job.model.num_hidden_layers
     if job.training.activation_checkpointing == "full":
         rows = [
-            ("activations", activations.kept, f"{blocks} blocks, each t E b"),
+            ("activations", activations.kept, f"{blocks} blocks, each t E b{' / tp' if job.sequence_parallel else ''}"),
             ("recomputation", activations.recomputed, f"one block, {block}"),
         ]
     else:

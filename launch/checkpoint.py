@@ -187,6 +187,33 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
 
+def newest_checkpoint(directory: Path, step: int | None = None) -> Path:
+    """The newest complete checkpoint in a run's `directory`, or the one at `step`, for readers outside the run.
+
+    Looks at the manifest and the files' sizes, not at their checksums. Needs no process group. Raises CheckpointError.
+    """
+    paths = directory.iterdir() if directory.is_dir() else ()
+    found = {int(match.group(1)): path for path in paths if (match := _COMPLETE.fullmatch(path.name))}
+    if not found:
+        raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
+    if step is not None and step not in found:
+        steps = ", ".join(map(str, sorted(found)))
+        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are those of steps {steps}")
+    path = found[max(found) if step is None else step]
+    try:
+        files = _read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
+    for name, expected in files.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else 0
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected['bytes']}; give --step to "
+                "take another"
+            )
+    return path
+
+
 def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """The last writes of a save; after the rename the checkpoint exists."""
     with open(partial / "manifest.json", "w") as file:

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from launch import rules
 from launch.parameters import Precision, count_parameters
+from launch.stored_model import WeightsError, stored_keys
 from launch.violations import ConfigError, Violation, section_violations, unknown_section
 from launch.yaml_strict import KeyPath, read_yaml, write_yaml
-from model.config import ModelConfig
+from model.config import SHAPE_KEYS, ModelConfig
 from parallel.mesh import MeshShape
 
 BYTES = "bytes"
@@ -52,6 +53,9 @@ class ParallelSection(Section):
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
+    sequence_parallel: Literal["auto", True, False] = "auto"
+    """Between the layers that tensor parallelism splits, each of its ranks holds and computes its part of the tokens
+    (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each sequence (ring attention)."""
     context_parallel_mode: Literal["auto", "exchange", "ring"] = "auto"
@@ -230,8 +234,8 @@ class JobConfig(Section):
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
-        """The inverse of `to_yaml`. Raises ConfigError."""
-        return cls.model_validate(_validated(text, "configuration", (), None))
+        """The inverse of `to_yaml`: every key is there, and no other file is read. Raises ConfigError."""
+        return cls.model_validate(_validated(text, "configuration", (), None, resolved=True))
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `from_yaml` reads it back equal."""
@@ -261,6 +265,11 @@ class JobConfig(Section):
     def num_parameters(self) -> int:
         """Elements of the whole model, without vocabulary padding."""
         return count_parameters(self.model)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether hidden states are split over tensor-parallel ranks too."""
+        return rules.sequence_parallel(self.parallel, self.training)
 
     def mesh_shape(self, world_size: int) -> MeshShape:
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""
@@ -307,7 +316,9 @@ def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None =
     return JobConfig.model_validate(_validated(text, str(path), overrides, world_size))
 
 
-def _validated(text: str, source: str, overrides: Sequence[str], world_size: int | None) -> dict[str, BaseModel]:
+def _validated(
+    text: str, source: str, overrides: Sequence[str], world_size: int | None, *, resolved: bool = False
+) -> dict[str, BaseModel]:
     """The sections, each valid and all in agreement; raises ConfigError with every fault."""
     document = read_yaml(text)
     places: dict[KeyPath, str] = {path: f"{source}:{line}" for path, line in document.lines.items()}
@@ -324,10 +335,14 @@ def _validated(text: str, source: str, overrides: Sequence[str], world_size: int
     for name in [name for name in raw if name not in SECTIONS]:
         found.append(Violation((name,), unknown_section(name, SECTIONS)))
 
+    unreadable = [] if resolved else _take_keys_from_weights(raw.get("model"), found)
     sections: dict[str, BaseModel] = {}
     broken: set[KeyPath] = set()
     for name, section in SECTIONS.items():
         sections[name], faults = _validate_section(name, section, raw.get(name))
+        if name == "model" and unreadable:
+            faults = unreadable  # keys that would have come from there are not what is missing
+            broken.add((name,))
         found += faults
         for fault in faults:
             broken.update(path[:2] for path in (fault.path, *fault.related))
@@ -347,6 +362,25 @@ def _validate_section(name: str, section: type[BaseModel], raw: object) -> tuple
         wrong = {fault.path[1] for fault in faults if len(fault.path) > 1}
         sound = values if isinstance(values, Mapping) else {}
         return section.model_construct(**{key: value for key, value in sound.items() if key not in wrong}), faults
+
+
+def _take_keys_from_weights(section: object, found: list[Violation]) -> list[Violation]:
+    """Adds to a raw `model` section with init_from the keys that it leaves to those weights, and to `found` the
+    section's own keys that do not fit them. Returns the fault where nothing can be read there."""
+    if not isinstance(section, dict) or not isinstance(section.get("init_from"), str):
+        return []
+    path, folder = ("model", "init_from"), section["init_from"]
+    try:
+        stored = stored_keys(Path(folder))
+    except WeightsError as error:
+        return [Violation(path, str(error), folder)]
+    differing = [key for key in SHAPE_KEYS if key in section and section[key] != stored.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} ({section[key]} here, {stored.get(key)} there)" for key in differing)
+        message = f"these weights are of another model: {listed}; leave these keys out, or correct them"
+        found.append(Violation(path, message, folder))
+    section |= {key: value for key, value in stored.items() if key not in section}
+    return []
 
 
 def _apply_overrides(raw: dict, overrides: Sequence[str], places: dict[KeyPath, str]) -> list[Violation]:

@@ -16,7 +16,7 @@ def describe_type(annotation: Any) -> str:
     """`int` -> "integer", `Literal["a", "b"]` -> "one of a, b", `str | None` -> "text or null"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return f"one of {', '.join(map(yaml_scalar, arguments))}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is types.NoneType else describe_type(part) for part in arguments)
     if origin is tuple:

@@ -81,10 +81,13 @@ class Activations:
         return self.kept + max(self.head, self.recomputed + self.context)
 
 
-def block_formula(qk_norm: bool) -> str:
+def block_formula(qk_norm: bool, sequence_parallel: bool) -> str:
     """Block input and its norm's output, and the same before the feed-forward layer; q, k, v and the attention output
-    (QK-norm keeps its inputs too); gate, its silu, up and their product; fp32 log-sum-exp."""
-    return f"t (4 E b + {'3 (H + K)' if qk_norm else '2 (H + K)'} D b + 4 F b + 4 H)"
+    (QK-norm keeps its inputs too); gate, its silu, up and their product; fp32 log-sum-exp. Under sequence parallelism a
+    rank has a part of the inputs, and gathers the norms' outputs."""
+    inputs = "(2 + 2 / tp) E b" if sequence_parallel else "4 E b"
+    heads = "3 (H + K)" if qk_norm else "2 (H + K)"
+    return f"t ({inputs} + {heads} D b + 4 F b + 4 H)"
 
 
 HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
@@ -101,6 +104,7 @@ def estimate_activations(
     *,
     tokens: int,
     tensor_parallel_size: int,
+    sequence_parallel: bool,
     context: ContextPlan | None,
     precision: Precision,
     autocast: bool,
@@ -115,9 +119,10 @@ def estimate_activations(
     query_heads, kv_heads = model.num_attention_heads // size, model.num_key_value_heads // size
     heads = (3 if model.qk_norm else 2) * (query_heads + kv_heads)
     inner = model.intermediate_size // size
-    norms = 2 * model.hidden_size * (stream + width)
-    block = tokens * (norms + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads)
-    last = tokens * model.hidden_size * stream  # the last norm's input
+    residual = tokens * model.hidden_size * stream // (size if sequence_parallel else 1)
+    block = 2 * residual + tokens * (
+        2 * model.hidden_size * width + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads
+    )
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
     keys = kv_heads * model.head_dim * width  # bytes of one token's K
     transient = extra = 0
@@ -127,9 +132,9 @@ def estimate_activations(
         transient = (4 * context.fetched_tokens + 6 * tokens) * keys
         if context.keep_gathered and not checkpointing:
             extra = 2 * (context.fetched_tokens - tokens) * keys
-    kept = tokens * model.hidden_size * stream if checkpointing else block + extra
+    kept = residual if checkpointing else block + extra
     return Activations(
-        kept=model.num_hidden_layers * kept + last,
+        kept=model.num_hidden_layers * kept + residual,  # with the last norm's input
         recomputed=block if checkpointing else 0,
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
         context=transient,

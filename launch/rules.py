@@ -16,11 +16,11 @@ from launch.violations import Violation
 from launch.yaml_strict import KeyPath
 from model.kernels import KERNELS
 from parallel.mesh import MeshShape
-from parallel.sequence import check_sequence_length
+from parallel.sequence import check_sequence_length, check_sequence_parallel
 from parallel.tensor import check_head_divisibility
 
 if TYPE_CHECKING:
-    from launch.config import TrainingSection
+    from launch.config import ParallelSection, TrainingSection
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ def total_steps(training: TrainingSection) -> int:
     return min(limits)
 
 
+def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
+    """Whether hidden states are split over tensor-parallel ranks too."""
+    if parallel.sequence_parallel != "auto":
+        return parallel.sequence_parallel and parallel.tensor_parallel_size > 1
+    try:
+        check_sequence_parallel(training.sequence_length, parallel.context_parallel_size, parallel.tensor_parallel_size)
+    except ValueError:
+        return False
+    return parallel.tensor_parallel_size > 1
+
+
 def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
     """Raises ValueError unless each data-parallel rank gets a whole number of micro batches."""
     unit = micro_batch_size * data_parallel_size
@@ -118,6 +129,19 @@ def _inner_projections_split_evenly(job: Job) -> None:
 @_rule("training.sequence_length", "parallel.context_parallel_size")
 def _sequence_splits_evenly(job: Job) -> None:
     check_sequence_length(job.training.sequence_length, job.parallel.context_parallel_size)
+
+
+@_rule(
+    "parallel.sequence_parallel",
+    "training.sequence_length",
+    "parallel.context_parallel_size",
+    "parallel.tensor_parallel_size",
+)
+def _tokens_split_evenly(job: Job) -> None:
+    if job.parallel.sequence_parallel is True:
+        check_sequence_parallel(
+            job.training.sequence_length, job.parallel.context_parallel_size, job.parallel.tensor_parallel_size
+        )
 
 
 @_rule("parallel.tensor_parallel_size", "parallel.context_parallel_size")

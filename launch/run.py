@@ -22,8 +22,10 @@ from launch.cursor import BlendedSamples, DataCursor
 from launch.data import Batches, validation_batches
 from launch.data_log import DataLog
 from launch.environment import Place, report_failure
+from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.sampling import sample
+from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
@@ -44,7 +46,7 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss) as error:
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, WeightsError) as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
@@ -76,10 +78,11 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
     checkpoints = Checkpoints(
         job.checkpoint_path,
         keep_last=job.checkpoint.keep_last,
-        model=job.model.model_dump(mode="json", exclude={"attention_backend"}),
+        model=job.model.model_dump(mode="json", exclude={"attention_backend", "init_from"}),
         data_fingerprint=corpora.fingerprint,
     )
     progress = _resume(job, checkpoints, engine)
+    initial = load_initial_weights(job, engine) if progress is None and job.model.init_from else None
     cursor = _cursor(job, corpora, progress)
     monitor = _monitor(job, place, device, progress)
     layout = layout_report(job, place.world_size)
@@ -88,6 +91,8 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         monitor.message(line)
     if progress is not None:
         monitor.message(f"resumed from step {progress.step}, {progress.tokens:,} tokens seen")
+    if initial is not None:
+        monitor.message(f"started from the {initial}")
     step = progress.step if progress is not None else 0
     for line in describe(corpora, job, cursor, step):
         monitor.message(line)

@@ -35,11 +35,11 @@ def sample(
     """
     assert prompt, "sampling starts from at least one token"
     generator = torch.Generator().manual_seed(seed)
-    tokens, unit = list(prompt), _ROUND * 2 * mesh.cp_size
+    tokens, least = list(prompt), 2 * mesh.cp_size * mesh.tp_size  # any mesh can cut multiples of this
     engine.eval()
     for _ in range(count):
         context = tokens[-sequence_length:]
-        padded = min(-(-len(context) // unit) * unit, -(-sequence_length // (2 * mesh.cp_size)) * 2 * mesh.cp_size)
+        padded = min(_rounded_up(len(context), _ROUND * least), _rounded_up(sequence_length, least))
         ids = np.zeros((1, padded), dtype=np.int64)
         ids[0, : len(context)] = context
         positions = np.arange(padded, dtype=np.int64)[None]
@@ -60,3 +60,7 @@ def sample(
         tokens.append(int(chosen.item()))
     engine.train()
     return tokens[len(prompt) :]
+
+
+def _rounded_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

@@ -106,6 +106,9 @@ class ModelConfig(BaseModel):
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of every initial matrix; those that write to the residual stream are scaled by
     1 / sqrt(2 * num_hidden_layers) (GPT-2, section 2.3)."""
+    init_from: str | None = Field(default=None, min_length=1)
+    """Folder of the weights to start from: a converted model (`launch/convert.py from-hf`) or another run. Keys of this
+    section that are left out are taken from there. Omit to start from random weights."""
     attention_backend: Backend = "auto"
     """Attention kernel; auto takes the fastest that is installed and allowed."""
 
@@ -134,3 +137,18 @@ class ModelConfig(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         return self
+
+
+SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "qk_norm",
+    "attention_bias",
+)
+"""Keys that decide which parameters there are and of which shapes: weights fit a model that has these in common."""

@@ -41,13 +41,16 @@ class GPT(nn.Module):
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
         "embed_tokens": "vocab_embedding",
         "layers.*.attention_norm": "region_input",
+        "layers.*.attention": "region_output",
         "layers.*.attention.[qkv]_proj": "column",
         "layers.*.attention.[qk]_norm": "partial_grad",
         "layers.*.attention.o_proj": "row",
         "layers.*.feed_forward_norm": "region_input",
+        "layers.*.feed_forward": "region_output",
         "layers.*.feed_forward.gate_proj": "column",
         "layers.*.feed_forward.up_proj": "column",
         "layers.*.feed_forward.down_proj": "row",
+        "norm": "region_input",
         "lm_head": "vocab_head",
     }
     """How each module splits by heads, features or vocabulary: plain data, applied elsewhere."""

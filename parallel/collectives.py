@@ -1,6 +1,10 @@
-"""The two conjugate collectives of tensor parallelism (Megatron-LM, arXiv:1909.08053, section 3: f and g).
+"""The conjugate collectives of tensor parallelism (Megatron-LM, arXiv:1909.08053, section 3: f and g) and of its
+sequence parallelism (arXiv:2205.05198, section 4.2.2: g and g-bar, here gather and scatter).
 
-Each is the other's backward, so that gradients need no separate synchronisation. A group of one rank costs nothing.
+Shapes: B batch, S sequence, E hidden_size, T ranks of the group.
+
+Of each pair one is the other's backward, so that gradients need no separate synchronisation. A group of one rank costs
+nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 
-class _CopyToGroup(torch.autograd.Function):
+class _CopyToGroup(Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -24,7 +29,7 @@ class _CopyToGroup(torch.autograd.Function):
         return all_reduced(grads[0], ctx.group), None
 
 
-class _ReduceFromGroup(torch.autograd.Function):
+class _ReduceFromGroup(Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         return all_reduced(tensor, group)
@@ -32,6 +37,28 @@ class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class _GatherSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gathered(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scattered(grads[0], ctx.group), None
+
+
+class _ScatterSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scattered(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gathered(grads[0], ctx.group), None
 
 
 def copy_to_group(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -44,8 +71,36 @@ def reduce_from_group(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return tensor if group.size() == 1 else _ReduceFromGroup.apply(tensor, group)
 
 
+def gather_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """f where each rank holds a part of the sequence: [B, S / T, E] -> the whole [B, S, E]; its gradient is summed over
+    `group`, each rank keeping its part."""
+    return tensor if group.size() == 1 else _GatherSequence.apply(tensor, group)
+
+
+def scatter_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """g where each rank shall hold a part of the sequence: partial sums [B, S, E] -> this rank's part [B, S / T, E] of
+    the sum over `group`; its gradient is gathered."""
+    return tensor if group.size() == 1 else _ScatterSequence.apply(tensor, group)
+
+
 def all_reduced(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of `tensor` over `group`, as a new tensor."""
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
+
+
+def gathered(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The ranks' tensors [B, S / T, E] one after the other along the sequence, [B, S, E]."""
+    batch, length, *rest = tensor.shape
+    parts = tensor.new_empty(group.size(), batch, length, *rest)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), tensor.contiguous(), group=group)
+    return parts.transpose(0, 1).reshape(batch, group.size() * length, *rest)  # without a copy where B is 1
+
+
+def reduce_scattered(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's part [B, S / T, E] of the sum of `tensor` [B, S, E] over `group`."""
+    parts = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()  # without a copy where B is 1
+    part = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
+    return part

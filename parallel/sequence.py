@@ -5,10 +5,13 @@ Shapes: B batch, S sequence, P context_parallel_size.
 The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank
 has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
 arXiv:2311.09431, kept with contiguous chunks). Labels are shifted before the cut, so that no rank needs its neighbour's
-token.
+token. Sequence parallelism cuts a rank's tokens again, in their local order, over its tensor-parallel peers
+(`parallel.tensor.Region`).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +26,19 @@ def check_sequence_length(sequence_length: int, context_parallel_size: int) -> N
             f"sequence_length ({sequence_length}) must be divisible by 2 x context_parallel_size "
             f"(2 x {context_parallel_size} = {chunks}); nearest valid lengths: "
             f"{f'{below}, ' if below else ''}{below + chunks}"
+        )
+
+
+def check_sequence_parallel(sequence_length: int, context_parallel_size: int, tensor_parallel_size: int) -> None:
+    """Raises ValueError unless the tensor-parallel ranks can share a context-parallel rank's tokens evenly."""
+    ranks = context_parallel_size * tensor_parallel_size
+    if sequence_length % ranks:
+        unit = math.lcm(ranks, 2 * context_parallel_size if context_parallel_size > 1 else 1)
+        below = sequence_length // unit * unit
+        raise ValueError(
+            f"sequence_length ({sequence_length}) must be divisible by context_parallel_size x tensor_parallel_size "
+            f"({context_parallel_size} x {tensor_parallel_size} = {ranks}) for sequence_parallel; nearest valid "
+            f"lengths: {f'{below}, ' if below else ''}{below + unit}; or set parallel.sequence_parallel=false"
         )
 
 

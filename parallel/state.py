@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from parallel.tensor import TensorShard
-from parallel.zero import StateFragment
+
+if TYPE_CHECKING:
+    from parallel.zero import StateFragment
 
 
 class StateMismatch(ValueError):
@@ -122,7 +125,7 @@ def load_state(
     load(
         {},
         storage_reader=FileSystemReader(directory),
-        planner=_LoadRectangles(parts),
+        planner=LoadRectangles(parts),
         process_group=group,
     )
 
@@ -157,7 +160,7 @@ class _SaveRectangles(DefaultSavePlanner):
         return self._tensors[write_item.index.fqn, tuple(write_item.index.offset)].detach()
 
 
-class _LoadRectangles(DefaultLoadPlanner):
+class LoadRectangles(DefaultLoadPlanner):
     """Plans the reads whose overlap with the stored rectangles fills this rank's."""
 
     def __init__(self, parts: list[Rectangle]):

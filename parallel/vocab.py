@@ -15,7 +15,6 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from model.kernels.linear_cross_entropy import IGNORED_LABEL, VocabularySlice, linear_cross_entropy
-from parallel.collectives import copy_to_group, reduce_from_group
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -24,26 +23,28 @@ def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows [start, start + V / T) of an embedding. Token ids [B, S] -> [B, S, E], summed over the group."""
+    """Rows [start, start + V / T) of an embedding. Token ids [B, S] -> [B, S, E], zero for tokens of
+    other ranks: a partial sum."""
 
     def __init__(self, dense_weight: Tensor, group: ProcessGroup):
         super().__init__()
         vocab_size, hidden_size = dense_weight.shape
         rows = padded_vocabulary(vocab_size, group.size()) // group.size()
-        self.group, self.start = group, rows * dist.get_rank(group)
+        self.start = rows * dist.get_rank(group)
         self.weight = nn.Parameter(dense_weight.new_empty(rows, hidden_size))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         local_ids = input_ids - self.start
         elsewhere = (local_ids < 0) | (local_ids >= self.weight.shape[0])
         embedded = functional.embedding(local_ids.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_group(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+        return embedded.masked_fill(elsewhere.unsqueeze(-1), 0)
 
 
 class VocabParallelHead(nn.Module):
     """The head over a cut vocabulary: `head(hidden, labels) -> (loss_sum, token_count)`; logits are never gathered.
 
     hidden [B, S, E], labels [B, S] (-100: no loss). Without labels it returns the full logits [B, S, V] (generation).
+    The gradient of hidden is a partial sum.
     """
 
     def __init__(self, dense_weight: Tensor, group: ProcessGroup):
@@ -54,7 +55,6 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(dense_weight.new_empty(rows, hidden_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        hidden = copy_to_group(hidden, self.group)
         if labels is None:
             local_logits = functional.linear(hidden, self.weight)
             slices = [torch.empty_like(local_logits) for _ in range(self.group.size())]

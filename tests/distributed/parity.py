@@ -55,6 +55,7 @@ class Case:
     backend: str = "math"
     head_dim: int = 16
     mode: str = "auto"
+    sequence_parallel: str = "auto"
 
     @property
     def world_size(self) -> int:
@@ -63,11 +64,13 @@ class Case:
     def __str__(self) -> str:
         heads = {1: "MQA", 2: "GQA"}[self.key_value_heads]
         mode = f" {self.mode}" if self.cp > 1 and self.mode != "auto" else ""
-        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {'tied' if self.tied else 'untied'}{mode}"
+        whole = " whole tokens" if self.sequence_parallel == "false" else ""
+        tied = "tied" if self.tied else "untied"
+        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
-        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto")
+        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto")
 
     def job(self) -> JobConfig:
         """The case as a job."""
@@ -79,7 +82,7 @@ class Case:
                true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend}}}
             parallel:
               {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage},
-               context_parallel_mode: {self.mode}}}
+               context_parallel_mode: {self.mode}, sequence_parallel: {self.sequence_parallel}}}
             data: {{source: files, files: [unused], tokenizer: unused}}
             optimizer: {{learning_rate: 0.003, eps: 1.0e-4, schedule: constant}}
             training:
@@ -91,13 +94,15 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed."""
+    """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, and
+    tensor parallelism without sequence parallelism, once each."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
     ring = [Case(*layout, 3, False, mode="ring") for layout in LAYOUTS if layout[1] > 1]
+    whole = [Case(*layout, 2, False, sequence_parallel="false") for layout in LAYOUTS if layout[0] > 1]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + single
+    return grouped + ring + whole + single
 
 
 @dataclass

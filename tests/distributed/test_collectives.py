@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import all_reduced, copy_to_group, reduce_from_group
+from parallel.collectives import all_reduced, copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
 from tests.distributed.harness import run_distributed
 
 
@@ -62,10 +62,45 @@ def test_each_is_the_others_transpose() -> None:
     assert all(run_distributed(_collectives, 4))
 
 
+def _sequences() -> bool:
+    """A batch of 2 and of 1 (which takes no copies), with a dim behind the sequence and without."""
+    rank = dist.get_rank()
+    for ranks in ([0, 1, 2, 3], [0, 2], [1, 3]):
+        group = dist.new_group(ranks)
+        if rank not in ranks:
+            continue
+        for shape in ((2, 12, 3), (1, 12, 3), (2, 12)):
+            mine = slice(12 // len(ranks) * ranks.index(rank), 12 // len(ranks) * (ranks.index(rank) + 1))
+            whole = {member: torch.randn(shape, dtype=torch.float64, generator=seeded(member)) for member in ranks}
+            total = torch.stack(list(whole.values())).sum(dim=0)
+
+            part = whole[ranks[0]][:, mine].clone().requires_grad_()  # the parts of one tensor
+            gathered = gather_sequence(part, group)
+            (gradient,) = torch.autograd.grad(gathered, part, whole[rank])
+            assert torch.equal(gathered, whole[ranks[0]])
+            torch.testing.assert_close(gradient, total[:, mine], rtol=1e-14, atol=1e-14)
+
+            partial = whole[rank].clone().requires_grad_()
+            scattered = scatter_sequence(partial, group)
+            (gradient,) = torch.autograd.grad(scattered, partial, whole[ranks[0]][:, mine])
+            torch.testing.assert_close(scattered, total[:, mine], rtol=1e-14, atol=1e-14)
+            assert torch.equal(gradient, whole[ranks[0]]), "every rank gets the whole gradient"
+            assert torch.equal(partial, whole[rank]), "the input is not overwritten"
+    return True
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sequences_are_gathered_and_scattered() -> None:
+    assert all(run_distributed(_sequences, 4))
+
+
 def _alone() -> bool:
     group = dist.new_group([dist.get_rank()])
     x = tensor_of(0).requires_grad_()
-    return copy_to_group(x, group) is x and reduce_from_group(x, group) is x
+    return all(f(x, group) is x for f in (copy_to_group, reduce_from_group, gather_sequence, scatter_sequence))
 
 
 def test_a_group_of_one_costs_nothing() -> None:

@@ -27,8 +27,17 @@ from parallel.tensor import TensorShard, apply_tensor_parallel, sum_partial_grad
 from tests.distributed.harness import run_distributed
 
 B, S, V = 2, 32, 61
-MESHES = [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
-"""tp x cp; what is left of four ranks repeats the others' work."""
+MESHES = [
+    (2, 1, True),
+    (2, 1, False),
+    (4, 1, True),
+    (4, 1, False),
+    (1, 2, False),
+    (1, 4, False),
+    (2, 2, True),
+    (2, 2, False),
+]
+"""tp, cp, sequence parallel; what is left of four ranks repeats the others' work."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def _compare() -> dict[str, float]:
     """The largest relative error of each mesh and variant; gradients by their norm."""
     found = {}
     twins = {name: dense_twin(variant) for name, variant in VARIANTS.items()}
-    for tp_size, cp_size in MESHES:
+    for tp_size, cp_size, sequence_parallel in MESHES:
         mesh = ParallelMesh.create(MeshShape.fit(4, tp_size, cp_size))
         for variant_name, variant in VARIANTS.items():
             config = variant.config()
@@ -120,7 +129,9 @@ def _compare() -> dict[str, float]:
                 )
             with torch.device("meta"):
                 model = GPT(config, attend, activation_checkpointing=variant.checkpointing)
-            shards = apply_tensor_parallel(model, model.tensor_parallel_plan, mesh.tp_group)
+            shards = apply_tensor_parallel(
+                model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=sequence_parallel
+            )
             fill(model, shards)
             sum_partial_gradients(model, shards, mesh.tp_group)
             local = (torch.from_numpy(shard_sequence(a, cp_size, mesh.cp_rank)) for a in inputs(variant))
@@ -136,7 +147,8 @@ def _compare() -> dict[str, float]:
                 expected = full[tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))]
                 gradient = all_reduced(local_grad, mesh.cp_group)[tuple(slice(n) for n in shard.sizes)]
                 errors.append(((gradient - expected).norm() / full.norm()).item())
-            found[f"{tp_size} x {cp_size}, {variant_name}"] = max(errors)
+            split = ", sequence parallel" if sequence_parallel else ""
+            found[f"{tp_size} x {cp_size}{split}, {variant_name}"] = max(errors)
     return found
 
 

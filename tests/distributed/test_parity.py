@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 import launch.build
 import launch.feed
 import launch.trainer
+import parallel.collectives
 import parallel.exchange
 import parallel.ring
+import parallel.tensor
 from model.kernels.cpu import CpuKernel
 from parallel.exchange_plan import ExchangePlan
+from parallel.tensor import TensorShard
 from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, run_cases
 
 
@@ -38,7 +42,7 @@ def test_layout_computes_what_one_process_computes(case: Case) -> None:
 def test_the_cases_cover_what_they_should() -> None:
     cases = all_cases()
     assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
-    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 85
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 89
 
 
 # -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------
@@ -49,11 +53,34 @@ def partial_gradients_stay_partial() -> None:
     launch.build.sum_partial_gradients = lambda model, shards, group: None  # type: ignore[assignment]
 
 
+def norm_gradients_stay_partial() -> None:
+    """Under sequence parallelism a norm sees a rank's tokens only."""
+    apply = launch.build.apply_tensor_parallel
+
+    def forgetful(*args: Any, **options: Any) -> dict[str, TensorShard]:
+        shards = apply(*args, **options)
+        return {
+            name: shard
+            if "attention.q_norm" in name or "attention.k_norm" in name
+            else replace(shard, partial_gradient=False)
+            for name, shard in shards.items()
+        }
+
+    launch.build.apply_tensor_parallel = forgetful
+
+
 def input_gradients_stay_partial() -> None:
     """The gradient entering a column-parallel region is not reduced over tp."""
-    import parallel.tensor
-
     parallel.tensor.copy_to_group = lambda tensor, group: tensor  # type: ignore[assignment]
+
+
+def scattered_sums_stay_partial() -> None:
+    """A rank keeps its part of its own partial sum."""
+
+    def own_part(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+        return tensor.chunk(group.size(), dim=1)[torch.distributed.get_rank(group)].contiguous()
+
+    parallel.collectives.reduce_scattered = own_part
 
 
 def ring_keeps_its_own_keys() -> None:
@@ -136,7 +163,9 @@ def mean_of_means() -> None:
     ("mutation", "case"),
     [
         (partial_gradients_stay_partial, Case(2, 1, 1, 2, False)),
-        (input_gradients_stay_partial, Case(2, 1, 1, 0, False)),
+        (norm_gradients_stay_partial, Case(2, 1, 1, 1, False)),
+        (input_gradients_stay_partial, Case(2, 1, 1, 0, False, sequence_parallel="false")),
+        (scattered_sums_stay_partial, Case(2, 1, 1, 0, False)),
         (ring_keeps_its_own_keys, Case(1, 2, 1, 1, False, mode="ring")),
         (exchange_fetches_nothing, Case(1, 2, 1, 1, False, mode="exchange")),
         (key_gradients_stay_away, Case(1, 2, 1, 2, False, mode="exchange")),

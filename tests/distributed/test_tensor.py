@@ -20,7 +20,6 @@ from torch.nn import functional
 from model.head import Head
 from model.kernels import linear_cross_entropy
 from model.layers import RMSNorm
-from parallel.collectives import copy_to_group
 from parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -33,7 +32,7 @@ from parallel.tensor import (
 from parallel.vocab import VocabParallelEmbedding, VocabParallelHead, padded_vocabulary
 from tests.distributed.harness import run_distributed
 
-B, S, E, F = 2, 9, 8, 24
+B, S, E, F = 2, 12, 8, 24
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -59,13 +58,17 @@ def close(result: Tensor, expected: Tensor, what: str) -> None:
 
 
 def parallel_twin(
-    build: Callable[[], nn.Module], plan: dict[str, str], group: ProcessGroup, dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    plan: dict[str, str],
+    group: ProcessGroup,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
 ) -> tuple[nn.Module, nn.Module, dict[str, TensorShard]]:
     """(dense fp64, parallel in `dtype` with the dense one's slices and padding of 50, shards)."""
     dense = randomize(build())
     with torch.device("meta"):
         model = build()
-    shards = apply_tensor_parallel(model, plan, group)
+    shards = apply_tensor_parallel(model, plan, group, sequence_parallel=sequence_parallel)
     model.to_empty(device="cpu").to(dtype)
     whole = dict(dense.named_parameters())
     with torch.no_grad():
@@ -109,45 +112,68 @@ def tensor_groups() -> Iterator[ProcessGroup]:
 
 
 class FeedForwardTwin(nn.Module):
-    """Identity, column, row: the region between a region_input and a row layer."""
+    """A norm and a region: column, row."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entry = nn.Identity()
-        self.up, self.down = nn.Linear(E, F, bias=False), nn.Linear(F, E, bias=False)
+        self.entry, self.inner = RMSNorm(E, 1e-5), nn.Sequential(nn.Linear(E, F, bias=False), nn.SiLU())
+        self.inner.append(nn.Linear(F, E, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.up(self.entry(x))))
+        return x + self.inner(self.entry(x))
 
 
-class HeadsTwin(nn.Module):
+class Heads(nn.Module):
     """A norm that acts on each rank's heads only, between column and row, which have biases."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entry, self.norm = RMSNorm(E, 1e-5), RMSNorm(6, 1e-5)
-        self.q, self.o = nn.Linear(E, 24), nn.Linear(24, E)
+        self.norm, self.q, self.o = RMSNorm(6, 1e-5), nn.Linear(E, 24), nn.Linear(24, E)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.o(self.norm(self.q(self.entry(x)).unflatten(-1, (-1, 6))).flatten(-2))
+        return self.o(self.norm(self.q(x).unflatten(-1, (-1, 6))).flatten(-2))
 
 
-FEED_FORWARD_PLAN = {"entry": "region_input", "up": "column", "down": "row"}
-HEADS_PLAN = {"entry": "region_input", "q": "column", "norm": "partial_grad", "o": "row"}
+class HeadsTwin(nn.Module):
+    """A norm and a region of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.inner = RMSNorm(E, 1e-5), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.entry(x))
+
+
+FEED_FORWARD_PLAN = {"entry": "region_input", "inner": "region_output", "inner.0": "column", "inner.2": "row"}
+HEADS_PLAN = {
+    "entry": "region_input",
+    "inner": "region_output",
+    "inner.q": "column",
+    "inner.norm": "partial_grad",
+    "inner.o": "row",
+}
 
 
 def check_region(
-    build: Callable[[], nn.Module], plan: dict[str, str], group: ProcessGroup, dtype: torch.dtype
+    build: Callable[[], nn.Module],
+    plan: dict[str, str],
+    group: ProcessGroup,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
-    dense, model, shards = parallel_twin(build, plan, group, dtype)
-    x, upstream = random(B, S, E, seed=1), random(B, S, E, seed=2)
-    local_x, dense_x = x.to(dtype, copy=True).requires_grad_(), x.requires_grad_()
-    out, expected = model(local_x), dense(dense_x)
-    out.backward(upstream.to(dtype))
+    """With sequence parallelism each rank gives and takes its part of the tokens."""
+    dense, model, shards = parallel_twin(build, plan, group, dtype, sequence_parallel)
+    x, upstream = random(B, S, E, seed=1).requires_grad_(), random(B, S, E, seed=2)
+    length = S // group.size()
+    mine = slice(length * dist.get_rank(group), length * (dist.get_rank(group) + 1)) if sequence_parallel else slice(S)
+    local_x = x.detach()[:, mine].to(dtype, copy=True).requires_grad_()
+    out, expected = model(local_x), dense(x)
+    out.backward(upstream[:, mine].to(dtype))
     expected.backward(upstream)
-    close(out, expected, "output")
-    assert local_x.grad is not None and dense_x.grad is not None
-    close(local_x.grad, dense_x.grad, "gradient of the input")
+    close(out, expected[:, mine], "output")
+    assert local_x.grad is not None and x.grad is not None
+    close(local_x.grad, x.grad[:, mine], "gradient of the input")
     compare_gradients(dense, model, shards)
     return model
 
@@ -168,6 +194,20 @@ def check_embedding(group: ProcessGroup, dtype: torch.dtype, vocab_size: int) ->
     compare_gradients(dense, model, shards)
 
 
+class HeadTwin(nn.Module):
+    """The head, after what stands for the last norm."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.entry, self.head = nn.Identity(), Head(E, vocab_size)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.entry(hidden), labels)
+
+
+HEAD_PLAN = {"entry": "region_input", "head": "vocab_head"}
+
+
 def dense_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """The summed loss of whole logits by torch's own cross entropy."""
     logits = head(hidden).flatten(0, 1)
@@ -175,12 +215,12 @@ def dense_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels: Tensor) -> None:
-    dense, model, shards = parallel_twin(lambda: nn.Sequential(Head(E, vocab_size)), {"0": "vocab_head"}, group, dtype)
-    parallel_head, dense_head = model.get_submodule("0"), dense.get_submodule("0")
+    dense, model, shards = parallel_twin(lambda: HeadTwin(vocab_size), HEAD_PLAN, group, dtype)
+    dense_head, parallel_head = (twin.get_submodule("head") for twin in (dense, model))
     assert isinstance(parallel_head, VocabParallelHead)
     hidden = random(*labels.shape, E, seed=4)
     local_hidden, dense_hidden = hidden.to(dtype, copy=True).requires_grad_(), hidden.requires_grad_()
-    loss, count = parallel_head(local_hidden, labels)
+    loss, count = model(local_hidden, labels)
     expected, expected_count = dense_loss(dense_head, dense_hidden, labels), (labels != -100).sum()
     (3 * loss).backward()  # losses are scaled by accumulation
     (3 * expected).backward()
@@ -199,11 +239,11 @@ def check_huge_logits(group: ProcessGroup, dtype: torch.dtype) -> None:
     """Hidden states of 1e4, and padding that would make the largest logit."""
     labels = torch.arange(30).view(2, 15) * 2
     labels[0, 5] = -100
-    dense, model, shards = parallel_twin(lambda: nn.Sequential(Head(E, 61)), {"0": "vocab_head"}, group, dtype)
+    dense, model, shards = parallel_twin(lambda: HeadTwin(61), HEAD_PLAN, group, dtype)
     hidden = random(*labels.shape, E, seed=5) * 1e4
     local_hidden, dense_hidden = hidden.to(dtype, copy=True).requires_grad_(), hidden.requires_grad_()
-    loss, _ = model.get_submodule("0")(local_hidden, labels)
-    expected = dense_loss(dense.get_submodule("0"), dense_hidden, labels)
+    loss, _ = model(local_hidden, labels)
+    expected = dense_loss(dense.get_submodule("head"), dense_hidden, labels)
     loss.backward()
     expected.backward()
     close(loss, expected, "loss")
@@ -217,10 +257,12 @@ def _layers() -> bool:
     linear_cross_entropy._CHUNK_LOGITS = 1  # chunks of 128 tokens, the least
     for group in tensor_groups():
         for dtype in (torch.float64, torch.float32):
-            region = check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, dtype)
-            assert isinstance(region.up, ColumnParallelLinear) and region.up.weight.shape == (F // group.size(), E)
-            assert isinstance(region.down, RowParallelLinear) and region.down.weight.shape == (E, F // group.size())
-            check_region(HeadsTwin, HEADS_PLAN, group, dtype)
+            for sequence_parallel in (False, True):
+                region = check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, dtype, sequence_parallel)
+                up, down = region.get_submodule("inner.0"), region.get_submodule("inner.2")
+                assert isinstance(up, ColumnParallelLinear) and up.weight.shape == (F // group.size(), E)
+                assert isinstance(down, RowParallelLinear) and down.weight.shape == (E, F // group.size())
+                check_region(HeadsTwin, HEADS_PLAN, group, dtype, sequence_parallel)
             for vocab_size in (64, 61, 5):  # even; padded; T = 4: the last rank holds nothing but padding
                 check_embedding(group, dtype, vocab_size)
                 labels = torch.arange(B * S).remainder(vocab_size).view(B, S)
@@ -251,17 +293,27 @@ def _faults() -> dict[str, str]:
             found[name] = str(error).splitlines()[0]
         dist.barrier()
 
-    without_region = {key: style for key, style in FEED_FORWARD_PLAN.items() if style != "region_input"}
-    attempt("input gradient not summed", lambda: check_region(FeedForwardTwin, without_region, group, torch.float64))
-    without_partial = {key: style for key, style in HEADS_PLAN.items() if style != "partial_grad"}
-    attempt("partial gradient not summed", lambda: check_region(HeadsTwin, without_partial, group, torch.float64))
+    def region_fault(name: str, plan: dict[str, str], style: str, sequence_parallel: bool = False) -> None:
+        build = HeadsTwin if plan is HEADS_PLAN else FeedForwardTwin
+        left = {key: kept for key, kept in plan.items() if kept != style}
+        attempt(name, lambda: check_region(build, left, group, torch.float64, sequence_parallel))
+
+    region_fault("input gradient not summed", FEED_FORWARD_PLAN, "region_input")
+    region_fault("output not summed", FEED_FORWARD_PLAN, "region_output")
+    region_fault("partial gradient not summed", HEADS_PLAN, "partial_grad")
+    labels = torch.arange(B * S).view(B, S)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.vocab.copy_to_group", lambda tensor, group: tensor)
-        labels = torch.arange(B * S).view(B, S)
+        patch.setattr("parallel.tensor.copy_to_group", lambda tensor, group: tensor)
         attempt("hidden gradient not summed", lambda: check_head(group, torch.float64, 61, labels))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.tensor.reduce_from_group", lambda tensor, group: copy_to_group(tensor, group))
-        attempt("output not summed", lambda: check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, torch.float64))
+        patch.setattr("parallel.vocab._combined", lambda statistics, group: statistics)
+        attempt("statistics not combined", lambda: check_head(group, torch.float64, 61, labels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.distributed.test_tensor.sum_partial_gradients", lambda model, shards, group: None)
+        attempt(
+            "norm gradient of a part of the tokens",
+            lambda: check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, torch.float64, True),
+        )
     return found
 
 
@@ -272,6 +324,8 @@ def test_planted_faults_are_noticed() -> None:
             "partial gradient not summed",
             "hidden gradient not summed",
             "output not summed",
+            "statistics not combined",
+            "norm gradient of a part of the tokens",
         }
         assert all("is off by" in message for message in found.values())
 
@@ -285,21 +339,23 @@ def _plans() -> bool:
         untouched = FeedForwardTwin()
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     shards = apply_tensor_parallel(untouched, FEED_FORWARD_PLAN, alone)
-    assert type(untouched.up) is nn.Linear and shards == {
-        "up.weight": TensorShard((F, E)),
-        "down.weight": TensorShard((E, F)),
+    assert type(untouched.inner[0]) is nn.Linear and shards == {
+        "entry.weight": TensorShard((E,)),
+        "inner.0.weight": TensorShard((F, E)),
+        "inner.2.weight": TensorShard((E, F)),
     }
     with torch.device("meta"):
         model = FeedForwardTwin()
         with pytest.raises(ValueError, match="'sideways' matches no module of FeedForwardTwin"):
             apply_tensor_parallel(model, {"sideways": "column"}, world)
         with pytest.raises(ValueError, match="unknown tensor-parallel style 'diagonal'"):
-            apply_tensor_parallel(model, {"up": "diagonal"}, world)
+            apply_tensor_parallel(model, {"inner.0": "diagonal"}, world)
     rank = dist.get_rank()
-    shards = apply_tensor_parallel(model, FEED_FORWARD_PLAN, world)
+    shards = apply_tensor_parallel(model, FEED_FORWARD_PLAN, world, sequence_parallel=True)
     assert shards == {
-        "up.weight": TensorShard((F, E), 0, rank * 12, 12),
-        "down.weight": TensorShard((E, F), 1, rank * 12, 12),
+        "entry.weight": TensorShard((E,), partial_gradient=True),
+        "inner.0.weight": TensorShard((F, E), 0, rank * 12, 12),
+        "inner.2.weight": TensorShard((E, F), 1, rank * 12, 12),
     }
     assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated yet"
 

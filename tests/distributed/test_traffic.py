@@ -13,14 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.layout_costs import (
-    ZeroPayload,
-    exchange_payload,
-    loss_payload,
-    ring_payload,
-    tensor_payload,
-    zero_payloads,
-)
+from benchmarks.layout_costs import Payload, exchange_payload, ring_payload, tensor_payload, zero_payloads
 from launch.build import build_engine
 from launch.config import JobConfig
 from launch.parameters import BYTES, Precision
@@ -37,13 +30,21 @@ CASES: list[tuple[Precision, str]] = [("fp32", "none"), ("fp32", "full"), ("bf16
 ZERO_CASES: list[tuple[int, Precision]] = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 
 
-def job_of(tp: int, cp: int, stage: int, precision: str, checkpointing: str = "none", mode: str = "auto") -> JobConfig:
+def job_of(
+    tp: int,
+    cp: int,
+    stage: int,
+    precision: str,
+    checkpointing: str = "none",
+    mode: str = "auto",
+    sequence_parallel: str = "auto",
+) -> JobConfig:
     replicas = 2 // (tp * cp)
     return JobConfig.from_yaml(f"""
 model: {{vocab_size: {VOCABULARY}, hidden_size: {HIDDEN}, intermediate_size: 512, num_hidden_layers: {LAYERS},
   num_attention_heads: 4, num_key_value_heads: 2}}
 parallel: {{tensor_parallel_size: {tp}, context_parallel_size: {cp}, context_parallel_mode: {mode},
-  zero_stage: {stage}}}
+  zero_stage: {stage}, sequence_parallel: {sequence_parallel}}}
 data: {{source: python_stdlib}}
 optimizer: {{learning_rate: 1e-3}}
 training: {{sequence_length: {LENGTH}, global_batch_size: {ACCUMULATION * replicas}, max_steps: 3,
@@ -102,6 +103,8 @@ def counted() -> Iterator[Counter[str]]:
     with (
         mock.patch.object(dist, "all_reduce", counting("all_reduce", dist.all_reduce)),
         mock.patch.object(dist, "all_gather", counting("all_gather", dist.all_gather)),
+        mock.patch.object(dist, "all_gather_into_tensor", counting("all_gather", dist.all_gather_into_tensor)),
+        mock.patch.object(dist, "reduce_scatter_tensor", counting("reduce_scatter", dist.reduce_scatter_tensor)),
         mock.patch.object(dist, "batch_isend_irecv", counting_ring),
         mock.patch.object(comm.cdb, "all_gather_function", counting("all_gather", comm.cdb.all_gather_function)),
         mock.patch.object(
@@ -144,16 +147,23 @@ def test_zero(stage: int, precision: Precision, zero_measured: dict) -> None:
     assert all(abs(found[kind] - size) <= NEGLIGIBLE for kind, size in wanted.items()), (found, wanted)
 
 
-def model_traffic(tp: int, cp: int, mode: str) -> list[Counter[str]]:
-    return [traffic_of_a_step(job_of(tp, cp, 1, precision, how, mode))[0] for precision, how in CASES]
+def model_traffic(tp: int, cp: int, mode: str, sequence_parallel: str = "auto") -> list[Counter[str]]:
+    return [
+        traffic_of_a_step(job_of(tp, cp, 1, precision, how, mode, sequence_parallel))[0] for precision, how in CASES
+    ]
 
 
-def test_tensor_parallelism() -> None:
-    for (precision, how), found in zip(CASES, run_distributed(model_traffic, 2, 2, 1, "auto")[0], strict=True):
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallelism(sequence_parallel: bool) -> None:
+    measured = run_distributed(model_traffic, 2, 2, 1, "auto", str(sequence_parallel).lower())[0]
+    for (precision, how), found in zip(CASES, measured, strict=True):
         job = job_of(2, 1, 1, precision, how)
-        payload = tensor_payload(job.model, LENGTH, BYTES[precision], checkpointing=how == "full")
-        assert abs(found["all_reduce"] - ACCUMULATION * payload) <= NEGLIGIBLE, (precision, how)
-        assert found["all_gather"] == ACCUMULATION * loss_payload(LENGTH, tp=2), (precision, how)
+        wanted = tensor_payload(
+            job.model, LENGTH, BYTES[precision], tp=2, checkpointing=how == "full", sequence_parallel=sequence_parallel
+        )
+        assert abs(found["all_reduce"] - ACCUMULATION * wanted.all_reduced) <= NEGLIGIBLE, (precision, how)
+        assert found["all_gather"] == ACCUMULATION * wanted.all_gathered, (precision, how)
+        assert found["reduce_scatter"] == ACCUMULATION * wanted.reduce_scattered, (precision, how)
 
 
 @pytest.mark.parametrize(("mode", "payload"), [("ring", ring_payload), ("exchange", exchange_payload)])
@@ -167,4 +177,4 @@ def test_context_parallelism(mode: str, payload: Callable[..., float]) -> None:
 
 
 def test_shares_of_a_ring_algorithm() -> None:
-    assert ZeroPayload(all_reduced=8, all_gathered=16, reduce_scattered=24).sent(4) == (2 * 8 + 16 + 24) * 3 / 4
+    assert Payload(all_reduced=8, all_gathered=16, reduce_scattered=24).sent(4) == (2 * 8 + 16 + 24) * 3 / 4

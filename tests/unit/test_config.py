@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from launch.config import ConfigError, JobConfig, load_job
 from launch.schema_docs import reference
+from launch.stored_model import stored_model, write_model
 from launch.yaml_strict import read_yaml, write_yaml
+from model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +49,52 @@ def report(tmp_path: Path, *overrides: str, text: str = JOB, world_size: int | N
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, *overrides, text=text, world_size=world_size)
     return str(caught.value).replace(str(tmp_path / "job.yaml"), "job.yaml")
+
+
+def converted(tmp_path: Path) -> Path:
+    """A folder as `launch/convert.py from-hf` leaves it, without its weights."""
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    model = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "qk_norm": True, "rope_theta": 5e5}
+    write_model(folder, ModelConfig.model_validate(model | heads))
+    return folder
+
+
+BARE = re.sub(r"model:\n(  .*\n)+", "model:\n  init_from: FOLDER\n", JOB)
+
+
+def test_keys_left_out_come_from_the_initial_weights(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    text = BARE.replace("FOLDER", str(folder))
+    job = load(tmp_path, text=text)
+    assert job.model == stored_model(folder).model_copy(update={"init_from": str(folder)})
+    stretched = load(tmp_path, "model.rope_scaling={kind: yarn, factor: 4.0}", "model.sliding_window=9", text=text)
+    assert stretched.model.sliding_window == 9 and stretched.model.rope_scaling is not None
+    (folder / "model.yaml").unlink()
+    assert JobConfig.from_yaml(job.to_yaml()) == job, "the resolved job needs no other file"
+
+
+def test_weights_of_another_model_are_refused_with_the_keys(tmp_path: Path) -> None:
+    text = BARE.replace("FOLDER", str(converted(tmp_path)))
+    said = report(tmp_path, "model.hidden_size=128", "model.num_hidden_layers=3", "model.qk_norm=false", text=text)
+    assert "1 error" in said and "job.yaml:4: model.init_from" in said
+    assert "of another model: hidden_size (128 here, 64 there), qk_norm (False here, True there); leave" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        (None, "is neither a run (config.yaml) nor a converted model (model.yaml); check the path"),
+        ("config.json", "is a Hugging Face folder; convert it once: python launch/convert.py from-hf"),
+        ("model.yaml", "has no model section"),
+    ],
+)
+def test_initial_weights_that_are_none(tmp_path: Path, file: str | None, complaint: str) -> None:
+    if file:
+        (tmp_path / file).write_text("{}")
+    said = report(tmp_path, "training.max_steps=0", text=BARE.replace("FOLDER", str(tmp_path)))
+    assert "2 errors" in said and complaint in said and "missing" not in said
 
 
 def test_defaults_and_derived_numbers(tmp_path: Path) -> None:
@@ -97,6 +146,35 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "length", "tp", "cp", "split"),
+    [
+        ("auto", 64, 2, 1, True),
+        ("auto", 64, 1, 1, False),
+        ("auto", 66, 4, 1, False),  # 66 tokens for four ranks
+        ("auto", 72, 4, 2, True),
+        ("auto", 68, 4, 2, False),  # 34 tokens for four ranks
+        ("true", 64, 1, 1, False),
+        ("true", 64, 4, 2, True),
+        ("false", 64, 2, 1, False),
+    ],
+)
+def test_sequence_parallelism(tmp_path: Path, asked: str, length: int, tp: int, cp: int, split: bool) -> None:
+    sizes = [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
+    job = load(tmp_path, *sizes, f"parallel.sequence_parallel={asked}", f"training.sequence_length={length}")
+    assert job.sequence_parallel is split
+
+
+def test_the_rule_of_sequence_parallelism_in_full(tmp_path: Path) -> None:
+    sizes = ["parallel.tensor_parallel_size=4", "parallel.context_parallel_size=2", "training.sequence_length=68"]
+    assert report(tmp_path, *sizes, "parallel.sequence_parallel=true") == (
+        "job.yaml: 1 error in the job's configuration\n"
+        "  command line: parallel.sequence_parallel = true\n"
+        "      sequence_length (68) must be divisible by context_parallel_size x tensor_parallel_size (2 x 4 = 8) for "
+        "sequence_parallel; nearest valid lengths: 64, 72; or set parallel.sequence_parallel=false"
+    )
+
+
 def test_the_head_rule_in_full(tmp_path: Path) -> None:
     overrides = ["model.num_attention_heads=32", "model.num_key_value_heads=8", "parallel.tensor_parallel_size=3"]
     assert (
@@ -136,6 +214,11 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         ("training.max_steps='5'", "training.max_steps = 5", "must be a valid integer, not text"),
         ("training.max_steps=true", "training.max_steps = true", "must be a valid integer"),
         ("training.deterministic=yes", "training.deterministic = yes", "must be a valid boolean, not text"),
+        (
+            "parallel.sequence_parallel=yes",
+            "parallel.sequence_parallel = yes",
+            "give one of auto, true, false (default: auto)",
+        ),
         ("training.deterministic=1", "training.deterministic = 1", "must be a valid boolean"),
         ("training.precision=fp8", "training.precision = fp8", "give one of auto, fp32, bf16, fp16 (default: auto)"),
         ("parallel.zero_stage=4", "parallel.zero_stage = 4", "must be less than or equal to 3"),

@@ -323,17 +323,18 @@ def test_the_tensor_parallel_plan_covers_the_model(changes: dict[str, Any]) -> N
         if isinstance(module, Attention):  # its inputs are one region, its heads are split, its output is summed
             for child, style in {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}.items():
                 assert styles[f"{name}.{child}"] == style
-            assert styles[f"{name}_norm"] == "region_input"
+            assert styles[f"{name}_norm"] == "region_input" and styles[name] == "region_output"
             assert styles[f"{name}.q_norm"] == styles[f"{name}.k_norm"] == "partial_grad"
         if isinstance(module, FeedForward):
             for child, style in {"gate_proj": "column", "up_proj": "column", "down_proj": "row"}.items():
                 assert styles[f"{name}.{child}"] == style
-            assert styles[f"{name}_norm"] == "region_input"
+            assert styles[f"{name}_norm"] == "region_input" and styles[name] == "region_output"
         if isinstance(module, Head):
-            assert styles[name] == "vocab_head"
+            assert styles[name] == "vocab_head" and styles["norm"] == "region_input"
         if isinstance(module, nn.Embedding):
             assert styles[name] == "vocab_embedding"
-    assert "norm" not in styles, "the head sums the gradient of its input itself"
+        if isinstance(module, RMSNorm):  # each is in a region or at its entry
+            assert styles[name] in ("region_input", "partial_grad")
 
 
 @pytest.mark.parametrize("layers", [1, 8])

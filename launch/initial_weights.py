@@ -1,0 +1,54 @@
+"""A run's first weights, where they are not random: `model.init_from`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launch.config import JobConfig
+from launch.stored_model import COMPANION_FOLDER, WeightsError, stored_model
+from launch.weights import Part, open_weights
+from parallel.state import rectangles
+from parallel.zero import StateFragment, ZeroEngine
+
+
+def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
+    """Fills `engine` with the weights that model.init_from names; returns a line for the log. Collective.
+
+    Every rank reads the rectangles that ZeRO and tensor parallelism leave to it, and no others. The tokenizer files
+    beside the weights are copied into the run directory. Raises WeightsError on every rank if any rank fails.
+    """
+    assert job.model.init_from is not None
+    folder, fragments, failure, origin = Path(job.model.init_from), list(engine.fragments()), None, ""
+    try:
+        weights = open_weights(folder)
+        origin = str(weights.origin)
+        weights.read([part for fragment in fragments for part in _parts(fragment, engine)])
+        if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
+            shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
+    except (WeightsError, OSError) as error:
+        failure = f"model.init_from: {error}"
+    failures = [failure] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for rank, said in enumerate(failures):
+        if said:
+            raise WeightsError(f"rank {rank}: {said}")
+    engine.adopt_state(fragments, step_count=0)
+    return f"weights of {origin}{_differences(job, folder)}"
+
+
+def _parts(fragment: StateFragment, engine: ZeroEngine) -> list[Part]:
+    """What the fragment holds of the parameter itself, without the optimizer's moments."""
+    weight = replace(fragment, tensors={"parameter": fragment.tensors["parameter"]})
+    shard = engine.shards[fragment.name]
+    return [Part(fragment.name, found.offsets, found.tensor) for found in rectangles(weight, shard)]
+
+
+def _differences(job: JobConfig, folder: Path) -> str:
+    """Keys that the job sets otherwise than the weights were trained with, such as a longer context's rope_scaling."""
+    stored, here = stored_model(folder).model_dump(), job.model.model_dump()
+    changed = [key for key in here if key not in ("attention_backend", "init_from") and here[key] != stored[key]]
+    return f", with another {', '.join(changed)}" if changed else ""

@@ -1,0 +1,92 @@
+"""The weights of a run or of a converted model, read by rectangles: no reader ever needs the whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from launch.checkpoint import CheckpointError, newest_checkpoint
+from launch.safetensors_folder import SafetensorsFolder
+from launch.stored_model import MODEL_FILE, WeightsError, check_shapes, parameter_shapes, stored_model
+from parallel.state import LoadRectangles, Rectangle
+
+
+class Part(NamedTuple):
+    """A rectangle of a parameter, and the memory that wants it (any dtype, any device)."""
+
+    name: str
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+
+class Weights(ABC):
+    """One model's parameters, by our names."""
+
+    origin: Path
+    """What errors call them."""
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    @abstractmethod
+    def read(self, parts: Sequence[Part]) -> None:
+        """Fills the parts. Raises WeightsError."""
+
+
+def open_weights(folder: Path, step: int | None = None) -> Weights:
+    """The weights of a run (of its newest checkpoint, or of the one at `step`) or of a converted model.
+
+    Raises WeightsError if there are none, or not those that the folder's own description promises.
+    """
+    model = stored_model(folder)
+    weights: Weights
+    if (folder / MODEL_FILE).exists():
+        weights = _ConvertedWeights(folder)
+    else:
+        try:
+            weights = _CheckpointWeights(newest_checkpoint(folder / "checkpoints", step))
+        except CheckpointError as error:
+            raise WeightsError(str(error)) from error
+    check_shapes(weights.shapes, parameter_shapes(model), weights.origin)
+    return weights
+
+
+class _ConvertedWeights(Weights):
+    def __init__(self, folder: Path):
+        self.origin, self._files = folder, SafetensorsFolder(folder)
+        self.shapes, self.dtypes = self._files.shapes, self._files.dtypes
+
+    def read(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._files.read(part.name, part.offsets, part.tensor)
+
+
+class _CheckpointWeights(Weights):
+    """The fp32 parameters of a checkpoint, without the optimizer's moments."""
+
+    def __init__(self, directory: Path):
+        self.origin, self._reader = directory, FileSystemReader(directory)
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for key, entry in self._reader.read_metadata().state_dict_metadata.items():
+            kind, name = key.split("/", 1)
+            if kind == "parameter" and isinstance(entry, TensorStorageMetadata):
+                shapes[name], dtypes[name] = tuple(entry.size), entry.properties.dtype
+        self.shapes, self.dtypes = shapes, dtypes
+
+    def read(self, parts: Sequence[Part]) -> None:
+        rectangles = [
+            Rectangle(f"parameter/{part.name}", self.shapes[part.name], part.offsets, part.tensor) for part in parts
+        ]
+        try:
+            load({}, storage_reader=self._reader, planner=LoadRectangles(rectangles), no_dist=True)
+        except CheckpointException as error:
+            raise WeightsError(f"{self.origin} could not be read: {error}") from error
