@@ -86,7 +86,12 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     mesh.warm_up(device)
     attend, attention_note = build_attention(job, mesh, device.type)
     with torch.device("meta"):
-        model = GPT(config, attend, activation_checkpointing=job.training.activation_checkpointing == "full")
+        model = GPT(
+            config,
+            attend,
+            activation_checkpointing=job.training.activation_checkpointing == "full",
+            mlp_tile_tokens=job.training.mlp_tile_tokens,
+        )
     shards = apply_tensor_parallel(
         model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=job.sequence_parallel
     )
@@ -118,5 +123,6 @@ def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tu
         eps=job.optimizer.eps,
         weight_decay=job.optimizer.weight_decay,
         device=device,
+        units=list(model.layers),
     )
     return engine, attention_note

@@ -133,13 +133,17 @@ def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activ
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
         checkpointing=job.training.activation_checkpointing == "full",
+        mlp_tile_tokens=job.training.mlp_tile_tokens,
     )
 
 
 def _activation_rows(
     job: JobConfig, activations: Activations, context: ContextPlan | None
 ) -> list[tuple[str, int, str]]:
-    block, blocks = block_formula(job.model.qk_norm, job.sequence_parallel), job.model.num_hidden_layers
+    block, blocks = (
+        block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0),
+        job.model.num_hidden_layers,
+    )
     if job.training.activation_checkpointing == "full":
         rows = [
             ("activations", activations.kept, f"{blocks} blocks, each t E b{' / tp' if job.sequence_parallel else ''}"),
@@ -149,6 +153,8 @@ def _activation_rows(
         rows = [("activations", activations.kept, f"{blocks} blocks, each {block}")]
     chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp := job.parallel.tensor_parallel_size) // tp)
     rows.append(("head", activations.head, f"{HEAD_FORMULA}, c = min(t, {chunk:,})"))
+    if activations.tile:
+        rows.append(("tile", activations.tile, f"4 F b of {job.training.mlp_tile_tokens:,} tokens"))
     if context is not None:
         formula = RING_FORMULA if context.mode == "ring" else f"{EXCHANGE_FORMULA}, M = {context.fetched_tokens:,}"
         rows.append((context.mode, activations.context, f"one block, {formula}"))

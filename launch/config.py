@@ -154,6 +154,9 @@ class TrainingSection(Section):
     """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full keeps only each block's input and computes the rest again in the backward pass."""
+    mlp_tile_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
+    tensors never exist whole; for very long sequences. null computes all at once."""
     evaluation_interval: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates only at the end."""
     evaluation_batches: int = Field(default=8, ge=1)

@@ -74,20 +74,22 @@ class Activations:
     """A chunk of logits and what is made of it, then the gradients of the weight and of the hidden states."""
     context: int
     """Context parallelism: what one block's attention holds beside its inputs and outputs."""
+    tile: int
+    """What one tile of a feed-forward layer holds while it is computed again (mlp_tile_tokens)."""
 
     @property
     def peak(self) -> int:
         """The head's tensors are gone when the first block is computed again."""
-        return self.kept + max(self.head, self.recomputed + self.context)
+        return self.kept + max(self.head, self.recomputed + max(self.context, self.tile))
 
 
-def block_formula(qk_norm: bool, sequence_parallel: bool) -> str:
+def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool) -> str:
     """Block input and its norm's output, and the same before the feed-forward layer; q, k, v and the attention output
     (QK-norm keeps its inputs too); gate, its silu, up and their product; fp32 log-sum-exp. Under sequence parallelism a
-    rank has a part of the inputs, and gathers the norms' outputs."""
+    rank has a part of the inputs, and gathers the norms' outputs; a tiled feed-forward layer keeps nothing inside."""
     inputs = "(2 + 2 / tp) E b" if sequence_parallel else "4 E b"
     heads = "3 (H + K)" if qk_norm else "2 (H + K)"
-    return f"t ({inputs} + {heads} D b + 4 F b + 4 H)"
+    return f"t ({inputs} + {heads} D b + {'' if tiled else '4 F b + '}4 H)"
 
 
 HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
@@ -109,6 +111,7 @@ def estimate_activations(
     precision: Precision,
     autocast: bool,
     checkpointing: bool,
+    mlp_tile_tokens: int | None = None,
 ) -> Activations:
     """Activations of `tokens` tokens (one micro batch on one rank).
 
@@ -118,10 +121,11 @@ def estimate_activations(
     stream = 4 if autocast else width
     query_heads, kv_heads = model.num_attention_heads // size, model.num_key_value_heads // size
     heads = (3 if model.qk_norm else 2) * (query_heads + kv_heads)
-    inner = model.intermediate_size // size
+    inner = 4 * model.intermediate_size // size * width  # bytes of one token
+    tile = 0 if mlp_tile_tokens is None or mlp_tile_tokens >= tokens else mlp_tile_tokens
     residual = tokens * model.hidden_size * stream // (size if sequence_parallel else 1)
     block = 2 * residual + tokens * (
-        2 * model.hidden_size * width + (heads * model.head_dim + 4 * inner) * width + 4 * query_heads
+        (2 * model.hidden_size + heads * model.head_dim) * width + (0 if tile else inner) + 4 * query_heads
     )
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
     keys = kv_heads * model.head_dim * width  # bytes of one token's K
@@ -138,6 +142,7 @@ def estimate_activations(
         recomputed=block if checkpointing else 0,
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
         context=transient,
+        tile=tile * inner,
     )
 
 

@@ -22,12 +22,12 @@ from model.rope import rotary_tables
 class Block(nn.Module):
     """Pre-norm transformer block. [B, S, E] -> [B, S, E]."""
 
-    def __init__(self, config: ModelConfig, attend: AttentionFunction):
+    def __init__(self, config: ModelConfig, attend: AttentionFunction, *, mlp_tile_tokens: int | None = None):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, tile_tokens=mlp_tile_tokens)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, documents)
@@ -55,11 +55,20 @@ class GPT(nn.Module):
     }
     """How each module splits by heads, features or vocabulary: plain data, applied elsewhere."""
 
-    def __init__(self, config: ModelConfig, attend: AttentionFunction, *, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        attend: AttentionFunction,
+        *,
+        activation_checkpointing: bool = False,
+        mlp_tile_tokens: int | None = None,
+    ):
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attend) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, attend, mlp_tile_tokens=mlp_tile_tokens) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:

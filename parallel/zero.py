@@ -9,7 +9,7 @@ over cp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as _deepspeed_ops
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from parallel.mesh import ParallelMesh
@@ -99,7 +100,9 @@ class ZeroEngine:
         eps: float,
         weight_decay: float,
         device: torch.device,
+        units: Sequence[nn.Module] = (),
     ):
+        """`units`: modules whose parameters stage 3 gathers and releases together, in one message each."""
         self.model, self.shards, self.mesh, self.settings = model, shards, mesh, settings
         self.device = device
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -115,6 +118,8 @@ class ZeroEngine:
             fused=device.type == "cuda",
             foreach=False if device.type == "cpu" else None,
         )
+        for unit in units:
+            set_z3_leaf_module(unit, settings.stage == 3)
         parameters = sum(math.prod(shard.sizes) for shard in shards.values())
         self.engine, *_ = deepspeed.initialize(
             model=model,

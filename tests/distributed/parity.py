@@ -56,6 +56,8 @@ class Case:
     head_dim: int = 16
     mode: str = "auto"
     sequence_parallel: str = "auto"
+    recompute: bool = False
+    """Whole blocks in the backward pass, and feed-forward layers in tiles."""
 
     @property
     def world_size(self) -> int:
@@ -66,11 +68,12 @@ class Case:
         mode = f" {self.mode}" if self.cp > 1 and self.mode != "auto" else ""
         whole = " whole tokens" if self.sequence_parallel == "false" else ""
         tied = "tied" if self.tied else "untied"
-        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}"
+        again = " recomputed" if self.recompute else ""
+        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
-        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto")
+        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto", recompute=False)
 
     def job(self) -> JobConfig:
         """The case as a job."""
@@ -88,21 +91,23 @@ class Case:
             training:
               {{sequence_length: {LENGTH}, global_batch_size: {GLOBAL_BATCH}, precision: {self.precision},
                micro_batch_size: {GLOBAL_BATCH // ACCUMULATION // self.dp}, max_steps: {STEPS},
-               gradient_clipping: 0.5}}
+               gradient_clipping: 0.5, activation_checkpointing: {"full" if self.recompute else "none"},
+               mlp_tile_tokens: {9 if self.recompute else "null"}}}
             """
         )
 
 
 def all_cases() -> list[Case]:
     """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, and
-    tensor parallelism without sequence parallelism, once each."""
+    tensor parallelism without sequence parallelism, once each; recomputation in tiles."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
     ring = [Case(*layout, 3, False, mode="ring") for layout in LAYOUTS if layout[1] > 1]
     whole = [Case(*layout, 2, False, sequence_parallel="false") for layout in LAYOUTS if layout[0] > 1]
+    again = [Case(*layout, 3, False, recompute=True) for layout in [(1, 1, 2), (2, 2, 2)]]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + single
+    return grouped + ring + whole + again + single
 
 
 @dataclass

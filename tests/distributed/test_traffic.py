@@ -38,6 +38,7 @@ def job_of(
     checkpointing: str = "none",
     mode: str = "auto",
     sequence_parallel: str = "auto",
+    tile: int | None = None,
 ) -> JobConfig:
     replicas = 2 // (tp * cp)
     return JobConfig.from_yaml(f"""
@@ -48,7 +49,7 @@ parallel: {{tensor_parallel_size: {tp}, context_parallel_size: {cp}, context_par
 data: {{source: python_stdlib}}
 optimizer: {{learning_rate: 1e-3}}
 training: {{sequence_length: {LENGTH}, global_batch_size: {ACCUMULATION * replicas}, max_steps: 3,
-  precision: {precision}, activation_checkpointing: {checkpointing}}}
+  precision: {precision}, activation_checkpointing: {checkpointing}, mlp_tile_tokens: {tile or "null"}}}
 """)
 
 
@@ -124,12 +125,17 @@ def zero_traffic() -> list[tuple[Counter[str], int]]:
         return config
 
     with mock.patch.object(zero, "_deepspeed_config", without_reuse):
-        return [traffic_of_a_step(job_of(1, 1, stage, precision)) for stage, precision in ZERO_CASES]
+        jobs = [job_of(1, 1, stage, precision) for stage, precision in ZERO_CASES]
+        return [traffic_of_a_step(job) for job in [*jobs, job_of(1, 1, 3, "fp32", tile=LENGTH // 8)]]
 
 
 @pytest.fixture(scope="module")
-def zero_measured() -> dict[tuple[int, Precision], tuple[Counter[str], int]]:
-    return dict(zip(ZERO_CASES, run_distributed(zero_traffic, 2)[0], strict=True))
+def zero_measured() -> dict[tuple[int, Precision | str], tuple[Counter[str], int]]:
+    return dict(zip([*ZERO_CASES, (3, "tiled")], run_distributed(zero_traffic, 2)[0], strict=True))
+
+
+def test_tiles_gather_no_weight_twice(zero_measured: dict) -> None:
+    assert zero_measured[3, "tiled"] == zero_measured[3, "fp32"]
 
 
 @pytest.mark.parametrize(("stage", "precision"), ZERO_CASES)

@@ -116,12 +116,14 @@ def shape(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(values | changes)
 
 
-def build(config: ModelConfig, device: str, checkpointing: bool = False) -> GPT:
+def build(config: ModelConfig, device: str, checkpointing: bool = False, tile: int | None = None) -> GPT:
     kernel, _ = select_kernel(
         "cpu", device_type="cpu", dtype=torch.float32, head_dim=config.head_dim, window=False, documents=False
     )
     with torch.device(device):
-        return GPT(config, KernelAttention(kernel, config), activation_checkpointing=checkpointing)
+        return GPT(
+            config, KernelAttention(kernel, config), activation_checkpointing=checkpointing, mlp_tile_tokens=tile
+        )
 
 
 @pytest.mark.parametrize(
@@ -151,12 +153,12 @@ def test_parameters_of_a_tensor_parallel_rank() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_activations_are_those_of_the_model(qk_norm: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("qk_norm", "tile"), [(False, None), (True, None), (False, 32), (False, 256)])
+def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, checkpointing: bool) -> None:
     """Bytes that autograd keeps in a real forward pass, the head's gradients apart, against the formula."""
     torch.manual_seed(0)
     config = shape(hidden_size=64, intermediate_size=160, num_hidden_layers=6, qk_norm=qk_norm)
-    model = build(config, "cpu", checkpointing)
+    model = build(config, "cpu", checkpointing, tile)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -182,6 +184,7 @@ def test_activations_are_those_of_the_model(qk_norm: bool, checkpointing: bool) 
         precision="fp32",
         autocast=False,
         checkpointing=checkpointing,
+        mlp_tile_tokens=tile,
     )
     # torch has no fused RMSNorm on CPUs: there each norm keeps its normalised input too.
     normalised = 64 * (1 if checkpointing else 1 + 2 * config.num_hidden_layers)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.attention import Attention, KernelAttention
 from model.config import ModelConfig, RopeScaling
@@ -42,7 +44,7 @@ def config_of(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
-def build(config: ModelConfig, kernel: str = "math", dtype: torch.dtype = torch.float64, **options: bool) -> GPT:
+def build(config: ModelConfig, kernel: str = "math", dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
     """A GPT whose weights, norms included, are far from any special value."""
     model = GPT(config, KernelAttention(KERNELS[kernel], config), **options).to(dtype)
     generator = torch.Generator().manual_seed(7)
@@ -256,6 +258,38 @@ def test_activation_checkpointing_recomputes_every_layer_and_changes_no_bit(case
     assert calls.count(0) == config.num_hidden_layers and calls.count(1) == 2 * config.num_hidden_layers
     for (name, one), other in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
+
+
+class Widest(TorchDispatchMode):
+    """The most rows of any tensor that is as wide as a feed-forward layer's inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.width,):
+                self.rows = max(self.rows, tensor.numel() // self.width)
+        return result
+
+
+@pytest.mark.parametrize("tile", [1, 5, 12, 23])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_feed_forward_layer_in_tiles_has_the_same_gradients(tile: int, checkpointing: bool) -> None:
+    """24 tokens: tiles that cross rows, that do not divide them, and that leave one token over."""
+    config, inputs = config_of(intermediate_size=56), batch(packed=True)
+    plain, tiled = build(config), build(config, activation_checkpointing=checkpointing, mlp_tile_tokens=tile)
+    expected, _ = plain(**inputs)
+    expected.backward()
+    with Widest(56) as widest:
+        loss, _ = tiled(**inputs)
+        loss.backward()
+    assert widest.rows == max(tile, config.hidden_size), "a tile, or the down projection's weight"
+    assert relative_error(loss, expected) < 1e-14
+    for (name, one), other in zip(plain.named_parameters(), tiled.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and relative_error(other.grad, one.grad) < 1e-12, name
 
 
 def test_evaluation_does_not_recompute() -> None:
