@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launch.bigram import conditional_bigram_entropy
-from launch.build import build_engine
+from launch.build import DTYPES, build_engine
 from launch.check import layout_report
 from launch.checkpoint import CheckpointError, Checkpoints, Progress
 from launch.config import JobConfig
@@ -22,13 +20,17 @@ from launch.cursor import BlendedSamples, DataCursor
 from launch.data import Batches, validation_batches
 from launch.data_log import DataLog
 from launch.environment import Place, report_failure
+from launch.generation import generate
+from launch.inference import attention_on_one_device
 from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
-from launch.sampling import sample
+from launch.quiet import leave_out_what_no_user_can_change
+from launch.sampling import Sampling
 from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
+from model.gpt import GPT
 from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine, initialize_distributed
@@ -39,7 +41,7 @@ _ENTROPY_TOKENS = 1 << 24
 
 def run(job: JobConfig, place: Place, device: torch.device, device_note: str) -> int:
     """Trains `job` on this rank; returns the exit status."""
-    _leave_out_what_no_user_can_change()
+    leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
     try:
         _train(_resolved(job), place, device, device_note)
@@ -52,13 +54,6 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str) ->
     dist.barrier()
     dist.destroy_process_group()
     return 0
-
-
-def _leave_out_what_no_user_can_change() -> None:
-    """DeepSpeed's notes on itself, and torch's warnings that DeepSpeed calls two collectives by their former names."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    former_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", message=former_names, category=FutureWarning)
 
 
 def _resolved(job: JobConfig) -> JobConfig:
@@ -231,14 +226,22 @@ def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progr
 
 def _sample(job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine, validation: Corpus) -> str:
     """What the trained model writes after the configured prompt, or after the start of the validation text."""
-    codec = text_codec(job.data.tokenizer)
+    codec, length = text_codec(job.data.tokenizer), job.training.sequence_length
     prompt = codec.encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
-    written = sample(
+    dtype = DTYPES[job.resolve_precision(engine.device.type)]
+    model = engine.model
+    assert isinstance(model, GPT)
+    engine.eval()
+    (written,) = generate(
         engine,
-        mesh,
-        prompt,
+        model,
+        attention_on_one_device(job.model, engine.device, dtype),
+        [prompt[-length:]],
         job.training.sample_tokens,
-        sequence_length=job.training.sequence_length,
-        seed=job.job.seed,
+        Sampling(seed=job.job.seed),
+        device=engine.device,
+        window=length,  # no distance that the model was not trained on
+        multiple_of=mesh.tp_size if job.sequence_parallel else 1,
     )
+    engine.train()
     return f"sample ({len(written)} tokens):\n{codec.decode(prompt + written)}"

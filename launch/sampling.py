@@ -1,66 +1,58 @@
-"""Text from the model in training, on whatever layout it trains.
+"""Choosing the next token from logits.
 
-Every rank runs each forward pass, so any mesh and ZeRO stage serves; the context is recomputed for every token. Shapes:
-S context length, L = S / context_parallel_size, V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
-
-from parallel.mesh import ParallelMesh
-from parallel.sequence import local_index, shard_sequence
-from parallel.zero import ZeroEngine
-
-_ROUND = 64
-"""Contexts are padded to multiples of this, so that few shapes occur. What is right of a token cannot influence it."""
+from torch import Tensor
 
 
-@torch.no_grad()
-def sample(
-    engine: ZeroEngine,
-    mesh: ParallelMesh,
-    prompt: list[int],
-    count: int,
-    *,
-    sequence_length: int,
-    seed: int,
-    temperature: float = 0.8,
-) -> list[int]:
-    """`count` tokens drawn after `prompt` (at least one token). Collective; every rank returns the same tokens.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The filters apply in this order: temperature, top_k, top_p."""
 
-    The context is the last `sequence_length` tokens.
-    """
-    assert prompt, "sampling starts from at least one token"
-    generator = torch.Generator().manual_seed(seed)
-    tokens, least = list(prompt), 2 * mesh.cp_size * mesh.tp_size  # any mesh can cut multiples of this
-    engine.eval()
-    for _ in range(count):
-        context = tokens[-sequence_length:]
-        padded = min(_rounded_up(len(context), _ROUND * least), _rounded_up(sequence_length, least))
-        ids = np.zeros((1, padded), dtype=np.int64)
-        ids[0, : len(context)] = context
-        positions = np.arange(padded, dtype=np.int64)[None]
-        inputs = [
-            torch.from_numpy(np.ascontiguousarray(shard_sequence(array, mesh.cp_size, mesh.cp_rank))).to(engine.device)
-            for array in (ids, positions)
-        ]
-        logits = engine(*inputs)
-        owner, index = local_index(len(context) - 1, padded, mesh.cp_size)
-        chosen = torch.zeros((), dtype=torch.int64, device=engine.device)
-        threshold = torch.rand((), generator=generator)  # drawn on every rank, so that the layout changes nothing
-        if mesh.cp_rank == owner:
-            cumulative = (logits[0, index].float().cpu() / temperature).softmax(dim=-1).cumsum(dim=-1)
-            chosen.fill_(
-                torch.searchsorted(cumulative, threshold * cumulative[-1]).clamp(max=len(cumulative) - 1).item()
-            )
-        dist.broadcast(chosen, mesh.shape.rank_at(0, owner, 0))
-        tokens.append(int(chosen.item()))
-    engine.train()
-    return tokens[len(prompt) :]
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw among this many of the likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that reach this probability together (nucleus sampling, arXiv:1904.09751)."""
+    seed: int = 0
+    """Sequence i of a batch draws from a stream of its own, seeded by seed + i: a batch changes nothing."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature ({self.temperature}) must be 0 or more; 0 takes the likeliest token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k ({self.top_k}) must be 0 or more; 0 draws among all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1; 1 draws among all tokens")
+
+    def streams(self, count: int) -> list[torch.Generator]:
+        """One stream of random numbers for each sequence, on the host: the device changes nothing."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(count)]
 
 
-def _rounded_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+def choose(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> Tensor:
+    """The next token [B] of each sequence, from its logits [B, V]."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    device = logits.device
+    if torch.are_deterministic_algorithms_enabled():
+        logits = logits.cpu()  # a GPU's cumsum is refused then
+    thresholds = torch.stack([torch.rand((), generator=stream) for stream in streams]).to(logits.device)
+    likeliest, tokens = (logits.float() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        likeliest[:, sampling.top_k :] = -torch.inf
+    probabilities = likeliest.softmax(dim=-1)
+    if sampling.top_p < 1:  # a token stays if those before it do not suffice
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    cumulative = probabilities.cumsum(dim=-1)
+    chosen = torch.searchsorted(cumulative, thresholds.unsqueeze(1) * cumulative[:, -1:])
+    return tokens.gather(1, chosen.clamp(max=logits.shape[1] - 1)).squeeze(1).to(device)

@@ -25,7 +25,8 @@ class ByteCodec:
 
 
 class TokenizerCodec:
-    """A Hugging Face tokenizer.json; special tokens are neither added nor shown."""
+    """A Hugging Face tokenizer.json. A text gets the special tokens that the tokenizer puts at the start of a document,
+    not those at its end; none is shown."""
 
     def __init__(self, path: str):
         from tokenizers import Tokenizer
@@ -33,7 +34,13 @@ class TokenizerCodec:
         self._tokenizer = Tokenizer.from_file(path)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = self._tokenizer.encode(text)
+        ids = list(encoded.ids)
+        for special in reversed(encoded.special_tokens_mask):
+            if not special or len(ids) == 1:
+                break
+            ids.pop()
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))

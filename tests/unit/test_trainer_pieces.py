@@ -1,4 +1,4 @@
-"""The small parts around the training loop: feeding, timing, sampling, the launcher's environment, prompts."""
+"""The small parts around the training loop: feeding, timing, the launcher's environment, prompts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from launch.data import IGNORED_LABEL, MicroBatch
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import cut
-from launch.sampling import sample
 from launch.text_codec import text_codec
 from launch.timing import StepTimer
 from model import head
@@ -31,7 +27,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"
 
 @dataclass(frozen=True)
 class Axis:
-    """As much of a mesh as feeding and sampling look at."""
+    """As much of a mesh as feeding looks at."""
 
     cp_size: int = 1
     cp_rank: int = 0
@@ -91,59 +87,6 @@ def test_step_timer_gives_means_and_starts_afresh(monkeypatch: pytest.MonkeyPatc
     timer.start()
     timer.mark("data")
     assert timer.collect() == {"data": 2.0}
-
-
-# -- sampling ------------------------------------------------------------------------------------------------------
-
-
-class Successor:
-    """An engine that is sure that token t is followed by t + 1 modulo 7."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.eval, self.train, self.shapes = Mock(), Mock(), list[tuple[int, ...]]()
-        self.last = list[int]()
-
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        assert torch.equal(positions[0], torch.arange(ids.shape[1]))
-        self.shapes.append(tuple(ids.shape))
-        return 100.0 * torch.nn.functional.one_hot((ids + 1) % 7, 7)
-
-
-class Coin(Successor):
-    """An engine that knows nothing: all seven tokens are alike."""
-
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, 7)
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Axis:
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: None)
-    return Axis()
-
-
-def draw(engine: Any, mesh: Any, prompt: list[int], count: int, **settings: Any) -> list[int]:
-    return sample(engine, mesh, prompt, count, **({"sequence_length": 16, "seed": 0} | settings))
-
-
-def test_sampling_reads_the_last_token_of_the_context(alone: Axis) -> None:
-    engine = Successor()
-    assert draw(engine, alone, [3, 1], 40) == [(2 + step) % 7 for step in range(40)]
-    assert max(shape[1] for shape in engine.shapes) <= 16
-    engine.eval.assert_called_once()
-    engine.train.assert_called_once()
-    long = Successor()
-    draw(long, alone, [0], 300, sequence_length=1000)
-    assert {shape[1] for shape in long.shapes} == {128, 256, 384}  # few shapes, hence few recompilations
-
-
-def test_sampling_follows_the_seed_and_the_probabilities(alone: Axis) -> None:
-    first, again, other = (draw(Coin(), alone, [0], 400, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other
-    counts = np.bincount(first, minlength=7)
-    assert len(counts) == 7 and counts.min() > 30, counts  # 400 / 7 is 57; 30 is four deviations below
 
 
 # -- environment ---------------------------------------------------------------------------------------------------
@@ -231,12 +174,13 @@ def test_bytes_go_out_and_come_back() -> None:
     assert codec.encode("") == []
 
 
-def test_a_tokenizer_neither_adds_nor_shows_special_tokens(tmp_path: Path) -> None:
+def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[BOS]": 0, "one": 1, "two": 2}, unk_token="[BOS]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.add_special_tokens(["[BOS]"])
-    words.post_processor = tokenizers.processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 0)])
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="[BOS] $A [BOS]", special_tokens=[("[BOS]", 0)])
     words.save(str(tmp_path / "tokenizer.json"))
     codec = text_codec(str(tmp_path / "tokenizer.json"))
-    assert codec.encode("two one") == [2, 1]
+    assert codec.encode("two one") == [0, 2, 1], "and does not end as one"
+    assert codec.encode("") == [0]
     assert codec.decode([0, 2, 1]) == "two one"

@@ -1,0 +1,92 @@
+"""Writes text with a trained model: `python launch/generate.py --run runs/NAME --prompt "def main("`.
+
+    --run FOLDER           a run, or a model that launch/convert.py from-hf wrote
+    --step N               checkpoint to take (default: the newest)
+    --prompt TEXT          what to go on from; give it again for a batch
+    --prompt_file FILE     the same, from a file; may be given again too
+    --max_tokens N         most tokens to write (128)
+    --temperature T        0 takes the likeliest token (0.8)
+    --top_k N, --top_p P   draw among the N likeliest, or those that hold probability P together (all)
+    --seed N               prompt i draws from a stream seeded by N + i (0)
+    --stop TEXT            end before this text; may be given again
+    --json                 one JSON object a line: prompt, text, tokens, and what ended it
+
+A model larger than one GPU: `deepspeed --num_gpus 4 launch/generate.py ...` splits it over four (tensor parallelism).
+Exit status: 0 done, 1 failed, 2 a wrong command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.environment import choose_device, place_in_world, report_failure
+from launch.sampling import Sampling
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parse(arguments)
+    place = place_in_world()
+    try:
+        prompts = [*options.prompt, *(path.read_text(encoding="utf-8") for path in options.prompt_file)]
+        device, _ = choose_device(options.device, place)
+        from launch.writing import Request, write_texts  # DeepSpeed looks for the device that was just chosen
+
+        request = Request(
+            folder=options.run,
+            step=options.step,
+            prompts=prompts,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling,
+            stops=options.stop,
+            precision=options.precision,
+            as_json=options.json,
+        )
+        write_texts(request, place, device)
+    except (ValueError, OSError) as error:  # weights, tokenizer, device, kernel or layout: the user's to mend
+        report_failure(f"error: {error}", place)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run directory, or a converted model")
+    parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+    parser.add_argument("--prompt", action="append", default=[], help="text to go on from; repeat it for a batch")
+    parser.add_argument("--prompt_file", type=Path, action="append", default=[], help="file with such a text")
+    parser.add_argument("--max_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature)
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k)
+    parser.add_argument("--top_p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
+    options = parser.parse_args(arguments)
+    if not options.prompt and not options.prompt_file:
+        parser.error("give --prompt or --prompt_file")
+    if options.max_tokens < 1:
+        parser.error(f"--max_tokens ({options.max_tokens}) must be at least 1")
+    if "" in options.stop:
+        parser.error("--stop must not be empty: every text contains that")
+    try:
+        options.sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return options
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an interpreter that tears down gloo's threads may abort, with another status
