@@ -1,33 +1,40 @@
-"""Checkpoints of a run: saved whole or not at all, verified before use, the last few kept.
+"""Checkpoints of a run: saved whole or not at all, beside the training, verified before use, some of them kept.
 
-    RUN/checkpoints/step-00000150/            complete: it got this name by one rename, after everything else
-        manifest.json                         progress, model, data, and size and CRC-32 of every file, its own included
+    DIRECTORY/step-00000150/                  complete
+        manifest.json                         progress, settings, data, and size and CRC-32 of every file, its own too
         .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
-    RUN/checkpoints/step-00000200.partial/    a save or removal in progress or killed; never read, cleared by the next
 
-There is no `latest` file to go stale: the newest complete directory is the latest.
+There is no `latest` file to go stale: the newest complete directory is the latest. How one becomes complete at once is
+`launch.storage`'s business.
+
+Two threads talk over two groups, so that no collective of the one ever meets one of the other: the training thread,
+and the one that writes.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import zlib
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
+from launch import continuity
+from launch.continuity import Settings
+from launch.data import Batches
+from launch.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
+from launch.storage import LocalStorage, Storage
 from parallel.state import load_state, save_state
-from parallel.zero import ZeroEngine
+from parallel.zero import Snapshot, ZeroEngine
 
-FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 
@@ -48,139 +55,269 @@ class Progress:
     step."""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay once a newer one is complete."""
+
+    keep_last: int
+    keep_every: int = 0
+    """Those at multiples of so many steps stay for good; 0: none."""
+
+    def removable(self, steps: list[int]) -> list[int]:
+        """Of ascending `steps`."""
+        old = steps[: -self.keep_last]
+        return [step for step in old if not self.keep_every or step % self.keep_every]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended, the same on every rank."""
+
+    path: str
+    seconds: float
+    """From the copy of the state to the complete checkpoint."""
+    error: CheckpointError | None
+    """Why there is none, or, if `complete`, why older ones stayed."""
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint says of the run that it continues."""
+
+    path: str
+    progress: Progress
+    losses: dict[str, float]
+    """Step -> loss of the last steps before it."""
+    batches: dict[str, str]
+    """Step -> hash of the global batches after it."""
+    told: list[str]
+    """Settings that differ and may."""
+
+
 class Checkpoints:
-    """The checkpoint directory of one run. Every method is collective: all ranks call it."""
+    """The checkpoints of one run. Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, directory: Path, *, keep_last: int, model: dict[str, Any], data_fingerprint: str):
-        """`model` and `data_fingerprint` are stored with each checkpoint and compared at a resume."""
-        self.directory, self.keep_last = directory, keep_last
-        self.model, self.data_fingerprint = model, data_fingerprint
-        self._group = dist.new_group(backend="gloo")  # talk between hosts, beside the training's own collectives
-        self._first = dist.get_rank() == 0
+    def __init__(
+        self,
+        storage: Storage,
+        retention: Retention,
+        *,
+        settings: Settings,
+        data_fingerprint: str,
+        asynchronous: bool = False,
+        accept_changes: tuple[str, ...] = (),
+    ):
+        """`settings` and `data_fingerprint` are stored with each checkpoint and compared at a resume."""
+        self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
+        self.settings, self.data_fingerprint, self.accept_changes = settings, data_fingerprint, accept_changes
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")  # the training thread's
+        self._writers = dist.new_group(backend="gloo")  # the writing thread's, or the training thread's in its place
+        self._in_flight: Future[Saved] | None = None
 
-    def save(self, engine: ZeroEngine, progress: Progress) -> Path:
-        """Writes one checkpoint and removes those beyond keep_last; returns its directory.
+    # -- saving --------------------------------------------------------------------------------------------------------
 
-        Raises CheckpointError on every rank if any rank fails; earlier checkpoints are untouched then.
+    def save(
+        self, engine: ZeroEngine, progress: Progress, batches: Batches, losses: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts a save: asynchronously it returns once the state is copied to host memory (on a GPU: is being copied).
+
+        `outcome` must have given the result of the one before. `batches` are what the run reads next.
         """
-        final = self._path(progress.step)
-        partial = final.with_suffix(".partial")
+        assert self._in_flight is None, "the outcome of the save before has not been asked for"
+        begun = time.perf_counter()
+        snapshot = engine.snapshot(copy=self.asynchronous)
+        facts = {"progress": asdict(progress), "losses": dict(losses or {})}
+        future: Future[Saved] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._write(snapshot, engine.shards, facts, batches, begun))
+            except BaseException as error:  # raised by `outcome`, in the training thread
+                future.set_exception(error)
+
+        self._in_flight = future
+        if self.asynchronous:
+            threading.Thread(target=work, name="checkpoint", daemon=True).start()
+        else:
+            work()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save's outcome has not been given yet."""
+        return self._in_flight is not None
+
+    def outcome(self, *, wait: bool) -> Saved | None:
+        """How the save in flight ended; None if there is none, or, without `wait`, if some rank still writes."""
+        if self._in_flight is None:
+            return None
+        if not wait:
+            done = torch.tensor(int(self._in_flight.done()))
+            dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
+            if not done:
+                return None
+        saved, self._in_flight = self._in_flight.result(), None
+        return saved
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        shards: Mapping[str, Any],
+        facts: dict[str, Any],
+        batches: Batches,
+        begun: float,
+    ) -> Saved:
+        """The whole of a save, but for the copy. Collective over the writers."""
+        step = facts["progress"]["step"]
+        name, path = _name(step), self.path(step)
+        files = CheckpointFiles(self.storage, name)
+
+        def finish(complete: bool, error: CheckpointError | None) -> Saved:
+            return Saved(path, time.perf_counter() - begun, error, complete)
+
         try:
-            self._on_first(lambda: self._make_room(partial))
-            save_state(partial, engine.fragments(), engine.shards, self._group)
-            files = self._everywhere(lambda: _checksums(partial, dist.get_rank(), dist.get_world_size()))
+            self._on_first(lambda: self.storage.begin(name))
+            snapshot.wait()
+            save_state(files, snapshot.fragments, shards, self._writers)
+            parts = self._everywhere(
+                lambda: (files.sums, continuity.next_batches(batches, step, self._rank, self._world_size))
+            )
             manifest = {
                 "format": FORMAT,
-                "progress": asdict(progress),
-                "optimizer_steps": engine.step_count,
-                "loss_scaler": engine.loss_scaler_state,
-                "model": self.model,
+                **facts,
+                "optimizer_steps": snapshot.step_count,
+                "loss_scaler": snapshot.loss_scaler,
+                "settings": self.settings,
                 "data_fingerprint": self.data_fingerprint,
+                "next_batches": {at: digest for _, hashes in parts for at, digest in hashes.items()},
                 "torch": torch.__version__,
-                "files": {name: entry for part in files for name, entry in part.items()},
+                "files": {file: entry for sums, _ in parts for file, entry in sums.items()},
             }
-            self._on_first(lambda: _complete(partial, final, manifest))
-        except (CheckpointException, CheckpointError, OSError) as error:
-            if self._first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {final} could not be written: {_reason(error)}") from error
+            self._on_first(lambda: self._complete(name, manifest, manifest["files"]))
+        except (CheckpointException, CheckpointError) as error:
+            if self._rank == 0:
+                self.storage.discard(name)
+            return finish(False, CheckpointError(f"checkpoint {path} could not be written: {_reason(error)}"))
         try:
             self._on_first(self._remove_old)
         except CheckpointError as error:
-            raise CheckpointError(f"checkpoint {final} is complete, but an older one stayed: {error}") from error
-        return final
+            return finish(True, CheckpointError(f"checkpoint {path} is complete, but an older one stayed: {error}"))
+        return finish(True, None)
+
+    def _complete(self, name: str, manifest: dict[str, Any], files: FileSums) -> None:
+        missing = missing_file(self.storage, name, files)
+        if missing:
+            raise OSError(missing)
+        self.storage.complete(name, encode(manifest))
+
+    def _remove_old(self) -> None:
+        for step in self.retention.removable(self._steps_here()):
+            self.storage.remove(_name(step))
+
+    # -- resuming ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first (as rank 0's file system shows them)."""
-        box = [self._steps_here() if self._first else []]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        """Steps of the complete checkpoints, oldest first (as rank 0 sees them)."""
+        found = self._everywhere(lambda: self._steps_here() if self._rank == 0 else [], self._group)
+        return found[0]
 
-    def load_latest(self, engine: ZeroEngine) -> Progress | None:
-        """Continues from the newest complete checkpoint, whatever layout wrote it; None where there is none.
+    def load_latest(self, engine: ZeroEngine) -> Resumed | None:
+        """Loads the newest complete checkpoint, whatever layout wrote it; None where there is none.
 
-        Raises CheckpointError if it is damaged (naming the newest sound one before it), or of another model or corpus.
+        Raises CheckpointError if it is damaged (naming the newest sound one before it), or of another model or run.
         """
         steps = self.steps()
         if not steps:
             return None
-        path = self._path(steps[-1])
-        damage = self.damage(path)
-        if damage:
-            sound = next((step for step in steps[-2::-1] if not self.damage(self._path(step))), -1)
-            newer = ", ".join(self._path(step).name for step in steps if step > sound)
+        name, path = _name(steps[-1]), self.path(steps[-1])
+        found = self._damage(steps[-1])
+        if found:
+            sound = next((step for step in steps[-2::-1] if not self._damage(step)), -1)
+            newer = ", ".join(_name(step) for step in steps if step > sound)
             offer = (
-                f"the newest sound one is {self._path(sound).name}: move {newer} away to continue from there"
+                f"the newest sound one is {_name(sound)}: move {newer} away to continue from there"
                 if sound >= 0
                 else f"there is no sound one; move {newer} away to start again"
             )
-            raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {offer}")
-        manifest = _read_manifest(path)
-        self._check_same_job(path, manifest)
+            raise CheckpointError(f"checkpoint {path} is damaged: {found}; {offer}")
+        manifest = read_manifest(self.storage, name)
+        told = self._check_same_run(path, manifest)
         fragments = list(engine.fragments())
         try:
-            load_state(path, fragments, engine.shards, self._group)
+            load_state(CheckpointFiles(self.storage, name), fragments, engine.shards, self._group)
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} could not be loaded: {_reason(error)}") from error
         engine.adopt_state(fragments, manifest["optimizer_steps"])
         engine.loss_scaler_state = manifest["loss_scaler"]
-        return Progress(**manifest["progress"])
+        progress = Progress(**manifest["progress"])
+        return Resumed(path, progress, manifest["losses"], manifest["next_batches"], told)
 
-    def damage(self, path: Path) -> str | None:
+    def check_batches(self, resumed: Resumed, batches: Batches) -> None:
+        """Raises CheckpointError, naming the first difference, unless the run goes on with the data it would have."""
+        if continuity.DATA in self.accept_changes:
+            return
+        step = resumed.progress.step
+        parts = self._everywhere(
+            lambda: continuity.next_batches(batches, step, self._rank, self._world_size), self._group
+        )
+        other = continuity.other_batch(resumed.batches, {at: one for part in parts for at, one in part.items()})
+        if other:
+            raise CheckpointError(
+                f"checkpoint {resumed.path} would go on with other data: {other}; restore what data and seed were, or, "
+                f"if the change is meant, name {continuity.DATA} in checkpoint.accept_changes"
+            )
+
+    def _check_same_run(self, path: str, manifest: dict[str, Any]) -> list[str]:
+        """What differs and may. Raises CheckpointError with what differs and must not."""
+        refused, told = continuity.differences(manifest["settings"], self.settings, self.accept_changes)
+        if refused:
+            kind = "model" if refused[0].startswith("model.") else "run"
+            raise CheckpointError(
+                f"checkpoint {path} is of another {kind}: {'; '.join(refused)}; give this {kind} another job.name, or, "
+                "if the change is meant, name the keys in checkpoint.accept_changes"
+            )
+        there, here = manifest["data_fingerprint"][:12], self.data_fingerprint[:12]
+        if there != here and continuity.DATA in self.accept_changes:
+            told.append(f"the data's fingerprint is {there} there and {here} here")
+        elif there != here:
+            raise CheckpointError(
+                f"checkpoint {path} was trained on other data (fingerprint {there}, here {here}): the corpus, its "
+                "tokenizer or the split changed; restore it, or choose another job.name, or, if the change is meant, "
+                f"name {continuity.DATA} in checkpoint.accept_changes"
+            )
+        return told
+
+    def _damage(self, step: int) -> str | None:
         """What is wrong with a complete checkpoint's files, or None. The ranks share the reading."""
-        found = self._everywhere(lambda: _damage(path, dist.get_rank(), dist.get_world_size()))
-        return next((damage for damage in found if damage), None)
+        found = self._everywhere(lambda: damage(self.storage, _name(step), self._rank, self._world_size), self._group)
+        return next((fault for fault in found if fault), None)
 
-    def _check_same_job(self, path: Path, manifest: dict[str, Any]) -> None:
-        differences = [
-            f"model.{key} is {manifest['model'].get(key)!r} there and {value!r} here"
-            for key, value in self.model.items()
-            if manifest["model"].get(key) != value
-        ]
-        if differences:
-            raise CheckpointError(
-                f"checkpoint {path} is of another model: {'; '.join(differences)}; give this model another job.name"
-            )
-        if manifest["data_fingerprint"] != self.data_fingerprint:
-            raise CheckpointError(
-                f"checkpoint {path} was trained on other data (fingerprint {manifest['data_fingerprint'][:12]}, here "
-                f"{self.data_fingerprint[:12]}): the corpus, its tokenizer or the split changed; restore it, or choose "
-                "another job.name"
-            )
+    # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _path(self, step: int) -> Path:
-        return self.directory / f"step-{step:08d}"
+    def path(self, step: int) -> str:
+        """What a user calls the checkpoint of `step`."""
+        return f"{self.storage.location}/{_name(step)}"
 
     def _steps_here(self) -> list[int]:
-        if not self.directory.is_dir():
-            return []
-        matches = (_COMPLETE.fullmatch(path.name) for path in self.directory.iterdir())
+        matches = (_COMPLETE.fullmatch(name) for name in self.storage.names())
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def _make_room(self, partial: Path) -> None:
-        """An empty directory to save into; what killed saves and removals left is removed."""
-        for leftover in self.directory.glob("*.partial"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+    def _on_first(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0; every writer waits, and raises CheckpointError if it failed."""
+        self._everywhere(lambda: action() if self._rank == 0 else None)
 
-    def _remove_old(self) -> None:
-        for step in self._steps_here()[: -self.keep_last]:
-            doomed = self._path(step).with_suffix(".partial")  # from now on nobody takes it for a checkpoint
-            self._path(step).rename(doomed)
-            shutil.rmtree(doomed)
+    def _everywhere(self, action: Callable[[], Any], group: ProcessGroup | None = None) -> list[Any]:
+        """Runs `action` on every rank and returns all results, over the writers' group unless another is given.
 
-    def _on_first(self, action: Callable[[], Any]) -> None:
-        """Runs `action` on rank 0; every rank waits, and raises CheckpointError if it failed."""
-        self._everywhere(lambda: action() if self._first else None)
-
-    def _everywhere(self, action: Callable[[], Any]) -> list[Any]:
-        """Runs `action` on every rank and returns all results; raises CheckpointError everywhere if any rank failed."""
+        Raises CheckpointError everywhere if any rank failed: whatever the reason, the others must not wait for it.
+        """
         try:
             outcome: tuple[Any, str | None] = (action(), None)
-        except OSError as error:
-            outcome = (None, f"rank {dist.get_rank()}: {error}")
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome, group=self._group)
+        except Exception as error:
+            outcome = (None, f"rank {self._rank}: {_words(error)}")
+        outcomes: list[Any] = [None] * self._world_size
+        dist.all_gather_object(outcomes, outcome, group=group or self._writers)
         failures = [failure for _, failure in outcomes if failure]
         if failures:
             raise CheckpointError("; ".join(failures))
@@ -192,16 +329,16 @@ def newest_checkpoint(directory: Path, step: int | None = None) -> Path:
 
     Looks at the manifest and the files' sizes, not at their checksums. Needs no process group. Raises CheckpointError.
     """
-    paths = directory.iterdir() if directory.is_dir() else ()
-    found = {int(match.group(1)): path for path in paths if (match := _COMPLETE.fullmatch(path.name))}
+    storage = LocalStorage(directory)
+    found = {int(match.group(1)): name for name in storage.names() if (match := _COMPLETE.fullmatch(name))}
     if not found:
         raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
     if step is not None and step not in found:
         steps = ", ".join(map(str, sorted(found)))
         raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are those of steps {steps}")
-    path = found[max(found) if step is None else step]
+    path = directory / found[max(found) if step is None else step]
     try:
-        files = _read_manifest(path)["files"]
+        files = read_manifest(storage, path.name)["files"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
     for name, expected in files.items():
@@ -214,74 +351,17 @@ def newest_checkpoint(directory: Path, step: int | None = None) -> Path:
     return path
 
 
-def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """The last writes of a save; after the rename the checkpoint exists."""
-    with open(partial / "manifest.json", "w") as file:
-        json.dump({**manifest, "crc32": _own_crc32(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(partial)
-    partial.rename(final)
-    _sync_directory(final.parent)
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError or KeyError where it is not what `_complete` wrote."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    if not isinstance(manifest, dict):
-        raise ValueError("not a JSON object")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
-    if manifest.pop("crc32") != _own_crc32(manifest):
-        raise ValueError("it does not match its own CRC-32")
-    return manifest
-
-
-def _own_crc32(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksums(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of this rank's share of the files."""
-    share = sorted(path for path in directory.iterdir())[rank::world_size]
-    return {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in share}
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _damage(directory: Path, rank: int, world_size: int) -> str | None:
-    """The first fault among this rank's share of the files."""
-    try:
-        files = _read_manifest(directory)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"manifest.json cannot be read ({error})"
-    for name in sorted(files)[rank::world_size]:
-        path, expected = directory / name, files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _crc32(path) != expected["crc32"]:
-            return f"{name} does not match its CRC-32"
-    return None
+def _words(error: BaseException) -> str:
+    """OSErrors and our own speak for themselves; of others the type says what they are."""
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _reason(error: BaseException) -> str:
     """The ranks' own words, without the traceback that torch adds."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        return "; ".join(f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(error.failures.items()))
     return str(error)

@@ -170,14 +170,28 @@ class TrainingSection(Section):
 
 
 class CheckpointSection(Section):
-    """Saving and resuming; checkpoints are in the run directory."""
+    """Saving and resuming (docs/checkpoints.md)."""
 
+    directory: str | None = Field(default=None, min_length=1)
+    """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name};
+    {name} stands for job.name. null is checkpoints in the run directory."""
     save_interval: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = Field(default=3, ge=1)
     """Checkpoints kept; older ones are removed after a new one is complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep for good, too, those at multiples of so many steps; 0: none."""
+    asynchronous: bool = True
+    """Write in the background: training waits only for a copy of its state to host memory, 12 bytes for each parameter
+    that a rank keeps. false writes from the state itself, and training waits."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """What a failed save does in the middle of a run: warn goes on, stop ends the job, as a failed last
+    save always does."""
     resume: Literal["auto", "never", "required"] = "auto"
     """auto continues from the newest checkpoint if there is one, required fails if there is none."""
+    accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Keys that may differ from the checkpoint's at a resume although they change the run, such as optimizer.betas;
+    data accepts other tokens."""
 
 
 class MonitorSection(Section):
@@ -250,9 +264,10 @@ class JobConfig(Section):
         return Path(self.job.run_directory.replace("{name}", self.job.name))
 
     @property
-    def checkpoint_path(self) -> Path:
-        """Where this run's checkpoints are."""
-        return self.run_path / "checkpoints"
+    def checkpoint_location(self) -> str:
+        """Where this run's checkpoints are: a path or a URL."""
+        directory = self.checkpoint.directory
+        return directory.replace("{name}", self.job.name) if directory else str(self.run_path / "checkpoints")
 
     @property
     def tokens_per_step(self) -> int:

@@ -92,6 +92,10 @@ class DataCursor:
             kept += (replace(segment, step=step),)
         return replace(self, corpora=self.corpora | now.corpora, history=kept)
 
+    def changes_at(self, step: int) -> bool:
+        """Whether another blend or batch size begins with `step`."""
+        return step > 0 and self.history[-1].step == step
+
     def first_sample(self, step: int) -> int:
         """The global sample that `step` begins with."""
         span = next(span for span in reversed(self._spans) if span.segment.step <= step)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launch.continuity import acceptable, acceptable_keys
+from launch.storage import check_client
 from launch.violations import Violation
 from launch.yaml_strict import KeyPath
 from model.kernels import KERNELS
@@ -210,6 +212,35 @@ def _validation_paths_are_indexed(job: Job) -> None:
 def _job_ends(job: Job) -> None:
     if job.training.max_steps is None and job.training.max_tokens is None:
         raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
+
+
+@_rule("checkpoint.keep_every", "checkpoint.save_interval")
+def _what_is_kept_is_saved(job: Job) -> None:
+    every, interval = job.checkpoint.keep_every, job.checkpoint.save_interval
+    if every and (not interval or every % interval):
+        raise ValueError(
+            f"keep_every ({every}) must be a multiple of save_interval ({interval}), or no checkpoint would be at its "
+            f"steps; nearest valid: {max(1, round(every / interval)) * interval if interval else 'save_interval > 0'}"
+        )
+
+
+@_rule("checkpoint.directory")
+def _storage_can_be_reached(job: Job) -> None:
+    """Its client is installed; whether the place exists and may be written is seen when the job runs."""
+    directory = job.checkpoint.directory
+    if directory is None:
+        return
+    try:
+        check_client(directory)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"nothing here reads {directory} ({error}); give a path, or install the client") from None
+
+
+@_rule("checkpoint.accept_changes")
+def _changes_can_be_accepted(job: Job) -> None:
+    unknown = [key for key in job.checkpoint.accept_changes if not acceptable(key)]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is no key that a resume refuses; those are {acceptable_keys()}")
 
 
 @_rule("model.vocab_size", "data.tokenizer", "data.source")

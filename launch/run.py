@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch import continuity
 from launch.bigram import conditional_bigram_entropy
 from launch.build import DTYPES, build_engine
 from launch.check import layout_report
-from launch.checkpoint import CheckpointError, Checkpoints, Progress
+from launch.checkpoint import CheckpointError, Checkpoints, Progress, Resumed, Retention
 from launch.config import JobConfig
 from launch.corpora import Corpora, describe, fresh_cursor, load_corpora, samplers, validation_sampler
 from launch.corpus import Corpus, CorpusError
@@ -26,6 +27,7 @@ from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.sampling import Sampling
+from launch.storage import storage_at
 from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
@@ -70,22 +72,30 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
     mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
     corpora = _corpora(job)
     engine, attention_note = build_engine(job, mesh, device)
-    checkpoints = Checkpoints(
-        job.checkpoint_path,
-        keep_last=job.checkpoint.keep_last,
-        model=job.model.model_dump(mode="json", exclude={"attention_backend", "init_from"}),
-        data_fingerprint=corpora.fingerprint,
-    )
-    progress = _resume(job, checkpoints, engine)
-    initial = load_initial_weights(job, engine) if progress is None and job.model.init_from else None
+    checkpoints = _checkpoints(job, corpora)
+    resumed = _resume(job, checkpoints, engine)
+    progress = resumed.progress if resumed else None
     cursor = _cursor(job, corpora, progress)
+    batch_sizes: dict[str, Any] = {
+        "global_batch_size": job.training.global_batch_size,
+        "micro_batch_size": job.training.micro_batch_size,
+        "data_parallel_size": mesh.dp_size,
+        "dp_rank": mesh.dp_rank,
+        "document_mask": job.data.document_mask,
+    }
+    batches = Batches(BlendedSamples(samplers(corpora, job), cursor), **batch_sizes, offset=cursor.offset)
+    if resumed is not None and not cursor.changes_at(resumed.progress.step):
+        checkpoints.check_batches(resumed, batches)
+    initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
     layout = layout_report(job, place.world_size)
     precision = job.resolve_precision(device.type)
     for line in (device_note, f"precision {precision}; attention: {attention_note}", f"run directory {job.run_path}"):
         monitor.message(line)
-    if progress is not None:
-        monitor.message(f"resumed from step {progress.step}, {progress.tokens:,} tokens seen")
+    if resumed is not None:
+        monitor.message(f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen")
+        for change in resumed.told:
+            monitor.message(f"changed since the checkpoint: {change}")
     if initial is not None:
         monitor.message(f"started from the {initial}")
     step = progress.step if progress is not None else 0
@@ -94,24 +104,12 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
     monitor.text("configuration", job.to_yaml())
     monitor.text("layout", layout)
     data_log = _data_log(job, mesh, cursor, progress, monitor)
-    batch_sizes: dict[str, Any] = {
-        "global_batch_size": job.training.global_batch_size,
-        "micro_batch_size": job.training.micro_batch_size,
-        "data_parallel_size": mesh.dp_size,
-        "dp_rank": mesh.dp_rank,
-        "document_mask": job.data.document_mask,
-    }
     validation = corpora.validation
     trainer = Trainer(
         job,
         mesh,
         engine,
-        Batches(
-            BlendedSamples(samplers(corpora, job), cursor),
-            **batch_sizes,
-            offset=cursor.offset,
-            note=data_log.note if data_log else None,
-        ),
+        replace(batches, note=data_log.note if data_log else None),
         partial(
             validation_batches,
             validation_sampler(corpora, job),
@@ -123,7 +121,7 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
     )
     try:
-        trainer.run(replace(progress or Progress(), data=cursor.record()))
+        trainer.run(replace(progress or Progress(), data=cursor.record()), resumed.losses if resumed else None)
         if job.training.sample_tokens:
             monitor.message(_sample(job, mesh, engine, validation))
     except CorpusError as error:
@@ -184,22 +182,32 @@ def _data_log(
     return log
 
 
-def _resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Progress | None:
-    """The progress of the newest checkpoint, loaded into `engine`; None for a fresh start."""
-    wanted = job.checkpoint.resume
+def _checkpoints(job: JobConfig, corpora: Corpora) -> Checkpoints:
+    wanted = job.checkpoint
+    return Checkpoints(
+        storage_at(job.checkpoint_location),
+        Retention(wanted.keep_last, wanted.keep_every),
+        settings=continuity.settings(job),
+        data_fingerprint=corpora.fingerprint,
+        asynchronous=wanted.asynchronous,
+        accept_changes=wanted.accept_changes,
+    )
+
+
+def _resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Resumed | None:
+    """The newest checkpoint, loaded into `engine`; None for a fresh start."""
+    wanted, location = job.checkpoint.resume, checkpoints.storage.location
     if wanted == "never":
         if checkpoints.steps():
             raise CheckpointError(
-                f"checkpoint.resume is never, but {checkpoints.directory} holds checkpoints that a fresh run would "
+                f"checkpoint.resume is never, but {location} holds checkpoints that a fresh run would "
                 "overwrite; choose another job.name, or move them away"
             )
         return None
-    progress = checkpoints.load_latest(engine)
-    if progress is None and wanted == "required":
-        raise CheckpointError(
-            f"checkpoint.resume is required, but {checkpoints.directory} holds no complete checkpoint"
-        )
-    return progress
+    resumed = checkpoints.load_latest(engine)
+    if resumed is None and wanted == "required":
+        raise CheckpointError(f"checkpoint.resume is required, but {location} holds no complete checkpoint")
+    return resumed
 
 
 def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.checkpoint import CheckpointError, Checkpoints, Progress
+from launch.checkpoint import Checkpoints, Progress, Saved
 from launch.config import JobConfig
+from launch.continuity import LAST_LOSSES, unlike_recent
 from launch.data import Batches, MicroBatch
 from launch.feed import HostBatch, cut
 from launch.monitor import Monitor, StepRecord
@@ -62,13 +63,17 @@ class Trainer:
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints = monitor, checkpoints
         self.timer = StepTimer(engine.device)
+        self._losses: dict[str, float] = {}
+        self._expected: dict[str, float] | None = None
 
-    def run(self, progress: Progress) -> Progress:
+    def run(self, progress: Progress, losses: Mapping[str, float] | None = None) -> Progress:
         """Trains from `progress` to the end; evaluates and saves at the configured intervals and at the end.
 
-        Raises NonFiniteLoss, and CheckpointError if the last save fails (an earlier one only warns).
+        `losses` are the last ones before a resume: step -> loss. Raises NonFiniteLoss, and CheckpointError if the last
+        save fails (an earlier one does as checkpoint.on_save_error says).
         """
         total, start = self.job.total_steps, progress.step
+        self._losses = self._expected = dict(losses or {})
         evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
         unchecked: StepOutcome | None = None
         logged_at, logged_step = time.perf_counter(), start
@@ -90,6 +95,7 @@ class Trainer:
                     parts = self.timer.collect()
                     seconds = (time.perf_counter() - logged_at) / (outcome.step - logged_step)
                     self._log(outcome, progress, seconds, parts)
+                    self._report(self.checkpoints.outcome(wait=False))
                     logged_at, logged_step = time.perf_counter(), outcome.step
                 interrupted = time.perf_counter()
                 if last or (evaluation and outcome.step % evaluation == 0):
@@ -97,7 +103,9 @@ class Trainer:
                     self._log_validation(outcome.step)
                 if last or (saving and outcome.step % saving == 0):
                     self._check_finite(outcome)
-                    self._save(progress, required=last)
+                    self.timer.mark("")
+                    self._save(progress, last=last)
+                    self.timer.mark("checkpoint")
                 logged_at += time.perf_counter() - interrupted  # evaluating and saving are not part of a step's time
         if start >= total:
             self.monitor.message(f"step {start} of {total}: this run is already complete")
@@ -160,6 +168,7 @@ class Trainer:
     def _check_finite(self, outcome: StepOutcome) -> None:
         """Every rank sees the same loss and norm, so all stop together."""
         loss, norm = float(outcome.loss), float(outcome.grad_norm)
+        self._remember(outcome.step, loss)
         # DeepSpeed skips such an update in any precision; only a scaler makes that right, by lowering its scale.
         skipped_by_scaler = not outcome.applied and bool(self.engine.loss_scaler_state)
         if math.isfinite(loss) and (math.isfinite(norm) or skipped_by_scaler):
@@ -169,10 +178,11 @@ class Trainer:
         dist.all_reduce(flags)
         ranks = [str(rank) for rank, flag in enumerate(flags.tolist()) if flag]
         where = f"on rank {', '.join(ranks)}" if ranks else "in the gradients only"
+        self._report(self.checkpoints.outcome(wait=True))
         # A checkpoint of the step before holds the very weights that failed; those before it led to a sound step.
         steps = self.checkpoints.steps()
         sound = [step for step in steps if step < outcome.step - 1]
-        good = f"step-{sound[-1]:08d} in {self.checkpoints.directory}" if sound else "none"
+        good = f"step-{sound[-1]:08d} in {self.checkpoints.storage.location}" if sound else "none"
         if sound and sound != steps:
             good += f" (move step-{steps[-1]:08d} away to continue from it)"
         raise NonFiniteLoss(
@@ -203,15 +213,37 @@ class Trainer:
             parameters = {fragment.name: fragment.tensors["parameter"] for fragment in self.engine.fragments()}
             self.monitor.log_histograms(step, {name: part.float().cpu().numpy() for name, part in parameters.items()})
 
-    def _save(self, progress: Progress, *, required: bool) -> None:
-        try:
-            path = self.checkpoints.save(self.engine, progress)
-        except CheckpointError as error:
-            if required:
-                raise
-            self.monitor.message(f"warning: {error}; training goes on, earlier checkpoints are untouched")
+    def _remember(self, step: int, loss: float) -> None:
+        """Keeps the last losses for the next checkpoint; the first one after a resume is held against those before."""
+        if self._expected is not None:
+            odd, self._expected = unlike_recent(loss, self._expected), None
+            if odd:
+                self.monitor.message(f"warning: {odd}")
+        self._losses[str(step)] = loss
+        for known in list(self._losses)[:-LAST_LOSSES]:
+            del self._losses[known]
+
+    def _save(self, progress: Progress, *, last: bool) -> None:
+        """Starts a save, after the one in flight if there is one; the last is waited for, and must succeed."""
+        saved = self.checkpoints.outcome(wait=False)
+        if saved is None and self.checkpoints.saving:
+            self.monitor.message(f"step {progress.step}: waiting for the save before, which is still being written")
+            saved = self.checkpoints.outcome(wait=True)
+        self._report(saved)
+        self.checkpoints.save(self.engine, progress, self.training, self._losses)
+        if last or not self.job.checkpoint.asynchronous:
+            self._report(self.checkpoints.outcome(wait=True), required=last)
+
+    def _report(self, saved: Saved | None, *, required: bool = False) -> None:
+        """Tells how a save ended. Raises CheckpointError where a failed one has to end the job."""
+        if saved is None:
             return
-        self.monitor.message(f"saved {path}")
+        if saved.complete:
+            self.monitor.message(f"saved {saved.path}")
+        if saved.error is not None:
+            if required or self.job.checkpoint.on_save_error == "stop":
+                raise saved.error
+            self.monitor.message(f"warning: {saved.error}; training goes on, earlier checkpoints are untouched")
 
 
 def _peak_memory(device: torch.device) -> int:

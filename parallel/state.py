@@ -13,14 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -41,6 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from parallel.tensor import TensorShard
+from parallel.torch_files import StateFiles, reader, writer
 
 if TYPE_CHECKING:
     from parallel.zero import StateFragment
@@ -93,38 +92,38 @@ def _row_aligned(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]
 
 
 def save_state(
-    directory: Path,
+    files: StateFiles,
     fragments: Iterable[StateFragment],
     shards: Mapping[str, TensorShard],
     group: ProcessGroup,
 ) -> None:
-    """Writes this rank's fragments into `directory`, which must exist. Collective over `group` (all ranks).
+    """Writes this rank's fragments into `files`, a fresh folder. Collective over `group` (all ranks).
 
     Raises torch's CheckpointException on every rank if any rank could not write.
     """
     parts = [part for fragment in fragments for part in rectangles(fragment, shards[fragment.name])]
     save(
         {},
-        storage_writer=FileSystemWriter(directory, sync_files=True, overwrite=False),
+        storage_writer=writer(files),
         planner=_SaveRectangles(parts),
         process_group=group,
     )
 
 
 def load_state(
-    directory: Path,
+    files: StateFiles,
     fragments: Iterable[StateFragment],
     shards: Mapping[str, TensorShard],
     group: ProcessGroup,
 ) -> None:
-    """Fills this rank's fragments from `directory`, whatever layout wrote it. Collective over `group` (all ranks).
+    """Fills this rank's fragments from `files`, whatever layout wrote it. Collective over `group` (all ranks).
 
     Raises StateMismatch (wrapped in torch's CheckpointException) where the checkpoint is of another model.
     """
     parts = [part for fragment in fragments for part in rectangles(fragment, shards[fragment.name])]
     load(
         {},
-        storage_reader=FileSystemReader(directory),
+        storage_reader=reader(files),
         planner=LoadRectangles(parts),
         process_group=group,
     )

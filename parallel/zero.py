@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import deepspeed
@@ -21,6 +21,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
+from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
 from parallel.tensor import TensorShard
 
@@ -58,6 +59,17 @@ class StateFragment:
     @property
     def numel(self) -> int:
         return self.tensors["parameter"].numel()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's training state at one moment."""
+
+    fragments: list[StateFragment]
+    step_count: int
+    loss_scaler: dict[str, float]
+    wait: Callable[[], None]
+    """Returns when the fragments may be read; any thread may call it."""
 
 
 def initialize_distributed(device_type: str) -> None:
@@ -129,6 +141,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._create_moments()
+        self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,6 +166,7 @@ class ZeroEngine:
             group["lr"] = learning_rate
         if self.settings.stage == 0:
             self._grad_norm = self._clip_whole_gradients()
+        self._host_copies.before_change()
         self.engine.step()
         if self.settings.stage > 0:
             self._grad_norm = self.engine.get_global_grad_norm()
@@ -171,6 +185,15 @@ class ZeroEngine:
             fragment = self._fragment(name, parameter)
             if fragment is not None:
                 yield fragment
+
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        """The state now: copied into host memory that the next snapshot uses again, or, without `copy`, the live
+        tensors, which the next step changes."""
+        fragments = list(self.fragments())
+        if copy:
+            copies = iter(self._host_copies.take([part for one in fragments for part in one.tensors.values()]))
+            fragments = [replace(one, tensors={kind: next(copies) for kind in one.tensors}) for one in fragments]
+        return Snapshot(fragments, self.step_count, self.loss_scaler_state, self._host_copies.wait)
 
     def adopt_state(self, fragments: Iterator[StateFragment] | list[StateFragment], step_count: int) -> None:
         """Takes written fragments (of `fragments()`) as the model's state, after `step_count` updates."""

@@ -5,28 +5,55 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
 import deepspeed
+import fsspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from fsspec.implementations.local import LocalFileSystem
 
+from launch import continuity
 from launch.build import build_engine
-from launch.checkpoint import CheckpointError, Checkpoints, Progress
+from launch.checkpoint import CheckpointError, Checkpoints, Progress, Retention
 from launch.config import JobConfig
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler
 from launch.monitor import SilentMonitor
 from launch.run import _resume
+from launch.storage import storage_at
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 
 VOCABULARY, LENGTH, GLOBAL_BATCH, SAVED_AT, END = 61, 16, 4, 2, 4
 FINGERPRINT = "0123456789abcdef"
+
+
+class Bucket(LocalFileSystem):
+    """An object store that processes share: it has no rename, no copy and no directories to be made."""
+
+    protocol = "bucket"
+    root_marker = "/"
+
+    def __init__(self, **options: Any):
+        super().__init__(**options | {"auto_mkdir": True})
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return LocalFileSystem._strip_protocol(str(path).removeprefix("bucket://"))
+
+    def mv(self, *_arguments: object, **_options: object) -> None:
+        raise NotImplementedError("an object store has no rename")
+
+    rename = move = mv_file = cp_file = copy = mv
+
+
+fsspec.register_implementation("bucket", Bucket, clobber=True)
 
 
 @dataclass(frozen=True)
@@ -90,21 +117,33 @@ class Rank:
     def __init__(self, layout: Layout):
         job = layout.job()
         self.mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
-        self.engine, _ = build_engine(job, self.mesh, torch.device("cpu"))
-        self.model = job.model.model_dump(mode="json", exclude={"attention_backend"})
+        with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
+            self.engine, _ = build_engine(job, self.mesh, torch.device("cpu"))
+        if layout.precision == "fp16":
+            self.engine.loss_scaler_state = {"cur_scale": 1024.0}  # the first one overflows
+        self.settings = continuity.settings(job)
         tokens = np.random.default_rng(3).integers(0, VOCABULARY, 2000).astype(np.uint8)
-        batches = Batches(
+        self.batches = Batches(
             SequenceSampler(Corpus.from_documents("training", tokens, [len(tokens)], FINGERPRINT), LENGTH, seed=0),
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=1,
             data_parallel_size=self.mesh.dp_size,
             dp_rank=self.mesh.dp_rank,
         )
-        self.trainer = Trainer(job, self.mesh, self.engine, batches, Mock(), SilentMonitor(), Mock(), {})
+        self.trainer = Trainer(job, self.mesh, self.engine, self.batches, Mock(), SilentMonitor(), Mock(), {})
 
-    def checkpoints(self, directory: Path, *, keep_last: int = 3, **changes: Any) -> Checkpoints:
-        stored = {"model": self.model, "data_fingerprint": FINGERPRINT} | changes
-        return Checkpoints(directory, keep_last=keep_last, **stored)
+    def checkpoints(
+        self, location: Path | str, *, keep_last: int = 3, keep_every: int = 0, **changes: Any
+    ) -> Checkpoints:
+        stored = {"settings": self.settings, "data_fingerprint": FINGERPRINT} | changes
+        return Checkpoints(storage_at(str(location)), Retention(keep_last, keep_every), **stored)
+
+    def save(self, checkpoints: Checkpoints, step: int) -> str:
+        """Saves as of `step`, and waits for it; what went wrong, or nothing."""
+        checkpoints.save(self.engine, progress_at(step), self.batches)
+        saved = checkpoints.outcome(wait=True)
+        assert saved is not None and saved.complete == (saved.error is None)
+        return str(saved.error or "")
 
     def train(self, first: int, stop: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the steps."""
@@ -137,7 +176,7 @@ def progress_at(step: int) -> Progress:
 
 @dataclass(frozen=True)
 class Written:
-    """An uninterrupted run of one rank, saved at SAVED_AT."""
+    """An uninterrupted run of one rank, saved at SAVED_AT in the background of what follows."""
 
     saved: RankState
     numbers: list[tuple[float, float]]
@@ -149,10 +188,15 @@ def write(layouts: Sequence[Layout], folder: Path) -> list[Written]:
     written = []
     for layout in layouts:
         rank = Rank(layout)
+        randomness = torch.get_rng_state()
         rank.train(0, SAVED_AT)
+        assert torch.equal(torch.get_rng_state(), randomness), "training draws random numbers, which nothing stores"
         saved = rank.state()
-        rank.checkpoints(folder / str(layout)).save(rank.engine, progress_at(SAVED_AT))
+        checkpoints = rank.checkpoints(folder / str(layout), asynchronous=True)
+        checkpoints.save(rank.engine, progress_at(SAVED_AT), rank.batches)
         written.append(Written(saved, rank.train(SAVED_AT, END), rank.state()))
+        outcome = checkpoints.outcome(wait=True)
+        assert outcome is not None and outcome.error is None
     return written
 
 
@@ -160,7 +204,7 @@ def write(layouts: Sequence[Layout], folder: Path) -> list[Written]:
 class Read:
     """What one rank got from a checkpoint, and how it trained on, if it did."""
 
-    progress: Progress | None
+    progress: Progress
     loaded: RankState
     numbers: list[tuple[float, float]]
     ended: RankState | None
@@ -176,66 +220,78 @@ def read(layouts: Sequence[Layout], sources: Sequence[Sequence[Path]]) -> list[l
     for layout, directories in zip(layouts, sources, strict=True):
         rank, reads = Rank(layout), list[Read]()
         for position, directory in enumerate(directories):
-            progress = rank.checkpoints(directory).load_latest(rank.engine)
+            checkpoints = rank.checkpoints(directory)
+            resumed = checkpoints.load_latest(rank.engine)
+            assert resumed is not None
+            checkpoints.check_batches(resumed, rank.batches)
             loaded = rank.state()
             numbers = rank.train(SAVED_AT, END) if position < 2 else []
-            reads.append(Read(progress, loaded, numbers, rank.state() if position == 0 else None))
+            reads.append(Read(resumed.progress, loaded, numbers, rank.state() if position == 0 else None))
         results.append(reads)
     return results
 
 
 def refusals(layout: Layout, attempts: Sequence[tuple[Path, dict[str, Any]]]) -> list[str | None]:
-    """What `load_latest` says to each directory, under the given changes to model or fingerprint; None if it loads."""
+    """What a resume says to each directory, under the given changes to what it compares; None if it loads."""
     rank, said = Rank(layout), list[str | None]()
     for directory, changes in attempts:
-        stored = changes | {"model": rank.model | changes.get("model", {})}
+        stored = changes | {"settings": rank.settings | changes.get("settings", {})}
+        sampler = SequenceSampler(rank.batches.source.corpus, LENGTH, stored.pop("data_seed", 0))
+        checkpoints = rank.checkpoints(directory, **stored)
         try:
-            rank.checkpoints(directory, **stored).load_latest(rank.engine)
+            resumed = checkpoints.load_latest(rank.engine)
+            assert resumed is not None
+            checkpoints.check_batches(resumed, replace(rank.batches, source=sampler))
             said.append(None)
         except CheckpointError as error:
             said.append(str(error))
     return said
 
 
-def save_often(layout: Layout, directory: Path, steps: Sequence[int], keep_last: int) -> list[list[str]]:
-    """Trains and saves at each step; what the directory holds after each save."""
+def save_often(
+    layout: Layout,
+    location: Path | str,
+    steps: Sequence[int],
+    asynchronous: bool,
+    keep_last: int = 3,
+    keep_every: int = 0,
+) -> list[list[int]]:
+    """Trains and saves at each step; the complete checkpoints after each save."""
     rank, seen = Rank(layout), []
-    checkpoints = rank.checkpoints(directory, keep_last=keep_last)
+    checkpoints = rank.checkpoints(location, asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every)
     for step in steps:
         rank.train(0, 1)
-        checkpoints.save(rank.engine, progress_at(step))
-        seen.append(_names(directory))
+        assert not rank.save(checkpoints, step)
+        seen.append(checkpoints.steps())
     return seen
 
 
-def fail_saves(layout: Layout, directory: Path, faults: Sequence[tuple[int, str]]) -> list[tuple[str, list[str]]]:
+def fail_saves(
+    layout: Layout, directory: Path, faults: Sequence[tuple[int, str]], asynchronous: bool
+) -> list[tuple[str, list[str]]]:
     """Saves step 1, then, fault by fault, a step during which one rank's disk fails at `moment`, and at last one more.
 
     What each save said (nothing if it succeeded) and what it left.
     """
     rank, results = Rank(layout), []
-    checkpoints = rank.checkpoints(directory)
+    checkpoints = rank.checkpoints(directory, asynchronous=asynchronous)
     for step, (culprit, moment) in enumerate([(-1, ""), *faults, (-1, "")], start=1):
         broken = OSError(errno.ENOSPC, "No space left on device")
-        said = ""
         with patch(moment, side_effect=broken) if rank.mesh.rank == culprit else nullcontext():
-            try:
-                checkpoints.save(rank.engine, progress_at(step))
-            except CheckpointError as error:
-                said = str(error)
+            said = rank.save(checkpoints, step)
         results.append((said, _names(directory)))
     return results
 
 
-def resume(layout: Layout, attempts: Sequence[tuple[Path, str]]) -> list[str | int | None]:
+def resume(layout: Layout, attempts: Sequence[tuple[Path | str, str]]) -> list[str | int | None]:
     """What checkpoint.resume gives for each run directory: the step, None for a fresh start, or the refusal."""
     rank, got = Rank(layout), list[str | int | None]()
     for directory, wanted in attempts:
         job = layout.job()
         job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"resume": wanted})})
         try:
-            progress = _resume(job, rank.checkpoints(directory), rank.engine)
-            got.append(progress.step if progress else None)
+            resumed = _resume(job, rank.checkpoints(directory), rank.engine)
+            got.append(resumed.progress.step if resumed else None)
         except CheckpointError as error:
             got.append(str(error))
     return got

@@ -40,6 +40,8 @@ LAYOUTS = [
     Layout(1, 1, 2, 0, "bf16"),
     Layout(2, 2, 1, 1, "bf16"),
     Layout(2, 1, 2, 2, "bf16"),
+    Layout(2, 1, 1, 2, "fp16"),
+    Layout(1, 1, 2, 3, "fp16"),
 ]
 """tp x cp x dp, ZeRO stage, precision: each axis with and without a partner, each stage, each precision."""
 
@@ -80,6 +82,10 @@ def test_every_layout_continues_from_every_other(
             states = [rank.loaded for rank in ranks]
             assert_same(assemble(states), assemble([rank.saved for rank in written[source]]), pair)
             check_working_copies(states, layout.precision, layout.stage)
+            if layout.precision == source.precision:
+                scalers = [state.loss_scaler for state in states]
+                assert scalers == [written[source][0].saved.loss_scaler] * len(states), pair
+                assert bool(scalers[0]) == (layout.precision == "fp16")
             assert {state.step_count for state in states} == {SAVED_AT}, pair
             assert all(rank.progress == progress_at(SAVED_AT) for rank in ranks), pair
             assert all(rank.numbers == ranks[0].numbers for rank in ranks), pair
@@ -101,7 +107,7 @@ PAIR = Layout(1, 1, 2, 3)
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of steps 1, 2 and 3, written by two ranks. Copy it before changing it."""
     directory = tmp_path_factory.mktemp("three") / "checkpoints"
-    run_distributed(save_often, PAIR.world_size, PAIR, directory, [1, 2, 3], 3)
+    run_distributed(save_often, PAIR.world_size, PAIR, directory, [1, 2, 3], False)
     return directory
 
 
@@ -113,13 +119,27 @@ def test_retention_and_leftovers(tmp_path: Path) -> None:
         leftover.mkdir(parents=True)
         (leftover / "__0_0.distcp").write_bytes(b"junk of a killed save")
     (directory / "notes.txt").write_text("not ours")
-    seen = run_distributed(save_often, 2, PAIR, directory, [1, 2, 4], 2)[0]
-    assert seen == [
-        ["notes.txt", "step-00000001"],
-        ["notes.txt", "step-00000001", "step-00000002"],
-        ["notes.txt", "step-00000002", "step-00000004"],
+    seen = run_distributed(save_often, 2, PAIR, directory, [1, 2, 4, 5, 6], True, 2, 4)[0]
+    assert seen == [[1], [1, 2], [2, 4], [4, 5], [4, 5, 6]]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "notes.txt",
+        "step-00000004",
+        "step-00000005",
+        "step-00000006",
     ]
-    assert run_distributed(resume, 2, PAIR, [(directory, "auto")]) == [[4], [4]]
+    assert run_distributed(resume, 2, PAIR, [(directory, "auto")]) == [[6], [6]]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_object_store(tmp_path: Path, asynchronous: bool) -> None:
+    location = f"bucket://{tmp_path}/run"
+    killed_save = tmp_path / "run" / "step-00000003"
+    killed_save.mkdir(parents=True)
+    (killed_save / "__0_0.distcp").write_bytes(b"junk of a killed save")
+    seen = run_distributed(save_often, 2, PAIR, location, [1, 2, 4], asynchronous, 2)
+    assert seen == [[[1], [1, 2], [2, 4]]] * 2
+    assert not killed_save.exists() and not (tmp_path / "run" / "step-00000001").exists()
+    assert run_distributed(resume, 2, PAIR, [(location, "auto")]) == [[4], [4]]
 
 
 def truncate(path: Path) -> None:
@@ -156,7 +176,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
         replace_text('"optimizer_steps": 3', '"optimizer_steps": 7'),
         "manifest.json cannot be read (it does not match its own CRC-32)",
     ),
-    ("manifest.json", replace_text('"format": 1', '"format": 2'), "format 2, this program reads 1"),
+    ("manifest.json", replace_text('"format": 2', '"format": 3'), "format 3, this program reads 2"),
 ]
 
 
@@ -190,15 +210,22 @@ def test_damage_is_refused_by_name_and_the_previous_one_offered(three: Path, tmp
 
 def test_another_model_or_corpus_is_refused_with_the_difference(three: Path) -> None:
     changes: list[dict[str, Any]] = [
-        {"model": {"hidden_size": 64, "qk_norm": False}},
+        {"settings": {"model.hidden_size": 64, "model.qk_norm": False}},
         {"data_fingerprint": "fedcba9876543210"},
+        {"settings": {"optimizer.betas": [0.8, 0.9]}},
+        {"data_seed": 1},
+        {"settings": {"optimizer.betas": [0.8, 0.9]}, "accept_changes": ("optimizer.betas",)},
+        {"data_fingerprint": "fedcba9876543210", "data_seed": 1, "accept_changes": ("data",)},
         {},
     ]
     said = run_distributed(refusals, 2, PAIR, [(three, change) for change in changes])
     assert said[0] == said[1]
-    other_model, other_data, same = said[0]
+    other_model, other_data, other_betas, other_order, *accepted, same = said[0]
     assert f"{three}/step-00000003 is of another model: model.hidden_size is 32 there and 64 here; " in other_model
     assert "model.qk_norm is True there and False here; give this model another job.name" in other_model
+    assert "step-00000003 is of another run: optimizer.betas is [0.9, 0.95] there and [0.8, 0.9] here" in other_betas
+    assert "step-00000003 would go on with other data: the batch of step 4 has hash " in other_order
+    assert accepted == [None, None]
     assert "was trained on other data (fingerprint 0123456789ab, here fedcba987654)" in other_data
     assert same is None
 
@@ -228,20 +255,22 @@ def test_resume_never_and_required(three: Path, tmp_path: Path) -> None:
     assert f"checkpoint.resume is required, but {empty} holds no complete checkpoint" in nothing
 
 
-def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, asynchronous: bool) -> None:
     directory = tmp_path / "checkpoints"
     writing = "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data"
     faults = [
-        (0, "launch.checkpoint.Checkpoints._make_room"),
+        (0, "launch.storage.LocalStorage.begin"),
         (0, writing),
         (1, writing),
         (1, "torch.distributed.checkpoint.filesystem.FileSystemWriter.prepare_local_plan"),
         (0, "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish"),
-        (0, "launch.checkpoint._checksums"),
-        (1, "launch.checkpoint._checksums"),
-        (0, "launch.checkpoint._complete"),
+        (1, "os.fsync"),
+        (1, "launch.continuity.batch_hash"),
+        (0, "launch.storage.LocalStorage.written_size"),
+        (0, "launch.storage.LocalStorage.complete"),
     ]
-    by_rank = run_distributed(fail_saves, 2, PAIR, directory, faults)
+    by_rank = run_distributed(fail_saves, 2, PAIR, directory, faults, asynchronous)
     assert by_rank[0] == by_rank[1]
     first, *failed, last = by_rank[0]
     assert first == ("", ["step-00000001"])

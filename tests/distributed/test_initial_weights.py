@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,11 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints, Progress
+from launch.checkpoint import Checkpoints, Progress, Retention
 from launch.config import JobConfig, load_job
+from launch.continuity import settings
 from launch.convert import to_hf
+from launch.corpus import Corpus
+from launch.data import Batches, SequenceSampler
 from launch.initial_weights import load_initial_weights
 from launch.safetensors_folder import SINGLE, ShardWriter
+from launch.storage import storage_at
 from launch.stored_model import WeightsError, parameter_shapes, write_model
 from launch.weights import Part, open_weights
 from model.attention import KernelAttention
@@ -118,9 +123,13 @@ def start(root: Path) -> list[float]:
             job.run_path.mkdir()
             (job.run_path / "config.yaml").write_text(job.to_yaml())
         dist.barrier()
-        stored = job.model.model_dump(mode="json", exclude={"attention_backend", "init_from"})
-        checkpoints = Checkpoints(job.checkpoint_path, keep_last=1, model=stored, data_fingerprint="")
-        checkpoints.save(engine, Progress())
+        checkpoints = Checkpoints(
+            storage_at(job.checkpoint_location), Retention(1), settings=settings(job), data_fingerprint=""
+        )
+        corpus = Corpus.from_documents("training", np.zeros(100, np.uint8), [100], "")
+        checkpoints.save(engine, Progress(), Batches(SequenceSampler(corpus, 8, 0), 1, 1, 1, 0))
+        saved = checkpoints.outcome(wait=True)
+        assert saved is not None and saved.error is None
     return losses
 
 

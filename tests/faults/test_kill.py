@@ -1,8 +1,6 @@
-"""kill -9 of one rank at chosen and at unchosen moments: all ranks end, and the same command continues bit for bit."""
+"""kill -9 of one rank at chosen moments: all ranks end, and the same command continues bit for bit."""
 
 import json
-import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ CHAIN: list[tuple[str, dict[str, Any], list[int]]] = [
     ("before a save begins", {"rank": 0, "event": "os.mkdir", "path": "step-00000001.partial"}, []),
     ("while one rank writes", {"rank": 1, "event": "open", "path": "step-00000001.partial/__1_0.distcp"}, []),
     ("while the other writes", {"rank": 0, "event": "open", "path": "step-00000002.partial/__0_0.distcp"}, [1]),
-    ("before torch's metadata", {"rank": 0, "event": "os.rename", "path": "step-00000003.partial/.metadata"}, [1, 2]),
-    ("while the sums are made", {"rank": 1, "event": "open", "path": "step-00000004.partial/__0_0.distcp"}, [2, 3]),
+    ("before torch's metadata", {"rank": 0, "event": "open", "path": "step-00000003.partial/.metadata"}, [1, 2]),
     ("before the manifest", {"rank": 0, "event": "open", "path": "step-00000004.partial/manifest.json"}, [2, 3]),
-    ("before the last rename", {"rank": 0, "event": "os.rename", "path": "step-00000005.partial", "nth": 2}, [3, 4]),
+    ("before the last rename", {"rank": 0, "event": "os.rename", "path": "step-00000005.partial"}, [3, 4]),
     ("before an old one is removed", {"rank": 0, "event": "os.rename", "path": "step-00000004"}, [4, 5, 6]),
     ("while an old one is removed", {"rank": 0, "event": "shutil.rmtree", "path": "step-00000006.partial"}, [7, 8]),
 ]
@@ -64,45 +61,9 @@ def test_killed_at_every_point_of_start_and_save(tmp_path: Path, uninterrupted: 
     assert sorted(path.name for path in tiny.checkpoints.iterdir()) == ["step-00000008", "step-00000009"]
 
 
-def test_killed_from_outside_between_steps_and_inside_a_save(tmp_path: Path, uninterrupted: TinyJob) -> None:
-    tiny = TinyJob(tmp_path, cp=2, max_steps=9, checkpoint={"keep_last": 2})
-    chance = random.Random(20260)
-    with tiny.launch(2) as job:
-        ranks = job.until(lambda: len(found := job.ranks()) == 2 and found)
-        job.until(lambda: tiny.logged() >= 2)
-        job.kill(ranks[chance.randrange(2)])
-        assert_all_ranks_end(job)
-    with tiny.launch(2) as job:
-        ranks = job.until(lambda: len(found := job.ranks()) == 2 and found)
-        job.until(lambda: tiny.logged() >= 5 and any(tiny.checkpoints.glob("*.partial")))
-        job.kill(ranks[chance.randrange(2)])
-        assert_all_ranks_end(job)
-    assert 4 <= max(tiny.complete()) < 9
-    assert f"resumed from step {max(tiny.complete())}, " in tiny.finish(2)
-    assert tiny.curve() == uninterrupted.curve()
-    assert sums(tiny, 9) == sums(uninterrupted, 9)
-
-
-def test_four_ranks_of_a_mesh(tmp_path: Path) -> None:
-    tiny = TinyJob(tmp_path / "whole", tp=2, cp=2, max_steps=5)
-    tiny.finish(4)
-    killed = TinyJob(tmp_path / "killed", tp=2, cp=2, max_steps=5)
-    with killed.launch(4) as job:
-        ranks = job.until(lambda: len(found := job.ranks()) == 4 and found)
-        job.until(lambda: killed.logged() >= 2)
-        job.kill(ranks[random.Random(7).randrange(4)])
-        assert_all_ranks_end(job)
-    assert 1 <= max(killed.complete()) < 5
-    assert "resumed from step" in killed.finish(4)
-    assert killed.curve() == tiny.curve()
-    assert killed.validation() == tiny.validation()
-    assert sums(killed, 5) == sums(tiny, 5)
-
-
-def test_an_exception_on_one_rank_ends_the_others(tmp_path: Path, uninterrupted: TinyJob) -> None:
+def test_an_exception_on_one_rank_ends_the_others(tmp_path: Path) -> None:
     tiny = TinyJob(tmp_path, cp=2, max_steps=9)
-    shutil.copytree(uninterrupted.checkpoints, tiny.checkpoints)
-    fault = {"rank": 1, "event": "open", "path": "step-00000009/manifest.json", "action": "raise"}
+    fault = {"rank": 1, "event": "open", "path": "lengths.npy", "action": "raise"}
     with tiny.launch(2, fault=fault) as job:
         job.until_said("fault: rank 1")
         seconds = assert_all_ranks_end(job)

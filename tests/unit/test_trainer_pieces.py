@@ -178,7 +178,9 @@ def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[BOS]": 0, "one": 1, "two": 2}, unk_token="[BOS]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.add_special_tokens(["[BOS]"])
-    words.post_processor = tokenizers.processors.TemplateProcessing(single="[BOS] $A [BOS]", special_tokens=[("[BOS]", 0)])
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[BOS] $A [BOS]", special_tokens=[("[BOS]", 0)]
+    )
     words.save(str(tmp_path / "tokenizer.json"))
     codec = text_codec(str(tmp_path / "tokenizer.json"))
     assert codec.encode("two one") == [0, 2, 1], "and does not end as one"

@@ -1,0 +1,131 @@
+"""What makes a resume another run, and that batches are told apart by their tokens alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from launch.checkpoint import Retention
+from launch.config import SECTIONS, JobConfig
+from launch.continuity import (
+    NEXT_BATCHES,
+    acceptable,
+    batch_hash,
+    differences,
+    next_batches,
+    other_batch,
+    settings,
+    unlike_recent,
+)
+from launch.corpus import Corpus
+from launch.data import Batches, SequenceSampler
+
+LENGTH, GLOBAL_BATCH = 16, 8
+
+
+def job(**changes: dict[str, object]) -> JobConfig:
+    sections: dict[str, dict[str, object]] = {
+        "model": {
+            "vocab_size": 256,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        "data": {"source": "python_stdlib"},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"sequence_length": 64, "global_batch_size": 8, "max_steps": 10},
+    }
+    for section, values in changes.items():
+        sections[section] = sections.get(section, {}) | values
+    return JobConfig.model_validate(sections)
+
+
+def batches(dp_size: int, dp_rank: int, seed: int = 0, tokens: int = 3000) -> Batches:
+    text = np.random.default_rng(5).integers(0, 200, tokens).astype(np.uint8)
+    corpus = Corpus.from_documents("training", text, [len(text)], "fingerprint")
+    return Batches(SequenceSampler(corpus, LENGTH, seed), GLOBAL_BATCH, 1, dp_size, dp_rank)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_the_hash_is_of_the_tokens_that_the_ranks_train_on(dp_size: int) -> None:
+    """Rebuilt from what each data-parallel rank is given: the next 20 batches are the same on every layout."""
+    for step in range(30, 30 + NEXT_BATCHES):
+        by_rank = [batches(dp_size, rank).micro_batches(step) for rank in range(dp_size)]
+        digest = hashlib.blake2b(digest_size=16)
+        for in_step in zip(*by_rank, strict=True):  # accumulation step by accumulation step, rank by rank
+            for micro in in_step:
+                digest.update(micro.input_ids.astype("<i8").tobytes() + micro.labels.astype("<i8").tobytes())
+        assert batch_hash(batches(1, 0), step) == digest.hexdigest()
+
+
+def test_ranks_share_the_hashing() -> None:
+    whole = next_batches(batches(1, 0), 7, 0, 1)
+    shared = [next_batches(batches(1, 0), 7, rank, 3) for rank in range(3)]
+    assert {step: one for part in shared for step, one in part.items()} == whole
+    assert sum(map(len, shared)) == len(whole) == NEXT_BATCHES
+
+
+def test_the_first_other_batch_is_named() -> None:
+    there = next_batches(batches(1, 0), 7, 0, 1)
+    assert other_batch(there, dict(there)) is None
+    other = next_batches(batches(1, 0, seed=1), 7, 0, 1)
+    said = f"the batch of step 8 has hash {there['7'][:12]} there and {other['7'][:12]} here"
+    assert other_batch(there, other) == said
+    assert "step 27 " in str(other_batch(there, there | {"26": "0" * 32}))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": {"num_hidden_layers": 3}}, "model.num_hidden_layers is 2 there and 3 here"),
+        ({"training": {"sequence_length": 32}}, "training.sequence_length is 64 there and 32 here"),
+        ({"job": {"seed": 1}}, "job.seed is 0 there and 1 here"),
+        ({"optimizer": {"betas": [0.9, 0.99]}}, "optimizer.betas is [0.9, 0.95] there and [0.9, 0.99] here"),
+        ({"data": {"document_mask": True}}, "data.document_mask is False there and True here"),
+    ],
+)
+def test_another_run_is_refused_unless_accepted(change: dict[str, dict[str, object]], expected: str) -> None:
+    there, here = settings(job()), settings(job(**change))
+    key = expected.split()[0]
+    assert differences(there, here, ()) == ([expected], [])
+    assert acceptable(key) and differences(there, here, (key,)) == ([], [expected])
+
+
+def test_steering_is_told_and_the_layout_is_not_compared() -> None:
+    there = settings(job())
+    steered = settings(job(optimizer={"learning_rate": 0.02, "warmup_steps": 2}, training={"max_steps": 20}))
+    refused, told = differences(there, steered, ())
+    assert not refused and len(told) == 3 and "optimizer.learning_rate is 0.01 there and 0.02 here" in told
+    moved = job(
+        parallel={"tensor_parallel_size": 2, "zero_stage": 1},
+        training={"micro_batch_size": 2, "evaluation_interval": 5},
+        model={"attention_backend": "math"},
+        checkpoint={"save_interval": 5},
+    )
+    assert settings(moved) == there
+
+
+def test_every_stored_key_is_a_key() -> None:
+    for key in settings(job()):
+        section, name = key.split(".")
+        assert name in SECTIONS[section].model_fields
+
+
+def test_a_first_loss_out_of_the_ordinary() -> None:
+    recent = {"1": 2.4, "2": 2.2, "3": 2.3}
+    assert unlike_recent(2.25, recent) is None and unlike_recent(2.0, recent) is None
+    assert "is 5.4000, but the last 3 before the checkpoint lay between 2.2000 and 2.4000" in str(
+        unlike_recent(5.4, recent)
+    )
+    assert unlike_recent(5.4, {}) is None
+
+
+def test_retention_keeps_the_last_and_every_so_many() -> None:
+    steps = [10, 20, 30, 40, 50, 60]
+    assert Retention(2).removable(steps) == [10, 20, 30, 40]
+    assert Retention(2, keep_every=30).removable(steps) == [10, 20, 40]
+    assert Retention(9).removable(steps) == []

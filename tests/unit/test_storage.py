@@ -1,0 +1,133 @@
+"""Where checkpoints lie: what is listed is complete, on disks and in object stores, and leftovers are removed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import zlib
+from pathlib import Path
+from unittest.mock import patch
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from launch.manifest import CheckpointFiles, damage, encode, missing_file
+from launch.storage import LocalStorage, ObjectStorage, Storage, check_client, storage_at
+
+NAME, OTHER = "step-00000001", "step-00000002"
+
+
+class Bucket(MemoryFileSystem):
+    """An object store as they are: no rename, no copy, and objects appear whole or not at all."""
+
+    protocol = "bucket"
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    def mv(self, *_arguments: object, **_options: object) -> None:
+        raise NotImplementedError("an object store has no rename")
+
+    rename = move = cp_file = copy = mv
+
+
+@pytest.fixture(params=["local", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return LocalStorage(tmp_path / "checkpoints")
+    Bucket.store.clear()
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    return ObjectStorage("bucket://runs/a")
+
+
+def write(storage: Storage, name: str, complete: bool = True) -> dict[str, dict[str, int]]:
+    files = CheckpointFiles(storage, name)
+    storage.begin(name)
+    for file, content in (("__0_0.distcp", b"one" * 1000), (".metadata", b"two")):
+        with files.create(file) as stream:
+            stream.write(content)
+            stream.write(memoryview(content))
+    if complete:
+        assert missing_file(storage, name, files.sums) is None
+        storage.complete(name, encode({"format": 2, "files": files.sums}))
+    return files.sums
+
+
+def test_a_checkpoint_is_listed_from_its_completion_to_its_removal(storage: Storage) -> None:
+    assert storage.names() == []
+    sums = write(storage, NAME, complete=False)
+    assert storage.names() == []
+    storage.complete(NAME, encode({"format": 2, "files": sums}))
+    assert storage.names() == [NAME]
+    assert damage(storage, NAME, 0, 1) is None
+    with storage.open(NAME, "__0_0.distcp") as stream:
+        assert stream.read() == b"one" * 2000
+    write(storage, OTHER)
+    storage.remove(NAME)
+    assert storage.names() == [OTHER]
+    with pytest.raises(FileNotFoundError):
+        storage.open(NAME, "__0_0.distcp")
+
+
+def test_what_a_killed_save_or_removal_left_goes_at_the_next_save(storage: Storage) -> None:
+    write(storage, NAME)
+    write(storage, OTHER, complete=False)
+    write(storage, OTHER)  # over what was left
+    assert sorted(storage.names()) == [NAME, OTHER] and damage(storage, OTHER, 0, 1) is None
+    write(storage, "step-00000003", complete=False)
+    storage.discard("step-00000003")
+    storage.discard("step-00000003")
+    assert sorted(storage.names()) == [NAME, OTHER]
+    if isinstance(storage, ObjectStorage):
+        with patch.object(Bucket, "rm", side_effect=OSError("killed")), pytest.raises(OSError, match="killed"):
+            storage.remove(NAME)
+        assert storage.names() == [OTHER], "a removal that stopped half way leaves no checkpoint"
+        write(storage, "step-00000004")
+        assert not any(NAME in path for path in Bucket.store)
+
+
+def test_damage_is_named(storage: Storage) -> None:
+    write(storage, NAME)
+    with patch("zlib.crc32", side_effect=lambda _data, _value=0: 1):
+        assert damage(storage, NAME, 0, 1) == "manifest.json cannot be read (it does not match its own CRC-32)"
+    assert damage(storage, OTHER, 0, 1) is not None
+    truncated = {"__0_0.distcp": {"bytes": 7, "crc32": 0}}
+    storage.begin(OTHER)
+    storage.complete(OTHER, encode({"format": 2, "files": truncated}))
+    assert damage(storage, OTHER, 0, 1) == "__0_0.distcp is missing"
+
+
+def test_a_file_that_rank_0_does_not_see_is_noticed_before_the_checkpoint_appears(storage: Storage) -> None:
+    sums = write(storage, NAME, complete=False)
+    assert "__1_0.distcp was written but cannot be seen from rank 0" in str(
+        missing_file(storage, NAME, sums | {"__1_0.distcp": {"bytes": 1, "crc32": 0}})
+    )
+    assert missing_file(storage, NAME, {".metadata": {"bytes": 1, "crc32": 0}}) == ".metadata has 6 bytes instead of 1"
+
+
+def test_sums_are_those_of_the_file(tmp_path: Path) -> None:
+    """Against zlib over the whole file."""
+    storage = LocalStorage(tmp_path)
+    sums = write(storage, NAME)
+    for file, entry in sums.items():
+        content = (tmp_path / NAME / file).read_bytes()
+        assert entry == {"bytes": len(content), "crc32": zlib.crc32(content)}
+    assert json.loads((tmp_path / NAME / "manifest.json").read_text())["files"] == sums
+
+
+def test_an_error_of_the_disk_is_not_swallowed(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch("os.fsync", side_effect=full), pytest.raises(OSError, match="No space left"):
+        write(storage, NAME)
+    assert storage.names() == []
+
+
+def test_a_location_is_a_path_or_a_url(tmp_path: Path) -> None:
+    assert isinstance(storage_at(str(tmp_path)), LocalStorage)
+    assert storage_at(f"file://{tmp_path}").location == str(tmp_path)
+    assert isinstance(storage_at("memory://runs/a"), ObjectStorage)
+    check_client("memory://runs")
+    check_client("runs/a")
+    with pytest.raises(ValueError, match="nosuch"):
+        check_client("nosuch://runs/a")
