@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from launch import continuity
 from launch.continuity import Settings
 from launch.data import Batches
 from launch.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
-from launch.storage import LocalStorage, Storage
+from launch.storage import Storage
 from parallel.state import load_state, save_state
 from parallel.zero import Snapshot, ZeroEngine
 
@@ -324,31 +323,24 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
 
-def newest_checkpoint(directory: Path, step: int | None = None) -> Path:
-    """The newest complete checkpoint in a run's `directory`, or the one at `step`, for readers outside the run.
+def newest_checkpoint(storage: Storage, step: int | None = None, *, verify: bool = False) -> str:
+    """The name of a run's newest complete checkpoint, or of the one at `step`, for readers outside the run.
 
-    Looks at the manifest and the files' sizes, not at their checksums. Needs no process group. Raises CheckpointError.
+    `verify` reads all of its files and compares their checksums. Needs no process group. Raises CheckpointError.
     """
-    storage = LocalStorage(directory)
     found = {int(match.group(1)): name for name in storage.names() if (match := _COMPLETE.fullmatch(name))}
     if not found:
-        raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
+        raise CheckpointError(f"{storage.location} holds no complete checkpoint; train the run until it saves one")
     if step is not None and step not in found:
         steps = ", ".join(map(str, sorted(found)))
-        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are those of steps {steps}")
-    path = directory / found[max(found) if step is None else step]
-    try:
-        files = read_manifest(storage, path.name)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
-    for name, expected in files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else 0
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected['bytes']}; give --step to "
-                "take another"
-            )
-    return path
+        raise CheckpointError(f"{storage.location} holds no checkpoint of step {step}; there are those of {steps}")
+    name = found[max(found) if step is None else step]
+    fault = damage(storage, name, 0, 1) if verify else None
+    if fault:
+        raise CheckpointError(
+            f"checkpoint {name} in {storage.location} is damaged: {fault}; give --step to take another"
+        )
+    return name
 
 
 def _name(step: int) -> str:

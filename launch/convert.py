@@ -90,7 +90,7 @@ def to_hf(
     """
     from launch.weights import Part, open_weights  # imports DeepSpeed, which the other direction does not need
 
-    model, weights = stored_model(run), open_weights(run, step)
+    model, weights = stored_model(run), open_weights(run, step, verify=True)
     kept = run / COMPANION_FOLDER
     source = _read_config(kept) if (kept / "config.json").is_file() else None
     common = dtype or weights.dtypes["embed_tokens.weight"]
@@ -149,7 +149,7 @@ def _check_tensors(files: SafetensorsFolder, wanted: dict[str, tuple[int, ...]],
         for name, shape in files.shapes.items()
         if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     }
-    check_shapes(found, wanted, files.folder)
+    check_shapes(found, wanted, str(files.folder))
 
 
 def _longest_context(run: Path, source: dict[str, Any] | None) -> int:

@@ -25,7 +25,7 @@ def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     folder, fragments, failure, origin = Path(job.model.init_from), list(engine.fragments()), None, ""
     try:
         weights = open_weights(folder)
-        origin = str(weights.origin)
+        origin = weights.origin
         weights.read([part for fragment in fragments for part in _parts(fragment, engine)])
         if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
             shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)

@@ -10,14 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from launch.checkpoint import CheckpointError, newest_checkpoint
+from launch.config import JobConfig
+from launch.manifest import CheckpointFiles
 from launch.safetensors_folder import SafetensorsFolder
-from launch.stored_model import MODEL_FILE, WeightsError, check_shapes, parameter_shapes, stored_model
+from launch.storage import Storage, storage_at
+from launch.stored_model import MODEL_FILE, RUN_FILE, WeightsError, check_shapes, parameter_shapes, stored_model
 from parallel.state import LoadRectangles, Rectangle
+from parallel.torch_files import reader
 
 
 class Part(NamedTuple):
@@ -31,7 +34,7 @@ class Part(NamedTuple):
 class Weights(ABC):
     """One model's parameters, by our names."""
 
-    origin: Path
+    origin: str
     """What errors call them."""
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -41,8 +44,10 @@ class Weights(ABC):
         """Fills the parts. Raises WeightsError."""
 
 
-def open_weights(folder: Path, step: int | None = None) -> Weights:
+def open_weights(folder: Path, step: int | None = None, *, verify: bool = False) -> Weights:
     """The weights of a run (of its newest checkpoint, or of the one at `step`) or of a converted model.
+
+    `verify` compares a checkpoint's checksums first, which reads all of it.
 
     Raises WeightsError if there are none, or not those that the folder's own description promises.
     """
@@ -52,16 +57,23 @@ def open_weights(folder: Path, step: int | None = None) -> Weights:
         weights = _ConvertedWeights(folder)
     else:
         try:
-            weights = _CheckpointWeights(newest_checkpoint(folder / "checkpoints", step))
+            storage = _checkpoints_of(folder)
+            weights = _CheckpointWeights(storage, newest_checkpoint(storage, step, verify=verify))
         except CheckpointError as error:
             raise WeightsError(str(error)) from error
     check_shapes(weights.shapes, parameter_shapes(model), weights.origin)
     return weights
 
 
+def _checkpoints_of(run: Path) -> Storage:
+    """Where a run's checkpoints are: beside its configuration, unless that names another place."""
+    job = JobConfig.from_yaml((run / RUN_FILE).read_text(encoding="utf-8"))
+    return storage_at(job.checkpoint_location if job.checkpoint.directory else str(run / "checkpoints"))
+
+
 class _ConvertedWeights(Weights):
     def __init__(self, folder: Path):
-        self.origin, self._files = folder, SafetensorsFolder(folder)
+        self.origin, self._files = str(folder), SafetensorsFolder(folder)
         self.shapes, self.dtypes = self._files.shapes, self._files.dtypes
 
     def read(self, parts: Sequence[Part]) -> None:
@@ -72,8 +84,8 @@ class _ConvertedWeights(Weights):
 class _CheckpointWeights(Weights):
     """The fp32 parameters of a checkpoint, without the optimizer's moments."""
 
-    def __init__(self, directory: Path):
-        self.origin, self._reader = directory, FileSystemReader(directory)
+    def __init__(self, storage: Storage, name: str):
+        self.origin, self._reader = f"{storage.location}/{name}", reader(CheckpointFiles(storage, name))
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for key, entry in self._reader.read_metadata().state_dict_metadata.items():

@@ -153,6 +153,26 @@ def test_every_layout_starts_from_the_weights(tmp_path: Path) -> None:
     assert "Qwen2ForCausalLM" in said and said.endswith("tokenizer copied")
     assert torch.equal(exported["model.layers.1.self_attn.k_proj.bias"], weights["layers.1.attention.k_proj.bias"])
     assert len(exported) == len(weights)
+    check_refusals(run, tmp_path / "not written")
+
+
+def check_refusals(run: Path, out: Path) -> None:
+    """Before anything is exported, a checkpoint is compared with its checksums."""
+    with pytest.raises(WeightsError, match="holds no checkpoint of step 7; there are those of 0"):
+        to_hf(run, out, step=7)
+    file = max((run / "checkpoints" / "step-00000000").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"is damaged: {file.name} does not match its CRC-32; give --step"):
+        to_hf(run, out)
+    file.write_bytes(content[: len(content) // 3])
+    with pytest.raises(WeightsError, match="is damaged: .* bytes instead of"):
+        to_hf(run, out)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(WeightsError, match="holds no complete checkpoint; train the run until it saves one"):
+        to_hf(run, out)
+    assert not out.exists()
 
 
 def check_slices(run: Path, weights: dict[str, Tensor]) -> None:
