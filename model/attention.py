@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels import AttentionKernel, AttentionMask, Documents, attention
+from model.kernels import AttentionKernel, Documents, KernelOperator
 from model.layers import RMSNorm
 from model.rope import rotate
 
@@ -19,16 +19,11 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Documents | None"], Tenso
 """(q [B, S, H, D], k and v [B, S, K, D], documents) -> [B, S, H, D]: causal self-attention, windowed if configured."""
 
 
-class KernelAttention:
-    """The seam's plain side: one kernel call over the whole sequence on one device."""
+class KernelAttention(KernelOperator):
+    """The seam's plain side: the whole sequence on one device."""
 
     def __init__(self, kernel: AttentionKernel, config: ModelConfig, *, deterministic: bool = False):
-        self.kernel, self.deterministic = kernel, deterministic
-        self.window, self.scale = config.sliding_window, config.head_dim**-0.5
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        mask = AttentionMask(causal=True, window=self.window, documents=documents)
-        return attention(q, k, v, kernel=self.kernel, scale=self.scale, mask=mask, deterministic=self.deterministic)
+        super().__init__(kernel, scale=config.head_dim**-0.5, window=config.sliding_window, deterministic=deterministic)
 
 
 class Attention(nn.Module):

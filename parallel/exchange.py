@@ -11,6 +11,7 @@ its output, LSE and dQ are final. An owner adds up dK and dV in fp32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from model.kernels import AttentionKernel, AttentionMask, Documents
+from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
+from model.kernels.operator import NO_TARGETS
+from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangePlan, exchange_plan
 
 
@@ -52,7 +55,7 @@ class _Job(NamedTuple):
     works: list[dist.Work]
 
 
-class ExchangeAttention:
+class ExchangeAttention(AttentionOperator):
     """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
@@ -71,22 +74,102 @@ class ExchangeAttention:
         head_groups: int = 1,
         keep_gathered: bool = True,
     ):
+        super().__init__()
         self.group, self.kernel, self.scale = group, kernel, scale
         self.window, self.deterministic, self.head_groups = window, deterministic, head_groups
         self.keep_gathered = keep_gathered
         self.rank = dist.get_rank(group)
         self._shape: tuple[int, int] = (0, 0)
-        self._documents: Documents | None = None
+        self._planned_for: Documents | None = None
         self._planned: list[_Rows] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        return _Exchange.apply(q, k, v, self, self._rows(q, documents))
+    def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`kept` has room for the keys and values of whole sequences: documents decide how much of it is used."""
+        kept = 2 * k.numel() * self.group.size() if self.keep_gathered else 0
+        return (q.shape[0], q.shape[2], q.shape[1]), (kept,)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = q.new_empty(q.shape) if out is None else out
+        lse_shape, kept_shape = self.saved_shapes(q, k)
+        lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+        kept = k.new_empty(kept_shape)
+        jobs = _gather_all(self, self._rows(q, documents), k, v, kept)
+        # First what needs no peer, then each group of heads as its keys arrive.
+        for remote in (False, True):
+            for rows, group, buffer, works in jobs:
+                heads = _heads(q.shape[2], group, self.head_groups)
+                if remote:
+                    for work in works:
+                        work.wait()
+                for call in rows.calls:
+                    if call.remote == remote:
+                        inside = rows.rows, call.queries, heads
+                        _, part = self.kernel.forward(
+                            q[inside], *_keys_and_values(buffer, call.keys), self.scale, call.mask, out=out[inside]
+                        )
+                        lse[rows.rows, heads, call.queries] = part
+        return out, lse, kept
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        documents: Documents | None,
+        targets: Targets = NO_TARGETS,
+    ) -> Gradients:
+        planned = self._rows(q, documents)
+        if self.keep_gathered:
+            jobs = [_Job(rows, group, buffer, []) for rows, group, buffer in _buffers(self, planned, k, kept)]
+        else:
+            jobs = _gather_all(self, planned, k, v, kept)
+        dq = q.new_empty(q.shape) if targets[0] is None else targets[0]
+        shares = []
+        for rows, group, buffer, works in jobs:
+            for work in works:
+                work.wait()
+            heads = _heads(q.shape[2], group, self.head_groups)
+            share = _KeyGradients(self, rows, buffer)
+            for call in rows.calls:
+                if not call.remote:
+                    share.send_home()  # what peers wait for is complete; the rest is computed meanwhile
+                inside = rows.rows, call.queries, heads
+                share.add(
+                    call.keys,
+                    lambda dk, dv, call=call, inside=inside, buffer=buffer: self.kernel.backward(
+                        dout[inside],
+                        q[inside],
+                        *_keys_and_values(buffer, call.keys),
+                        out[inside],
+                        lse[inside[0], inside[2], inside[1]],
+                        self.scale,
+                        call.mask,
+                        self.deterministic,
+                        dq=dq[inside],
+                        dk=dk,
+                        dv=dv,
+                    ),
+                )
+            share.send_home()
+            shares.append((rows, group, share))
+        dk = k.new_empty(k.shape) if targets[1] is None else targets[1]
+        dv = v.new_empty(v.shape) if targets[2] is None else targets[2]
+        for rows, group, share in shares:
+            own = rows.rows, slice(None), _heads(k.shape[2], group, self.head_groups)
+            share.collect(dk[own], dv[own])
+        return dq, dk, dv
 
     def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
         shape = (q.shape[0], q.shape[1])
-        if self._shape != shape or self._documents is not documents:
-            self._planned, self._shape, self._documents = self._plan(q, documents), shape, documents
+        if self._shape != shape or self._planned_for is not documents:
+            self._planned, self._shape, self._planned_for = self._plan(q, documents), shape, documents
         return self._planned
 
     def _plan(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
@@ -120,88 +203,6 @@ class ExchangeAttention:
                 )
             calls.append(_Call(queries, keys, mask, call.remote))
         return calls
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: ExchangeAttention, planned: list[_Rows]
-    ) -> Tensor:
-        groups = attention.head_groups
-        out = torch.empty_like(q)
-        jobs = _gather_all(attention, planned, k, v)
-        lses = [[q.new_empty(0)] * len(rows.calls) for rows, *_ in jobs]
-        # First what needs no peer, then each group of heads as its keys arrive.
-        for remote in (False, True):
-            for number, (rows, group, buffer, works) in enumerate(jobs):
-                heads = _heads(q.shape[2], group, groups)
-                if remote:
-                    for work in works:
-                        work.wait()
-                for index, call in enumerate(rows.calls):
-                    if call.remote == remote:
-                        _, lses[number][index] = attention.kernel.forward(
-                            q[rows.rows, call.queries, heads],
-                            *_keys_and_values(buffer, call.keys),
-                            attention.scale,
-                            call.mask,
-                            out=out[rows.rows, call.queries, heads],
-                        )
-        keys_and_values = [buffer for _, _, buffer, _ in jobs] if attention.keep_gathered else [k, v]
-        ctx.save_for_backward(q, out, *(lse for of_job in lses for lse in of_job), *keys_and_values)
-        ctx.attention, ctx.planned = attention, planned
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        attention, planned, groups = ctx.attention, ctx.planned, ctx.attention.head_groups
-        q, out, *saved = ctx.saved_tensors
-        count = sum(len(rows.calls) for rows in planned) * groups
-        lses, keys_and_values = iter(saved[:count]), saved[count:]
-        if attention.keep_gathered:
-            places = [(rows, group) for rows in planned for group in range(groups)]
-            jobs = [_Job(*place, buffer, []) for place, buffer in zip(places, keys_and_values, strict=True)]
-        else:
-            jobs = _gather_all(attention, planned, *keys_and_values)
-        dout, dq = grads[0], torch.empty_like(q)
-        shares = []
-        for rows, group, buffer, works in jobs:
-            for work in works:
-                work.wait()
-            heads = _heads(q.shape[2], group, groups)
-            share = _KeyGradients(attention, rows, buffer)
-            for call in rows.calls:
-                if not call.remote:
-                    share.send_home()  # what peers wait for is complete; the rest is computed meanwhile
-                inside = rows.rows, call.queries, heads
-                share.add(
-                    call.keys,
-                    lambda dk, dv, call=call, inside=inside, buffer=buffer: attention.kernel.backward(
-                        dout[inside],
-                        q[inside],
-                        *_keys_and_values(buffer, call.keys),
-                        out[inside],
-                        next(lses),
-                        attention.scale,
-                        call.mask,
-                        attention.deterministic,
-                        dq=dq[inside],
-                        dk=dk,
-                        dv=dv,
-                    ),
-                )
-            share.send_home()
-            shares.append((rows, group, share))
-        if len(shares) == 1:
-            dk, dv = _keys_and_values(shares[0][2].collect(), slice(None))
-            return dq, dk, dv, None, None
-        shape = (q.shape[0], q.shape[1], jobs[0].buffer.shape[3] * groups, q.shape[3])
-        dk, dv = q.new_empty(shape), q.new_empty(shape)
-        for rows, group, share in shares:
-            heads = _heads(shape[2], group, groups)
-            for whole, part in zip((dk, dv), _keys_and_values(share.collect(), slice(None)), strict=True):
-                whole[rows.rows, :, heads] = part
-        return dq, dk, dv, None, None
 
 
 class _KeyGradients:
@@ -256,31 +257,26 @@ class _KeyGradients:
                 operations.append(_operation(dist.irecv, part, peer, self.group))
         self.works = dist.batch_isend_irecv(operations) if operations else []
 
-    def collect(self) -> Tensor:
-        """Waits for the peers' shares; dK and dV of this rank's own tokens [L, 2, B, K / G, D], added up in fp32."""
+    def collect(self, dk: Tensor, dv: Tensor) -> None:
+        """Waits for the peers' shares and adds up, in fp32, dK and dV of this rank's own tokens [B, L, K / G, D]."""
         for work in self.works or []:
             work.wait()
-        if len(self.plan.own) == 1:  # the last rank's chunks are neighbours, in its buffer too
-            ((_, index, length),) = self.plan.own
-            return self._sum(slice(index, index + length), None)
-        total = self.gradient.new_empty(sum(length for *_, length in self.plan.own), *self.gradient.shape[1:])
         for local, index, length in self.plan.own:
-            self._sum(slice(index, index + length), total[local : local + length])
-        return total
-
-    def _sum(self, keys: slice, target: Tensor | None) -> Tensor:
-        """All shares of some own keys, rounded once; written to `target`, or in place without one."""
-        mine = self.gradient[keys]
-        target = mine if target is None else target
-        shares = _overlaps(keys, self.extra) + _overlaps(keys, self.incoming)
-        if len(shares) == 1 and len(shares[0][1]) == len(mine):
-            return torch.add(mine, shares[0][1], out=target)  # adds in fp32
-        if not shares:
-            return mine if target is mine else target.copy_(mine)
-        precise = mine.to(self.precise)
-        for where, share in shares:
-            precise[where] += share
-        return target.copy_(precise)
+            keys, tokens = slice(index, index + length), slice(local, local + length)
+            shares = _overlaps(keys, self.extra) + _overlaps(keys, self.incoming)
+            mine = self.gradient[keys]
+            precise = (
+                mine.to(self.precise) if len(shares) > 1 or any(len(share) < length for _, share in shares) else None
+            )
+            for which, target in enumerate((dk[:, tokens].transpose(0, 1), dv[:, tokens].transpose(0, 1))):
+                if precise is not None:
+                    for where, share in shares:
+                        precise[where, which] += share[:, which]
+                    target.copy_(precise[:, which])
+                elif shares:
+                    torch.add(mine[:, which], shares[0][1][:, which], out=target)  # adds in fp32, rounds once
+                else:
+                    target.copy_(mine[:, which])
 
 
 def _overlaps(keys: slice, shares: list[tuple[slice, Tensor]]) -> list[tuple[slice, Tensor]]:
@@ -295,13 +291,28 @@ def _overlaps(keys: slice, shares: list[tuple[slice, Tensor]]) -> list[tuple[sli
     return found
 
 
-def _gather_all(attention: ExchangeAttention, planned: list[_Rows], k: Tensor, v: Tensor) -> list[_Job]:
+def _buffers(
+    attention: ExchangeAttention, planned: list[_Rows], k: Tensor, kept: Tensor
+) -> list[tuple[_Rows, int, Tensor]]:
+    """A buffer for every group of heads, in the order in which they are needed: parts of `kept` if that has room."""
+    found, used = [], 0
+    heads = k.shape[2] // attention.head_groups
+    for rows in planned:
+        batch = len(range(*rows.rows.indices(k.shape[0])))
+        shape = (rows.plan.buffer_length, 2, batch, heads, k.shape[3])
+        for group in range(attention.head_groups):
+            memory = kept[used : used + math.prod(shape)] if attention.keep_gathered else k.new_empty(math.prod(shape))
+            found.append((rows, group, memory.view(shape)))
+            used += math.prod(shape)
+    return found
+
+
+def _gather_all(attention: ExchangeAttention, planned: list[_Rows], k: Tensor, v: Tensor, kept: Tensor) -> list[_Job]:
     """Packs every group of heads and starts all transfers, in the order in which they will be needed."""
     jobs = []
-    for rows in planned:
-        for group in range(attention.head_groups):
-            buffer = _packed(rows, k, v, group, attention.head_groups)
-            jobs.append(_Job(rows, group, buffer, _gather(attention, rows.plan, buffer)))
+    for rows, group, buffer in _buffers(attention, planned, k, kept):
+        _pack(buffer, rows, k, v, group, attention.head_groups)
+        jobs.append(_Job(rows, group, buffer, _gather(attention, rows.plan, buffer)))
     return jobs
 
 
@@ -314,15 +325,13 @@ def _keys_and_values(buffer: Tensor, keys: slice) -> tuple[Tensor, Tensor]:
     return buffer[keys, 0].transpose(0, 1), buffer[keys, 1].transpose(0, 1)
 
 
-def _packed(rows: _Rows, k: Tensor, v: Tensor, group: int, groups: int) -> Tensor:
-    """A buffer that holds this rank's own keys and values of one group of heads at their places."""
+def _pack(buffer: Tensor, rows: _Rows, k: Tensor, v: Tensor, group: int, groups: int) -> None:
+    """Puts this rank's own keys and values of one group of heads at their places."""
     heads = _heads(k.shape[2], group, groups)
     k, v = k[rows.rows, :, heads], v[rows.rows, :, heads]
-    buffer = k.new_empty(rows.plan.buffer_length, 2, k.shape[0], k.shape[2], k.shape[3])
     for local, index, length in rows.plan.own:
         own = [part[:, local : local + length].transpose(0, 1) for part in (k, v)]
         torch.stack(own, dim=1, out=buffer[index : index + length])
-    return buffer
 
 
 def _gather(attention: ExchangeAttention, plan: ExchangePlan, buffer: Tensor) -> list[dist.Work]:

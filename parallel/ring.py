@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from model.kernels import AttentionKernel, AttentionMask, Documents
+from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
+from model.kernels.operator import NO_TARGETS
+from model.kernels.protocol import Gradients, Targets, placed
 from parallel.ring_plan import Call, ring_plan
 
 
-class RingAttention:
+class RingAttention(AttentionOperator):
     """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
@@ -38,13 +40,98 @@ class RingAttention:
         window: int | None = None,
         deterministic: bool = False,
     ):
+        super().__init__()
         self.group, self.kernel, self.scale = group, kernel, scale
         self.window, self.deterministic = window, deterministic
         self._planned_for: tuple[Any, ...] | None = None
         self._steps: list[list[_BoundCall]] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        return _Ring.apply(q, k, v, self, self._plan(q, documents))
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps = self._plan(q, documents)
+        accumulate = torch.promote_types(q.dtype, torch.float32)
+        batch, length, heads, _ = q.shape
+        running = torch.zeros(q.shape, dtype=accumulate, device=q.device)
+        lse = torch.full((batch, heads, length), -torch.inf, dtype=accumulate, device=q.device)
+        held = torch.stack([k, v])
+        spare = torch.empty_like(held)
+        for number, calls in enumerate(steps):
+            transfer = _pass_on(held, spare, self.group) if number + 1 < len(steps) else []
+            for call in calls:
+                part, part_lse = self.kernel.forward(
+                    q[call.rows, call.queries],
+                    held[0, call.rows, call.keys],
+                    held[1, call.rows, call.keys],
+                    self.scale,
+                    call.mask,
+                )
+                _merge(running[call.rows, call.queries], lse[call.rows, :, call.queries], part, part_lse)
+            for work in transfer:
+                work.wait()
+            held, spare = spare, held
+        return placed(running.to(q.dtype), out), lse, q.new_empty(0)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        documents: Documents | None,
+        targets: Targets = NO_TARGETS,
+    ) -> Gradients:
+        steps, dout = self._plan(q, documents), dout.contiguous()
+        accumulate = lse.dtype
+        dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
+        held = torch.stack([k, v])
+        spare = torch.empty_like(held)
+        # dK and dV travel one hop behind their keys: they arrive before the step that adds to them ends, and a last hop
+        # brings them home.
+        gradient = torch.zeros(held.shape, dtype=accumulate, device=held.device)
+        spare_gradient = torch.empty_like(gradient)
+        arriving: list[dist.Work] = []
+        for number, calls in enumerate(steps):
+            transfer = _pass_on(held, spare, self.group) if number + 1 < len(steps) else []
+            parts = []
+            for call in calls:
+                rows, queries, keys = call.rows, call.queries, call.keys
+                dq_part, dk_part, dv_part = self.kernel.backward(
+                    dout[rows, queries],
+                    q[rows, queries],
+                    held[0, rows, keys],
+                    held[1, rows, keys],
+                    out[rows, queries],
+                    lse[rows, :, queries],
+                    self.scale,
+                    call.mask,
+                    self.deterministic,
+                )
+                dq[rows, queries] += dq_part
+                parts.append((call, dk_part, dv_part))
+            if number:
+                for work in arriving:
+                    work.wait()
+                gradient, spare_gradient = spare_gradient, gradient
+            for call, dk_part, dv_part in parts:
+                gradient[0, call.rows, call.keys] += dk_part
+                gradient[1, call.rows, call.keys] += dv_part
+            if len(steps) > 1:
+                arriving = _pass_on(gradient, spare_gradient, self.group)
+            for work in transfer:
+                work.wait()
+            held, spare = spare, held
+        for work in arriving:
+            work.wait()
+        home = spare_gradient if len(steps) > 1 else gradient
+        dq, dk, dv = (
+            (like.new_empty(like.shape) if target is None else target).copy_(total)
+            for like, total, target in zip((q, k, v), (dq, *home), targets, strict=True)
+        )
+        return dq, dk, dv
 
     def _plan(self, q: Tensor, documents: Documents | None) -> list[list[_BoundCall]]:
         """The steps for this batch: made at its first layer, kept for the others."""
@@ -103,85 +190,6 @@ def _boundaries_by_row(boundaries: Sequence[int], batch: int, sequence_length: i
         assert inside[0] == 0 and inside[-1] == sequence_length, "documents must not cross rows of the batch"
         rows.append(inside)
     return rows
-
-
-class _Ring(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, steps: list[list[_BoundCall]]
-    ) -> Tensor:
-        accumulate = torch.promote_types(q.dtype, torch.float32)
-        batch, length, heads, _ = q.shape
-        out = torch.zeros(q.shape, dtype=accumulate, device=q.device)
-        lse = torch.full((batch, heads, length), -torch.inf, dtype=accumulate, device=q.device)
-        held = torch.stack([k, v])
-        spare = torch.empty_like(held)
-        for number, calls in enumerate(steps):
-            transfer = _pass_on(held, spare, ring.group) if number + 1 < len(steps) else []
-            for call in calls:
-                part, part_lse = ring.kernel.forward(
-                    q[call.rows, call.queries],
-                    held[0, call.rows, call.keys],
-                    held[1, call.rows, call.keys],
-                    ring.scale,
-                    call.mask,
-                )
-                _merge(out[call.rows, call.queries], lse[call.rows, :, call.queries], part, part_lse)
-            for work in transfer:
-                work.wait()
-            held, spare = spare, held
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
-        ctx.ring, ctx.steps = ring, steps
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring, dout = ctx.ring, grads[0].contiguous()
-        accumulate = lse.dtype
-        dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)
-        held = torch.stack([k, v])
-        spare = torch.empty_like(held)
-        # dK and dV travel one hop behind their keys: they arrive before the step that adds to them ends, and a last hop
-        # brings them home.
-        gradient = torch.zeros(held.shape, dtype=accumulate, device=held.device)
-        spare_gradient = torch.empty_like(gradient)
-        arriving: list[dist.Work] = []
-        for number, calls in enumerate(ctx.steps):
-            transfer = _pass_on(held, spare, ring.group) if number + 1 < len(ctx.steps) else []
-            parts = []
-            for call in calls:
-                rows, queries, keys = call.rows, call.queries, call.keys
-                dq_part, dk_part, dv_part = ring.kernel.backward(
-                    dout[rows, queries],
-                    q[rows, queries],
-                    held[0, rows, keys],
-                    held[1, rows, keys],
-                    out[rows, queries],
-                    lse[rows, :, queries],
-                    ring.scale,
-                    call.mask,
-                    ring.deterministic,
-                )
-                dq[rows, queries] += dq_part
-                parts.append((call, dk_part, dv_part))
-            if number:
-                for work in arriving:
-                    work.wait()
-                gradient, spare_gradient = spare_gradient, gradient
-            for call, dk_part, dv_part in parts:
-                gradient[0, call.rows, call.keys] += dk_part
-                gradient[1, call.rows, call.keys] += dv_part
-            if len(ctx.steps) > 1:
-                arriving = _pass_on(gradient, spare_gradient, ring.group)
-            for work in transfer:
-                work.wait()
-            held, spare = spare, held
-        for work in arriving:
-            work.wait()
-        home = spare_gradient if len(ctx.steps) > 1 else gradient
-        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -6,6 +6,7 @@ asking for availability does.
 """
 
 from model.kernels.autograd import attention
+from model.kernels.operator import AttentionOperator, KernelOperator
 from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, KernelUnavailable
 from model.kernels.select import BACKENDS, KERNELS, select_kernel
 
@@ -14,8 +15,10 @@ __all__ = [
     "KERNELS",
     "AttentionKernel",
     "AttentionMask",
+    "AttentionOperator",
     "Capabilities",
     "Documents",
+    "KernelOperator",
     "KernelUnavailable",
     "attention",
     "select_kernel",

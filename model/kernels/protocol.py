@@ -36,8 +36,10 @@ class Documents:
 
     boundaries: tuple[int, ...]
     """On the host: 0 = b0 < b1 < ... < bN = B*S, every multiple of S among them."""
+    host: Tensor = field(compare=False, repr=False)
+    """The same N + 1 numbers, int32, on the host."""
     cu_seqlens: Tensor = field(compare=False, repr=False)
-    """The same N + 1 numbers, int32, on the device that computes: kernels read it without a copy."""
+    """And on the device that computes: kernels read it without a copy."""
     max_seqlen: int
     """Tokens in the longest document."""
 
@@ -55,9 +57,14 @@ class Documents:
                 f"{list(boundaries)[:8]}"
             )
         # From pinned memory the copy does not hold up the host; from ordinary memory it would wait for the device.
-        pinned = torch.device(device).type == "cuda"
-        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)
-        return cls(tuple(boundaries), cu_seqlens, max(lengths))
+        host = torch.tensor(boundaries, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+        return cls(tuple(boundaries), host, host.to(device, non_blocking=True), max(lengths))
+
+    @classmethod
+    def from_tensors(cls, host: Tensor, cu_seqlens: Tensor) -> Documents:
+        """The documents that these two tensors of another `Documents` describe."""
+        boundaries = tuple(host.tolist())
+        return cls(boundaries, host, cu_seqlens, max(end - start for start, end in pairwise(boundaries)))
 
     @property
     def lengths(self) -> list[int]:

@@ -1,0 +1,170 @@
+"""Causal self-attention as one operator: autograd, compilers and recomputation see it whole.
+
+Shapes: B batch, S tokens of a row on this device, H query heads, K key/value heads, D head width.
+
+`ringzero::attention` is registered with torch.library, so that a compiled block calls it without looking inside and a
+recomputation policy can name it: its outputs (out, lse, kept) are what its backward needs beside q, k and v, so that
+nothing is attended twice. Operators take numbers and tensors only; `number` says which `AttentionOperator` runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels.protocol import AttentionKernel, AttentionMask, Documents, Gradients, Targets
+
+NO_TARGETS: Targets = (None, None, None)
+
+
+class AttentionOperator(ABC):
+    """Causal self-attention, windowed and cut into documents as configured, forward and backward without autograd.
+
+    Called like a function it is differentiable: (q [B, S, H, D], k and v [B, S, K, D], documents) -> [B, S, H, D].
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self._documents: Documents | None = None
+        _operators[self.number] = self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        boundaries = cu_seqlens = None
+        if documents is not None:
+            boundaries, cu_seqlens = documents.host, documents.cu_seqlens
+        return attention_op(q, k, v, boundaries, cu_seqlens, self.number)[0]
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out [B, S, H, D], lse, kept): fresh tensors, but for `out` where a place is given.
+
+        `lse` and `kept` are of the shapes that `saved_shapes` names, for this operator's backward alone.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        documents: Documents | None,
+        targets: Targets = NO_TARGETS,
+    ) -> Gradients:
+        """dq, dk, dv of sum(dout * out): in `targets` where given, else in tensors of their own."""
+
+    def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `lse` (fp32, or fp64 for fp64 inputs) and of `kept` (in q's dtype)."""
+        return (q.shape[0], q.shape[2], q.shape[1]), (0,)
+
+    def documents(self, boundaries: Tensor | None, cu_seqlens: Tensor | None) -> Documents | None:
+        """The documents of these tensors; a model's layers ask for the same ones one after the other."""
+        if boundaries is None or cu_seqlens is None:
+            return None
+        if self._documents is None or self._documents.host is not boundaries:
+            self._documents = Documents.from_tensors(boundaries, cu_seqlens)
+        return self._documents
+
+
+class KernelOperator(AttentionOperator):
+    """One kernel call over the whole sequence."""
+
+    def __init__(
+        self, kernel: AttentionKernel, *, scale: float, window: int | None = None, deterministic: bool = False
+    ):
+        super().__init__()
+        self.kernel, self.scale, self.window, self.deterministic = kernel, scale, window, deterministic
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = self.kernel.forward(q, k, v, self.scale, self._mask(documents), out)
+        return out, lse.contiguous(), q.new_empty(0)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        documents: Documents | None,
+        targets: Targets = NO_TARGETS,
+    ) -> Gradients:
+        mask = self._mask(documents)
+        return self.kernel.backward(dout, q, k, v, out, lse, self.scale, mask, self.deterministic, *targets)
+
+    def _mask(self, documents: Documents | None) -> AttentionMask:
+        return AttentionMask(causal=True, window=self.window, documents=documents)
+
+
+_numbers = itertools.count()
+_operators: weakref.WeakValueDictionary[int, AttentionOperator] = weakref.WeakValueDictionary()
+"""Live operators by number."""
+
+
+@torch.library.custom_op("ringzero::attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, cu_seqlens: Tensor | None, number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, kept) of operator `number`; `boundaries` int32 on the host and `cu_seqlens` name the documents."""
+    operator = _operators[number]
+    return operator.forward(q, k, v, operator.documents(boundaries, cu_seqlens))
+
+
+@torch.library.custom_op("ringzero::attention_backward", mutates_args=())
+def attention_backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    boundaries: Tensor | None,
+    cu_seqlens: Tensor | None,
+    number: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    operator = _operators[number]
+    return operator.backward(dout, q, k, v, out, lse, kept, operator.documents(boundaries, cu_seqlens))
+
+
+@attention_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, cu_seqlens: Tensor | None, number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse_shape, kept_shape = _operators[number].saved_shapes(q, k)
+    lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse, q.new_empty(kept_shape)
+
+
+@attention_backward_op.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, boundaries, cu_seqlens, ctx.number = inputs
+    ctx.save_for_backward(q, k, v, *output, boundaries, cu_seqlens)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return *attention_backward_op(grads[0], *ctx.saved_tensors, ctx.number), None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)

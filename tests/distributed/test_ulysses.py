@@ -1,0 +1,222 @@
+"""Attention by heads against attention over the whole sequence on one rank: alone, and around an exchange or a ring.
+
+Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim; P context_parallel_size = U (by heads) x R.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import parallel.ulysses
+from model.kernels import KERNELS, AttentionOperator, KernelOperator
+from parallel.exchange import ExchangeAttention
+from parallel.ring import RingAttention
+from parallel.transport import MessageTransport
+from parallel.ulysses import UlyssesAttention, check_ulysses
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_ring import (
+    CASES,
+    LONG,
+    NAMES,
+    PRIMES,
+    SCALE,
+    Case,
+    Results,
+    dense,
+    full_inputs,
+    local_part,
+    worst,
+)
+
+LAYOUTS = {
+    (2, 1): [3, 6],
+    (4, 1): [1, 2, 5, 7],
+    (2, 2): [0, 2, 5, 6],
+    (2, 4): list(range(8)),
+    (4, 2): list(range(8)),
+}
+"""(U, R): the ranks of P, in the order of their parts. Consecutive U of them trade heads."""
+INNER = ("exchange", "ring")
+
+
+def groups(ranks: list[int], heads: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's context-parallel group, the part of it that trades heads, and the one that trades keys."""
+    whole = dist.new_group(ranks)
+    by_heads = [dist.new_group(ranks[i : i + heads]) for i in range(0, len(ranks), heads)]
+    by_keys = [dist.new_group(ranks[i::heads]) for i in range(heads)]
+    place = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else 0
+    return whole, by_heads[place // heads], by_keys[place % heads]
+
+
+def make(
+    by_heads: dist.ProcessGroup, by_keys: dist.ProcessGroup, case: Case, kernel: str, inner: str, **variant: Any
+) -> UlyssesAttention:
+    arguments: dict[str, Any] = {"scale": SCALE, "window": case.window}
+    attend: AttentionOperator
+    if by_keys.size() == 1:
+        attend = KernelOperator(KERNELS[kernel], **arguments)
+    elif inner == "ring":
+        attend = RingAttention(by_keys, KERNELS[kernel], **arguments)
+    else:
+        attend = ExchangeAttention(by_keys, KERNELS[kernel], keep_gathered=False, **arguments)
+    return UlyssesAttention(MessageTransport(by_heads), attend, **variant)
+
+
+def with_heads(case: Case, heads: int) -> Case:
+    """The case with heads that `heads` ranks and two groups can share."""
+    return dataclasses.replace(case, heads=4 * heads, kv_heads=2 * heads)
+
+
+def errors(whole: dist.ProcessGroup, attend: UlyssesAttention, case: Case, dtype: torch.dtype) -> dict[str, float]:
+    q, k, v, dout = (local_part(tensor, whole).to(dtype).requires_grad_() for tensor in full_inputs(case))
+    out = attend(q, k, v, case.documents())
+    found = {}
+    results = out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+    for name, result, full in zip(NAMES, results, dense(case), strict=True):
+        assert result.is_contiguous() and result.dtype == dtype
+        difference = (result.double() - local_part(full, whole)).abs().max()
+        found[name] = (difference / full.abs().max().clamp(min=1)).item()
+    return found
+
+
+def _errors() -> Results:
+    found: Results = {}
+    for (heads, keys), ranks in LAYOUTS.items():
+        whole, by_heads, by_keys = groups(ranks, heads)
+        if dist.get_rank() not in ranks:
+            continue
+        for (name, case), inner in itertools.product(CASES.items(), INNER if keys > 1 else INNER[:1]):
+            case = with_heads(case, heads)
+            for kernel, dtype, variant in (
+                ("math", torch.float64, {}),
+                ("math", torch.float64, {"head_groups": 2, "keep": False}),
+                ("cpu", torch.float32, {"head_groups": 2}),
+            ):
+                attend = make(by_heads, by_keys, case, kernel, inner, **variant)
+                key = heads, keys, name, inner, kernel, str(variant)
+                found[key] = errors(whole, attend, case, dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def all_errors() -> Results:
+    return worst(run_distributed(_errors, 8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]} by heads x {layout[1]} by keys")
+@pytest.mark.parametrize(("kernel", "tolerance"), [("math", 1e-12), ("cpu", 1e-5)])
+def test_equals_attention_over_the_whole_sequence(
+    all_errors: Results, layout: tuple[int, int], kernel: str, tolerance: float
+) -> None:
+    found = {key: value for key, value in all_errors.items() if key[:2] == layout and key[4] == kernel}
+    assert {key[2] for key in found} == set(CASES)
+    for key, tensors in found.items():
+        for tensor, error in tensors.items():
+            assert error < tolerance, (key, tensor)
+
+
+def _leak() -> float:
+    """The largest change in documents 2, 3, ... of each row when document 1 changes."""
+    ranks = LAYOUTS[2, 2]
+    whole, by_heads, by_keys = groups(ranks, 2)
+    if dist.get_rank() not in ranks:
+        return 0.0
+    case = with_heads(Case(lengths=PRIMES + LONG), 2)
+    attend = make(by_heads, by_keys, case, "cpu", "exchange", head_groups=2)
+    inputs = full_inputs(case)
+    changed = [tensor.clone() for tensor in inputs]
+    for tensor in changed:
+        tensor[0, : PRIMES[0]] += 1
+        tensor[1, : LONG[0]] += 1
+    outputs = []
+    for q, k, v, _ in (inputs, changed):
+        outputs.append(attend(*(local_part(x, whole).float() for x in (q, k, v)), case.documents()))
+    length = inputs[0].shape[1]
+    position = local_part(torch.arange(length).expand(2, length).contiguous(), whole)
+    others = position >= torch.tensor([[PRIMES[0]], [LONG[0]]])
+    return (outputs[0] - outputs[1])[others].abs().max().item()
+
+
+def test_nothing_leaks_from_one_document_to_the_next() -> None:
+    assert run_distributed(_leak, 8) == [0.0] * 8
+
+
+@contextmanager
+def neighbours_chunks() -> Iterator[None]:
+    """Tokens in the order of ranks, as if the sequence were cut in contiguous parts."""
+
+    def chunks(self: UlyssesAttention, rank: int, like: Tensor) -> list[slice]:
+        return [slice(rank * like.shape[1], (rank + 1) * like.shape[1])]
+
+    with mock.patch.object(UlyssesAttention, "_chunks", chunks):
+        yield
+
+
+@contextmanager
+def heads_of_the_first_group() -> Iterator[None]:
+    def starts(self: UlyssesAttention, rank: int, group: int, sizes: list[int]) -> list[int]:
+        return [rank * self.head_groups * size for size in sizes]
+
+    with mock.patch.object(UlyssesAttention, "_head_starts", starts):
+        yield
+
+
+@contextmanager
+def nothing_sent_back() -> Iterator[None]:
+    original = parallel.ulysses.UlyssesAttention._return
+
+    def back(self: UlyssesAttention, slot: Tensor, group: int, targets: list[Tensor], own: list[Tensor]) -> Any:
+        for target in targets:
+            target.zero_()
+        with mock.patch.object(self.transport, "exchange", lambda *_: mock.Mock()):
+            return original(self, slot, group, targets, own)
+
+    with mock.patch.object(UlyssesAttention, "_return", back):
+        yield
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "contiguous parts": neighbours_chunks,
+    "heads of the first group": heads_of_the_first_group,
+    "nothing sent back": nothing_sent_back,
+}
+
+
+def _errors_under_faults() -> Results:
+    ranks = LAYOUTS[2, 2]
+    whole, by_heads, by_keys = groups(ranks, 2)
+    found: Results = {}
+    for name, fault in FAULTS.items() if dist.get_rank() in ranks else ():
+        with fault():
+            case = with_heads(CASES["causal"], 2)
+            attend = make(by_heads, by_keys, case, "math", "exchange", head_groups=2)
+            found[name,] = errors(whole, attend, case, torch.float64)
+    return found
+
+
+@pytest.fixture(scope="module")
+def errors_under_faults() -> Results:
+    return worst(run_distributed(_errors_under_faults, 8))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(errors_under_faults: Results, fault: str) -> None:
+    for name in NAMES:
+        error = errors_under_faults[fault,][name]
+        assert error > 1e-4 or math.isnan(error), f"{name} is off by {error} only"
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(3\) to be divisible by its group \(2\)"):
+        check_ulysses(3, 2)
