@@ -4,10 +4,10 @@
         [--rows REGEX] [--peers] [--kernel flash_attn_4] [--shard 1/3]
 
 Every row is forward + backward of causal attention in bf16, head_dim 128, batch 1. Times are the slowest rank's median
-over repetitions; the ideal is the same kernel on one GPU over the whole sequence, divided by the number of GPUs. A
-shard runs its part of the rows and the anchor row; results are merged into the output file by row name, so an
-interrupted run goes on where it stopped (`--again` measures anew). `--table` prints the file's contents as Markdown and
-measures nothing.
+over repetitions; the ideal is the same kernel on one GPU over the whole sequence, divided by the number of GPUs. Packed
+rows hold documents of lengths drawn from a log-normal distribution (`document_lengths`), the same for all. A shard runs
+its part of the rows and the anchor row; results are merged into the output file by row name, so an interrupted run goes
+on where it stopped (`--again` measures anew). `--table` prints the file's contents as Markdown and measures nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
+import random
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.kernels import AttentionMask, attention
-from model.kernels.select import KERNELS
+from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.exchange import ExchangeAttention
 from parallel.ring import RingAttention
+from parallel.transport import Transport, make_transport
+from parallel.ulysses import UlyssesAttention
 
 HEAD_DIM = 128
 ROUNDS = 5
@@ -44,17 +47,44 @@ ONE_GPU = "one GPU, whole sequence"
 
 @dataclass(frozen=True)
 class Row:
-    """One shape: query/KV heads, tokens of one rank, and a window (0: none)."""
+    """One shape: query/KV heads, tokens of one rank, a window (0: none) and a seed of document lengths (0: none)."""
 
     heads: int
     key_value_heads: int
     local_tokens: int
     window: int = 0
+    documents: int = 0
 
     @property
     def name(self) -> str:
-        window = f" window {self.window}" if self.window else ""
-        return f"{self.heads}/{self.key_value_heads} heads, {self.local_tokens // 1024}k tokens per rank{window}"
+        window = f", window {self.window}" if self.window else ""
+        packed = f", documents of seed {self.documents}" if self.documents else ""
+        return (
+            f"{self.heads}/{self.key_value_heads} heads, {self.local_tokens // 1024}k tokens per rank{window}{packed}"
+        )
+
+    def boundaries(self) -> list[int]:
+        """Where the documents of the whole sequence begin, and its end."""
+        length = self.local_tokens * dist.get_world_size()
+        return [0, *itertools.accumulate(document_lengths(length, self.documents))] if self.documents else [0, length]
+
+    @property
+    def flops(self) -> float:
+        """Of a forward pass over the whole sequence: 4 x heads x head_dim x visible pairs."""
+        pairs = 0
+        for start, end in itertools.pairwise(self.boundaries()):
+            length, reach = end - start, min(self.window or end - start, end - start)
+            pairs += reach * (reach + 1) // 2 + (length - reach) * reach
+        return 4.0 * self.heads * HEAD_DIM * pairs
+
+
+def document_lengths(total: int, seed: int) -> list[int]:
+    """Long-tailed: exp of a normal distribution, median 1,024 tokens, sigma 1.2; the last one is cut to fit."""
+    draw = random.Random(seed)
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(left, max(1, round(draw.lognormvariate(math.log(1024), 1.2)))))
+    return lengths
 
 
 ANCHOR = Row(32, 8, 8192)
@@ -64,7 +94,8 @@ def all_rows() -> list[Row]:
     """The grid: heads x lengths x masks; the anchor first."""
     heads = [(32, 8), (16, 4), (8, 2), (32, 32)]
     lengths = [2048, 4096, 8192, 16384, 32768, 65536]
-    rows = [Row(*pair, length, window) for pair in heads for length in lengths for window in (0, 1024, 4096)]
+    masks = [(0, 0), (1024, 0), (4096, 0), (0, 1), (0, 2), (0, 3)]
+    rows = [Row(*pair, length, *mask) for pair in heads for length in lengths for mask in masks]
     return [ANCHOR] + [row for row in rows if row != ANCHOR]
 
 
@@ -80,27 +111,28 @@ class Contestant:
 
 def contestants(row: Row, kernel_name: str, with_peers: bool) -> list[Contestant]:
     """One GPU on the whole sequence first, then our modes, then peers."""
-    kernel, group, scale, window = KERNELS[kernel_name], dist.group.WORLD, HEAD_DIM**-0.5, row.window or None
-    mask = AttentionMask(causal=True, window=window)
-    found = [
-        Contestant(
-            ONE_GPU,
-            row.local_tokens * dist.get_world_size(),
-            lambda q, k, v: attention(q, k, v, kernel=kernel, scale=scale, mask=mask),
-        )
-    ]
-    for head_groups in (1, 2):
-        if row.key_value_heads % head_groups == 0:
-            exchange = ExchangeAttention(group, kernel, scale=scale, window=window, head_groups=head_groups)
-            name = f"exchange, {head_groups} head group{'s' * (head_groups > 1)}"
-            found.append(Contestant(name, row.local_tokens, partial(_without_documents, exchange)))
-    ring = RingAttention(group, kernel, scale=scale, window=window)
-    found.append(Contestant("zigzag ring", row.local_tokens, partial(_without_documents, ring)))
-    return found + (peers(row) if with_peers and not window else [])
+    kernel, group, window = KERNELS[kernel_name], dist.group.WORLD, row.window or None
+    documents = Documents.from_boundaries(row.boundaries(), "cuda") if row.documents else None
+    settings: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "window": window}
+    whole = KernelOperator(kernel, **settings)
+
+    def entry(name: str, operator: AttentionOperator, tokens: int = row.local_tokens) -> Contestant:
+        return Contestant(name, tokens, lambda q, k, v: operator(q, k, v, documents))
+
+    found = [entry(ONE_GPU, whole, row.local_tokens * dist.get_world_size())]
+    for head_groups in (1, 2, 4):
+        if row.key_value_heads % (head_groups * dist.get_world_size()) == 0:
+            name = f"heads, {head_groups} group{'s' * (head_groups > 1)}"
+            found.append(entry(name, UlyssesAttention(transport(), whole, head_groups=head_groups)))
+    found.append(entry("exchange", ExchangeAttention(group, kernel, **settings)))
+    found.append(entry("zigzag ring", RingAttention(group, kernel, **settings)))
+    return found + (peers(row) if with_peers and not window and not row.documents else [])
 
 
-def _without_documents(ours: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ours(q, k, v, None)
+@cache
+def transport() -> Transport:
+    """One for all rows: its memory grows to the largest."""
+    return make_transport(dist.group.WORLD, torch.device("cuda", dist.get_rank()))
 
 
 def peers(row: Row) -> list[Contestant]:

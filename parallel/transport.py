@@ -21,7 +21,8 @@ from torch.distributed import ProcessGroup
 Rows = Callable[[int, int], list[slice]]
 """(owner, reader) -> the rows of the owner's slot that the reader takes."""
 Place = Callable[[int, list[Tensor]], None]
-"""(owner, those rows): copies them to where they belong. The rows are valid during the call only."""
+"""(owner, those rows): copies them to where they belong. The rows are valid during the call only, and best copied in
+one piece: a copy engine does that beside the kernels."""
 
 
 class Arrival(Protocol):
@@ -87,7 +88,7 @@ class SymmetricTransport:
     own, after which every rank copies what it needs; contiguous rows go by copy engine.
     """
 
-    _SLOTS = 3
+    _SLOTS = 4
     """A slot is written again after this many exchanges. Its readers have then passed a later barrier, see `slot`."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
@@ -96,8 +97,8 @@ class SymmetricTransport:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._bytes = 0
         self._uses = 0
-        self._passed: list[torch.cuda.Event] = []
-        """One event for each of the last exchanges, the oldest first."""
+        self._recent: list[_Reached] = []
+        """The last exchanges, the oldest first."""
 
     @staticmethod
     def reaches(group: ProcessGroup, device: torch.device) -> bool:
@@ -124,9 +125,10 @@ class SymmetricTransport:
         size = math.prod(shape) * like.element_size()
         if size > self._bytes:
             self._grow(size)
-        # Exchange n - SLOTS + 1 began after every peer had read exchange n - SLOTS, the last that used this memory.
-        if len(self._passed) == self._SLOTS - 1:
-            torch.cuda.current_stream(self.device).wait_event(self._passed.pop(0))
+        # Exchange n - SLOTS + 1 began after every peer had read exchange n - SLOTS, the last that used this memory. (An
+        # arrival waited for already is left alone: a CUDA graph under record may not wait for what came before it.)
+        if len(self._recent) == self._SLOTS - 1 and not (earlier := self._recent.pop(0)).waited:
+            earlier.wait()
         return self._memory[self._start() :][:size].view(like.dtype).view(tuple(shape))
 
     def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
@@ -140,9 +142,9 @@ class SymmetricTransport:
                 place(peer, [theirs[part] for part in rows(peer, self.rank)])
             event = torch.cuda.Event()
             event.record(self._stream)
-        self._passed.append(event)
         self._uses += 1
-        return _Reached(event, self.device)
+        self._recent.append(_Reached(event, self.device))
+        return self._recent[-1]
 
     def _start(self) -> int:
         return self._uses % self._SLOTS * self._bytes
@@ -151,6 +153,7 @@ class SymmetricTransport:
         """Larger slots, once for each new largest shape. Collective; waits until the old ones are out of use."""
         torch.cuda.synchronize(self.device)
         dist.barrier(self.group)
+        self._recent.clear()
         self._bytes = -(-size // 512) * 512
         self._memory = symmetric_memory.empty(self._SLOTS * self._bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._memory, self.group)
@@ -158,9 +161,10 @@ class SymmetricTransport:
 
 class _Reached:
     def __init__(self, event: torch.cuda.Event, device: torch.device):
-        self.event, self.device = event, device
+        self.event, self.device, self.waited = event, device, False
 
     def wait(self) -> None:
+        self.waited = True
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
 

@@ -50,21 +50,19 @@ class UlyssesAttention(AttentionOperator):
         lse, kept = q.new_empty(lse_shape, dtype=dtype), q.new_empty(kept_shape)
         memory = kept if self.keep else q.new_empty(2 * q.numel() + 2 * k.numel())
         inputs, outputs = memory.split([q.numel() + 2 * k.numel(), q.numel()])
-        arriving = self._gather((q, k, v), inputs)
-        leaving = []
-        attended = self._by_tokens(outputs, [q])
-        for group, (arrival, (whole_q, whole_k, whole_v)) in enumerate(arriving):
-            arrival.wait()
-            (result,) = attended[group]
+        trade = _Trade(self, [out])
+        arriving = _Gathering(self, [q, k, v], inputs)
+        for group, whole in enumerate(self._by_tokens(outputs, [q])):
+            whole_q, whole_k, whole_v = arriving.wait(group)
+            result = whole.transpose(0, 1)
             _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=result)
             lse[group] = part
-            slot = self._slot([q])
+            slot = trade.slot()
             for peer in self._peers:
                 for tokens in self._chunks(peer, q):
-                    slot[tokens].copy_(result.transpose(0, 1)[tokens])
-            leaving.append(self._return(slot, group, [out], own=[result]))
-        for arrival in leaving:
-            arrival.wait()
+                    slot[tokens].copy_(whole[tokens])
+            trade.send(slot, whole)
+        trade.finish()
         return out, lse, kept
 
     def backward(
@@ -79,95 +77,36 @@ class UlyssesAttention(AttentionOperator):
         documents: Documents | None,
         targets: Targets = NO_TARGETS,
     ) -> Gradients:
-        gradients = [
+        dq, dk, dv = (
             like.new_empty(like.shape) if target is None else target
             for like, target in zip((q, k, v), targets, strict=True)
-        ]
-        needed = (dout,) if self.keep else (dout, q, k, v, out)
-        arriving = self._gather(needed, q.new_empty(sum(tensor.numel() for tensor in needed)))
-        if self.keep:
-            inputs, outputs = kept.split([q.numel() + 2 * k.numel(), q.numel()])
-            known = zip(self._by_tokens(inputs, [q, k, v]), self._by_tokens(outputs, [q]), strict=True)
-            saved = [(whole[0], whole[1], whole[2], result[0]) for whole, result in known]
-        else:
-            saved = [(views[1], views[2], views[3], views[4]) for _, views in arriving]
-        leaving = []
-        for group, (arrival, (whole_dout, *_)) in enumerate(arriving):
-            arrival.wait()
-            slot = self._slot([q, k, v])
-            parts = _split(slot.transpose(0, 1), [self._heads(like) for like in (q, k, v)])
-            whole_q, whole_k, whole_v, whole_out = saved[group]
-            targets = parts[0], parts[1], parts[2]
+        )
+        needed = [dout] if self.keep else [dout, q, k, v, out]
+        arriving = _Gathering(self, needed, q.new_empty(sum(tensor.numel() for tensor in needed)))
+        inputs, outputs = kept.split([q.numel() + 2 * k.numel(), q.numel()] if self.keep else [0, 0])
+        trade = _Trade(self, [dq, dk, dv])
+        for group in range(self.head_groups):
+            whole_dout, *saved = arriving.wait(group)
+            if self.keep:
+                of_inputs, of_outputs = self._by_tokens(inputs, [q, k, v])[group], self._by_tokens(outputs, [q])[group]
+                saved = [*_split(of_inputs, [q, k, v], self), of_outputs.transpose(0, 1)]
+            slot = trade.slot()
+            into = _split(slot, [q, k, v], self)
+            whole_q, whole_k, whole_v, whole_out = saved
             self.inner.backward(
-                whole_dout, whole_q, whole_k, whole_v, whole_out, lse[group], q.new_empty(0), documents, targets
+                whole_dout,
+                whole_q,
+                whole_k,
+                whole_v,
+                whole_out,
+                lse[group],
+                q.new_empty(0),
+                documents,
+                targets=(into[0], into[1], into[2]),
             )
-            leaving.append(self._return(slot, group, gradients, own=parts))
-        for arrival in leaving:
-            arrival.wait()
-        return gradients[0], gradients[1], gradients[2]
-
-    # -- trading -------------------------------------------------------------------------------------------------------
-
-    def _gather(self, tensors: Sequence[Tensor], memory: Tensor) -> list[tuple[Arrival, list[Tensor]]]:
-        """Starts to collect all tokens of this rank's heads of `tensors` [B, L, heads, D].
-
-        Returns, for each group of heads, its arrival and the views [B, T, heads / U / G, D] of `memory` that it fills.
-        """
-        batch, length = tensors[0].shape[:2]
-        sizes = [self._heads(tensor) for tensor in tensors]
-        shape = self.size * length, batch, sum(sizes), tensors[0].shape[3]
-        gathered = []
-        for group, whole in enumerate(memory.view(self.head_groups, *shape)):
-            slot = self.transport.slot(shape, tensors[0])
-            for peer in self._peers:
-                _pack(slot[peer * length : (peer + 1) * length], tensors, sizes, self._head_starts(peer, group, sizes))
-
-            def place(peer: int, rows: list[Tensor], whole: Tensor = whole) -> None:
-                start = 0
-                for tokens in self._chunks(peer, tensors[0]):
-                    count = tokens.stop - tokens.start
-                    whole[tokens].copy_(rows[0][start : start + count])
-                    start += count
-
-            arrival = self.transport.exchange(
-                slot, lambda owner, reader: [slice(reader * length, (reader + 1) * length)], place
-            )
-            start = 0
-            for tokens in self._chunks(self.rank, tensors[0]):
-                count = tokens.stop - tokens.start
-                local = [tensor[:, start : start + count] for tensor in tensors]
-                _pack(whole[tokens], local, sizes, self._head_starts(self.rank, group, sizes))
-                start += count
-            gathered.append((arrival, _split(whole.transpose(0, 1), sizes)))
-        return gathered
-
-    def _slot(self, likes: Sequence[Tensor]) -> Tensor:
-        """A slot [T, B, heads, D] for results of all of the group's tokens."""
-        batch, length, _, head_dim = likes[0].shape
-        heads = sum(self._heads(like) for like in likes)
-        return self.transport.slot((self.size * length, batch, heads, head_dim), likes[0])
-
-    def _return(self, slot: Tensor, group: int, targets: list[Tensor], own: Sequence[Tensor]) -> Arrival:
-        """Starts to bring results in `slot` back to the ranks of their tokens; `own` are this rank's, [B, T, ., D]."""
-        sizes = [self._heads(target) for target in targets]
-
-        def scatter(owner: int, tokens: int, parts: Sequence[Tensor]) -> None:
-            for target, part, size in zip(targets, parts, sizes, strict=True):
-                (start,) = self._head_starts(owner, group, [size])
-                copy_wide(target[:, tokens : tokens + part.shape[1], start : start + size], part)
-
-        def place(owner: int, rows: list[Tensor]) -> None:
-            tokens = 0
-            for part in rows:
-                scatter(owner, tokens, _split(part.transpose(0, 1), sizes))
-                tokens += part.shape[0]
-
-        arrival = self.transport.exchange(slot, lambda owner, reader: self._chunks(reader, targets[0]), place)
-        tokens = 0
-        for chunk in self._chunks(self.rank, targets[0]):
-            scatter(self.rank, tokens, [tensor[:, chunk] for tensor in own])
-            tokens += chunk.stop - chunk.start
-        return arrival
+            trade.send(slot, slot)
+        trade.finish()
+        return dq, dk, dv
 
     # -- who has what --------------------------------------------------------------------------------------------------
 
@@ -184,19 +123,115 @@ class UlyssesAttention(AttentionOperator):
         last = 2 * self.size - 1 - rank
         return [slice(half * rank, half * (rank + 1)), slice(half * last, half * (last + 1))]
 
-    def _heads(self, like: Tensor) -> int:
+    def heads(self, like: Tensor) -> int:
         """Heads of one group of one rank."""
         return like.shape[2] // self.size // self.head_groups
 
-    def _head_starts(self, rank: int, group: int, sizes: Sequence[int]) -> list[int]:
-        return [(rank * self.head_groups + group) * size for size in sizes]
+    def of_group(self, tensor: Tensor, group: int) -> Tensor:
+        """[B, L, heads, D] as [U, L, B, heads / U / G, D]: for each rank of the group its heads of one group."""
+        return tensor.unflatten(2, (self.size, self.head_groups, self.heads(tensor)))[:, :, :, group].permute(
+            2, 1, 0, 3, 4
+        )
 
-    def _by_tokens(self, memory: Tensor, likes: Sequence[Tensor]) -> list[list[Tensor]]:
-        """`memory` as [G, T, B, heads, D]: for each group the views [B, T, heads / U / G, D] of each tensor."""
+    def _by_tokens(self, memory: Tensor, likes: Sequence[Tensor]) -> Tensor:
+        """`memory` as [G, T, B, heads, D] with the heads of one rank and group of all of `likes` [B, L, ., D]."""
         batch, length, _, head_dim = likes[0].shape
-        sizes = [self._heads(like) for like in likes]
-        groups = memory.view(self.head_groups, self.size * length, batch, sum(sizes), head_dim)
-        return [_split(group.transpose(0, 1), sizes) for group in groups]
+        heads = sum(self.heads(like) for like in likes)
+        return memory.view(self.head_groups, self.size * length, batch, heads, head_dim)
+
+
+class _Gathering:
+    """All tokens of this rank's heads of some tensors [B, L, heads, D], one group of heads after the other."""
+
+    _AHEAD = 2
+    """Groups on their way at a time: the one that is waited for and the next."""
+
+    def __init__(self, attention: UlyssesAttention, tensors: Sequence[Tensor], memory: Tensor):
+        """`memory` receives them: `UlyssesAttention._by_tokens`."""
+        self.attention, self.tensors = attention, tensors
+        self.whole = attention._by_tokens(memory, tensors)
+        self.arrivals = [self._start(group) for group in range(min(self._AHEAD, attention.head_groups))]
+
+    def wait(self, group: int) -> list[Tensor]:
+        """The tensors [B, T, heads / U / G, D]."""
+        self.arrivals[group].wait()
+        following = len(self.arrivals)
+        if group and following < self.attention.head_groups:
+            self.arrivals.append(self._start(following))
+        return _split(self.whole[group], self.tensors, self.attention)
+
+    def _start(self, group: int) -> Arrival:
+        attention, whole, length = self.attention, self.whole[group], self.tensors[0].shape[1]
+        slot = attention.transport.slot(whole.shape, whole)
+        by_rank = slot.unflatten(0, (attention.size, length))
+        start = 0
+        for tensor in self.tensors:
+            heads = attention.heads(tensor)
+            copy_wide(by_rank[:, :, :, start : start + heads], attention.of_group(tensor, group))
+            start += heads
+
+        def place(owner: int, rows: list[Tensor]) -> None:
+            chunks = attention._chunks(owner, self.tensors[0])
+            for tokens, part in zip(chunks, rows[0].split([t.stop - t.start for t in chunks]), strict=True):
+                whole[tokens].copy_(part)
+
+        arrival = attention.transport.exchange(
+            slot, lambda owner, reader: [slice(reader * length, (reader + 1) * length)], place
+        )
+        place(attention.rank, [by_rank[attention.rank]])
+        return arrival
+
+
+class _Trade:
+    """Results for all tokens of this rank's heads, on their way to the ranks of their tokens."""
+
+    def __init__(self, attention: UlyssesAttention, targets: Sequence[Tensor]):
+        """`targets` [B, L, heads, D] receive this rank's tokens of all heads."""
+        self.attention, self.targets = attention, targets
+        self.length = targets[0].shape[1]
+        self.under_way: list[tuple[Arrival, Tensor]] = []
+        self.done = 0
+
+    def slot(self) -> Tensor:
+        """[T, B, heads, D]: the results of one group of heads, for peers to take."""
+        batch, _, _, head_dim = self.targets[0].shape
+        heads = sum(self.attention.heads(target) for target in self.targets)
+        like = self.targets[0]
+        return self.attention.transport.slot((self.attention.size * self.length, batch, heads, head_dim), like)
+
+    def send(self, slot: Tensor, own: Tensor) -> None:
+        """Starts to bring a group's results home, and settles the group before; `own` [T, B, heads, D] has this rank's."""
+        attention = self.attention
+        landing = slot.new_empty((attention.size, self.length, *slot.shape[1:]))
+
+        def place(owner: int, rows: list[Tensor]) -> None:
+            tokens = 0
+            for part in rows:
+                landing[owner, tokens : tokens + part.shape[0]].copy_(part)
+                tokens += part.shape[0]
+
+        def rows(owner: int, reader: int) -> list[slice]:
+            return attention._chunks(reader, self.targets[0])
+
+        self.under_way.append((attention.transport.exchange(slot, rows, place), landing))
+        place(attention.rank, [own[tokens] for tokens in rows(attention.rank, attention.rank)])
+        if len(self.under_way) > 1:
+            self._settle()
+
+    def finish(self) -> None:
+        """Afterwards all targets are complete."""
+        while self.done < len(self.under_way):
+            self._settle()
+
+    def _settle(self) -> None:
+        arrival, landing = self.under_way[self.done]
+        arrival.wait()
+        start = 0
+        for target in self.targets:
+            heads = self.attention.heads(target)
+            copy_wide(self.attention.of_group(target, self.done), landing[:, :, :, start : start + heads])
+            start += heads
+        self.done += 1
 
 
 def check_ulysses(num_key_value_heads: int, group_size: int) -> None:
@@ -225,12 +260,6 @@ def _wide(tensor: Tensor) -> Tensor | None:
     return tensor.view(torch.complex128)
 
 
-def _pack(target: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], starts: Sequence[int]) -> None:
-    """target [tokens, B, sum of sizes, D] takes heads [start, start + size) of each tensor [B, tokens, heads, D]."""
-    for part, tensor, size, start in zip(_split(target, sizes), tensors, sizes, starts, strict=True):
-        copy_wide(part, tensor[:, :, start : start + size].transpose(0, 1))
-
-
-def _split(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Views of consecutive heads (dim 2)."""
-    return list(tensor.split(list(sizes), dim=2))
+def _split(whole: Tensor, likes: Sequence[Tensor], attention: UlyssesAttention) -> list[Tensor]:
+    """[T, B, heads, D] as views [B, T, ., D] of the heads of each of `likes`."""
+    return list(whole.transpose(0, 1).split([attention.heads(like) for like in likes], dim=2))

@@ -165,24 +165,20 @@ def neighbours_chunks() -> Iterator[None]:
 
 @contextmanager
 def heads_of_the_first_group() -> Iterator[None]:
-    def starts(self: UlyssesAttention, rank: int, group: int, sizes: list[int]) -> list[int]:
-        return [rank * self.head_groups * size for size in sizes]
-
-    with mock.patch.object(UlyssesAttention, "_head_starts", starts):
+    original = UlyssesAttention.of_group
+    with mock.patch.object(UlyssesAttention, "of_group", lambda self, tensor, group: original(self, tensor, 0)):
         yield
 
 
 @contextmanager
 def nothing_sent_back() -> Iterator[None]:
-    original = parallel.ulysses.UlyssesAttention._return
-
-    def back(self: UlyssesAttention, slot: Tensor, group: int, targets: list[Tensor], own: list[Tensor]) -> Any:
-        for target in targets:
+    def settle(self: Any) -> None:
+        for target in self.targets:
             target.zero_()
-        with mock.patch.object(self.transport, "exchange", lambda *_: mock.Mock()):
-            return original(self, slot, group, targets, own)
+        self.under_way[self.done][0].wait()
+        self.done += 1
 
-    with mock.patch.object(UlyssesAttention, "_return", back):
+    with mock.patch.object(parallel.ulysses._Trade, "_settle", settle):
         yield
 
 
