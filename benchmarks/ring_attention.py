@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.exchange import ExchangeAttention
+from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
 from parallel.transport import Transport, make_transport
 from parallel.ulysses import UlyssesAttention
@@ -124,14 +125,19 @@ def contestants(row: Row, kernel_name: str, with_peers: bool) -> list[Contestant
         if row.key_value_heads % (head_groups * dist.get_world_size()) == 0:
             name = f"heads, {head_groups} group{'s' * (head_groups > 1)}"
             found.append(entry(name, UlyssesAttention(transport(), whole, head_groups=head_groups)))
-    found.append(entry("exchange", ExchangeAttention(group, kernel, **settings)))
+    if row.key_value_heads % dist.get_world_size() == 0 and row.local_tokens <= 8192 and not row.documents:
+        plain, recorded = (UlyssesAttention(transport(number), whole) for number in (0, 1))
+        found.append(entry("heads, CUDA graphs", RecordedAttention(plain, recorded)))
+        by_keys = (ExchangeAttention(transport(number), kernel, **settings) for number in (0, 2))
+        found.append(entry("exchange, CUDA graphs", RecordedAttention(*by_keys)))
+    found.append(entry("exchange", ExchangeAttention(transport(), kernel, **settings)))
     found.append(entry("zigzag ring", RingAttention(group, kernel, **settings)))
     return found + (peers(row) if with_peers and not window and not row.documents else [])
 
 
 @cache
-def transport() -> Transport:
-    """One for all rows: its memory grows to the largest."""
+def transport(number: int = 0) -> Transport:
+    """For all rows: its memory grows to the largest. Graphs need one of their own."""
     return make_transport(dist.group.WORLD, torch.device("cuda", dist.get_rank()))
 
 
@@ -206,7 +212,8 @@ class Measurement:
     def round(self, repetitions: int) -> None:
         """Adds one round's medians."""
         with self.contestant.context():
-            self.rounds["forward"].append(_median(self.forward, repetitions))
+            with torch.no_grad():
+                self.rounds["forward"].append(_median(self.forward, repetitions))
             self.rounds["forward_backward"].append(_median(self.both, repetitions))
 
     def result(self) -> dict[str, float]:

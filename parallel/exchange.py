@@ -1,29 +1,28 @@
 """Context-parallel attention by exchange: each rank fetches the keys its queries see, then attends once
 (`exchange_plan`).
 
-Shapes: B batch, L = S / P local tokens, H query heads, K key/value heads, D head_dim, M buffer length, G head groups.
+Shapes: B batch, L = S / P local tokens, H query heads, K key/value heads, D head_dim, M buffer length.
 
-Keys and values of one group of heads lie interleaved in one buffer [M, 2, B, K / G, D], so that a piece of both is one
-contiguous message. While the kernel works on one group of heads, the keys of the next are on their way; in the backward
-pass gradients travel back to the owners of the keys in the same manner. The kernel sees all keys of a query at once:
-its output, LSE and dQ are final. An owner adds up dK and dV in fp32.
+Keys and values lie interleaved in one buffer [M, 2, B, K, D], so that a piece of both is one contiguous message; in the
+backward pass gradients travel back to the owners of the keys in the same manner. The kernel sees all keys of a query at
+once: its output, LSE and dQ are final. An owner adds up dK and dV in fp32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
 from model.kernels.operator import NO_TARGETS
 from model.kernels.protocol import Gradients, Targets
-from parallel.exchange_plan import ExchangePlan, exchange_plan
+from parallel.exchange_plan import ExchangePlan, Piece, exchange_plan
+from parallel.transport import Arrival, Transport
 
 
 @dataclass(frozen=True)
@@ -46,46 +45,43 @@ class _Rows:
 
 
 class _Job(NamedTuple):
-    """One group of heads of some rows, on its way."""
+    """The keys of some rows, on their way."""
 
     rows: _Rows
-    group: int
     buffer: Tensor
-    """[M, 2, B, K / G, D], complete once `works` are done."""
-    works: list[dist.Work]
+    """[M, 2, B, K, D], complete once they have arrived."""
+    arrival: Arrival | None
 
 
 class ExchangeAttention(AttentionOperator):
-    """Causal self-attention of sequences whose tokens are spread over `group` (zigzag, see `parallel.sequence`).
+    """Causal self-attention of tokens spread over the transport's group (zigzag, see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
-    rank's outputs [B, L, H, D]. `head_groups` must divide K. `keep_gathered` keeps fetched keys and values for the
-    backward pass; otherwise they are fetched again.
+    rank's outputs [B, L, H, D]. `keep_gathered` keeps fetched keys and values for the backward pass; otherwise they are
+    fetched again.
     """
 
     def __init__(
         self,
-        group: ProcessGroup,
+        transport: Transport,
         kernel: AttentionKernel,
         *,
         scale: float,
         window: int | None = None,
         deterministic: bool = False,
-        head_groups: int = 1,
         keep_gathered: bool = True,
     ):
         super().__init__()
-        self.group, self.kernel, self.scale = group, kernel, scale
-        self.window, self.deterministic, self.head_groups = window, deterministic, head_groups
-        self.keep_gathered = keep_gathered
-        self.rank = dist.get_rank(group)
+        self.transport, self.kernel, self.scale = transport, kernel, scale
+        self.window, self.deterministic, self.keep_gathered = window, deterministic, keep_gathered
+        self.size, self.rank = transport.group.size(), transport.rank
         self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
         self._planned: list[_Rows] = []
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`kept` has room for the keys and values of whole sequences: documents decide how much of it is used."""
-        kept = 2 * k.numel() * self.group.size() if self.keep_gathered else 0
+        kept = 2 * k.numel() * self.size if self.keep_gathered else 0
         return (q.shape[0], q.shape[2], q.shape[1]), (kept,)
 
     def forward(
@@ -95,21 +91,18 @@ class ExchangeAttention(AttentionOperator):
         lse_shape, kept_shape = self.saved_shapes(q, k)
         lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
         kept = k.new_empty(kept_shape)
-        jobs = _gather_all(self, self._rows(q, documents), k, v, kept)
-        # First what needs no peer, then each group of heads as its keys arrive.
-        for remote in (False, True):
-            for rows, group, buffer, works in jobs:
-                heads = _heads(q.shape[2], group, self.head_groups)
-                if remote:
-                    for work in works:
-                        work.wait()
+        jobs = self._gather(self._rows(q, documents), k, v, kept)
+        for remote in (False, True):  # first what needs no peer
+            for rows, buffer, arrival in jobs:
+                if remote and arrival is not None:
+                    arrival.wait()
                 for call in rows.calls:
                     if call.remote == remote:
-                        inside = rows.rows, call.queries, heads
+                        inside = rows.rows, call.queries
                         _, part = self.kernel.forward(
                             q[inside], *_keys_and_values(buffer, call.keys), self.scale, call.mask, out=out[inside]
                         )
-                        lse[rows.rows, heads, call.queries] = part
+                        lse[rows.rows, :, call.queries] = part
         return out, lse, kept
 
     def backward(
@@ -126,44 +119,82 @@ class ExchangeAttention(AttentionOperator):
     ) -> Gradients:
         planned = self._rows(q, documents)
         if self.keep_gathered:
-            jobs = [_Job(rows, group, buffer, []) for rows, group, buffer in _buffers(self, planned, k, kept)]
+            jobs = [_Job(rows, buffer, None) for rows, buffer in self._buffers(planned, k, kept)]
         else:
-            jobs = _gather_all(self, planned, k, v, kept)
-        dq = q.new_empty(q.shape) if targets[0] is None else targets[0]
+            jobs = self._gather(planned, k, v, kept)
+        dq, dk, dv = (
+            like.new_empty(like.shape) if target is None else target
+            for like, target in zip((q, k, v), targets, strict=True)
+        )
         shares = []
-        for rows, group, buffer, works in jobs:
-            for work in works:
-                work.wait()
-            heads = _heads(q.shape[2], group, self.head_groups)
-            share = _KeyGradients(self, rows, buffer)
+        for rows, buffer, arrival in jobs:
+            if arrival is not None:
+                arrival.wait()
+            share = _KeyGradients(self.transport, rows.plan, buffer)
             for call in rows.calls:
                 if not call.remote:
                     share.send_home()  # what peers wait for is complete; the rest is computed meanwhile
-                inside = rows.rows, call.queries, heads
-                share.add(
-                    call.keys,
-                    lambda dk, dv, call=call, inside=inside, buffer=buffer: self.kernel.backward(
-                        dout[inside],
-                        q[inside],
-                        *_keys_and_values(buffer, call.keys),
-                        out[inside],
-                        lse[inside[0], inside[2], inside[1]],
-                        self.scale,
-                        call.mask,
-                        self.deterministic,
-                        dq=dq[inside],
-                        dk=dk,
-                        dv=dv,
-                    ),
-                )
+                share.add(call.keys, self._backward_call(rows.rows, call, buffer, dout, q, out, lse, dq))
             share.send_home()
-            shares.append((rows, group, share))
-        dk = k.new_empty(k.shape) if targets[1] is None else targets[1]
-        dv = v.new_empty(v.shape) if targets[2] is None else targets[2]
-        for rows, group, share in shares:
-            own = rows.rows, slice(None), _heads(k.shape[2], group, self.head_groups)
-            share.collect(dk[own], dv[own])
+            shares.append((rows.rows, share))
+        for batch_rows, share in shares:
+            share.collect(dk[batch_rows], dv[batch_rows])
         return dq, dk, dv
+
+    def _backward_call(
+        self, rows: slice, call: _Call, buffer: Tensor, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, dq: Tensor
+    ) -> Callable[[Tensor, Tensor], object]:
+        """What computes one call's gradients: dq in its place, dk and dv where the caller says."""
+        inside = rows, call.queries
+        k, v = _keys_and_values(buffer, call.keys)
+        return lambda dk, dv: self.kernel.backward(
+            dout[inside],
+            q[inside],
+            k,
+            v,
+            out[inside],
+            lse[rows, :, call.queries],
+            self.scale,
+            call.mask,
+            self.deterministic,
+            dq=dq[inside],
+            dk=dk,
+            dv=dv,
+        )
+
+    def _buffers(self, planned: list[_Rows], k: Tensor, kept: Tensor) -> list[tuple[_Rows, Tensor]]:
+        """A buffer for each of `planned`: parts of `kept` if that has room."""
+        found, used = [], 0
+        for rows in planned:
+            shape = (rows.plan.buffer_length, 2, k[rows.rows].shape[0], *k.shape[2:])
+            size = math.prod(shape)
+            found.append((rows, (kept[used : used + size] if self.keep_gathered else k.new_empty(size)).view(shape)))
+            used += size
+        return found
+
+    def _gather(self, planned: list[_Rows], k: Tensor, v: Tensor, kept: Tensor) -> list[_Job]:
+        """Starts to fetch the keys that peers hold, straight to their places in the buffers, and to serve theirs."""
+        jobs = []
+        for rows, buffer in self._buffers(planned, k, kept):
+            plan = rows.plan
+            slot = self.transport.slot((1, k.shape[1], *buffer.shape[1:]), k)
+            pair = k[rows.rows].transpose(0, 1), v[rows.rows].transpose(0, 1)
+            torch.stack(pair, dim=1, out=slot[0])
+            for local, index, length in plan.own:
+                buffer[index : index + length].copy_(slot[0, local : local + length])
+
+            def taken(owner: int, reader: int, plan: ExchangePlan = plan) -> list[slice]:
+                pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
+                return [slice(piece.owner_local, piece.owner_local + piece.length) for piece in pieces]
+
+            def place(
+                stage: int, owner: int, pieces: list[Tensor], plan: ExchangePlan = plan, buffer: Tensor = buffer
+            ) -> None:
+                for piece, part in zip(plan.receives.get(owner, ()), pieces, strict=True):
+                    buffer[_at_receiver(piece)].copy_(part)
+
+            jobs.append(_Job(rows, buffer, self.transport.exchange(slot, taken, place)))
+        return jobs
 
     def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
@@ -173,7 +204,7 @@ class ExchangeAttention(AttentionOperator):
         return self._planned
 
     def _plan(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
-        size, batch = self.group.size(), q.shape[0]
+        size, batch = self.size, q.shape[0]
         length = q.shape[1] * size
         if documents is None:
             plan = exchange_plan(length, size, self.rank, self.window)
@@ -208,22 +239,26 @@ class ExchangeAttention(AttentionOperator):
 class _KeyGradients:
     """dK and dV of one buffer: this rank's share for the fetched keys, and all ranks' shares for its own."""
 
-    def __init__(self, attention: ExchangeAttention, rows: _Rows, buffer: Tensor):
-        self.group, self.plan = attention.group, rows.plan
-        self.gradient = torch.empty_like(buffer)
+    def __init__(self, transport: Transport, plan: ExchangePlan, buffer: Tensor):
+        self.transport, self.plan = transport, plan
+        self.slot = transport.slot((1, plan.largest_buffer, *buffer.shape[1:]), buffer)
+        self.gradient = self.slot[0]
         self.precise = torch.promote_types(buffer.dtype, torch.float32)
         self.written: slice | None = None
         """The first call's keys: their gradients are in place. There are two calls at most, one for each chunk."""
         self.extra: list[tuple[slice, Tensor]] = []
-        """Second shares of keys that two query chunks see: (keys, [keys, 2, B, K / G, D])."""
-        self.incoming: list[tuple[slice, Tensor]] = []
+        """Second shares of keys that two query chunks see: (keys, [keys, 2, B, K, D])."""
+        self.incoming: dict[int, list[tuple[slice, Tensor]]] = {
+            peer: [(keys, torch.empty_like(self.gradient[keys])) for keys in map(_at_owner, pieces)]
+            for peer, pieces in plan.sends.items()
+        }
         """Peers' shares of own keys, and where in the buffer these are."""
-        self.works: list[dist.Work] | None = None
+        self.arrival: Arrival | None = None
 
-    def add(self, keys: slice, backward: Any) -> None:
+    def add(self, keys: slice, backward: Callable[[Tensor, Tensor], object]) -> None:
         """Runs `backward(dk, dv)`, which fills the gradients of one call's keys, and keeps them."""
         if not self.written or keys.start >= self.written.stop or keys.stop <= self.written.start:
-            backward(*_keys_and_values(self.gradient[keys], slice(None)))
+            backward(*_keys_and_values(self.gradient, keys))
             self.written = self.written or keys
             return
         part = torch.empty_like(self.gradient[keys])
@@ -235,35 +270,36 @@ class _KeyGradients:
 
     def send_home(self) -> None:
         """Starts sending the shares of fetched keys to their owners and receiving those of own keys; once."""
-        if self.works is not None:
+        if self.arrival is not None:
             return
-        operations = []
-        for peer, pieces in self.plan.receives.items():
-            for piece in pieces:
-                keys = slice(piece.receiver_index, piece.receiver_index + piece.length)
-                part = self.gradient[keys]
+        for pieces in self.plan.receives.values():
+            for keys in map(_at_receiver, pieces):
                 shares = _overlaps(keys, self.extra)
                 if shares:  # rounded once more, on the wire
-                    total = part.to(self.precise)
+                    total = self.gradient[keys].to(self.precise)
                     for where, share in shares:
                         total[where] += share
-                    part.copy_(total)
-                operations.append(_operation(dist.isend, part, peer, self.group))
-        for peer, pieces in self.plan.sends.items():
-            for piece in pieces:
-                keys = slice(piece.owner_index, piece.owner_index + piece.length)
-                part = torch.empty_like(self.gradient[keys])
-                self.incoming.append((keys, part))
-                operations.append(_operation(dist.irecv, part, peer, self.group))
-        self.works = dist.batch_isend_irecv(operations) if operations else []
+                    self.gradient[keys].copy_(total)
+
+        def taken(owner: int, reader: int) -> list[slice]:
+            mine = reader == self.transport.rank
+            pieces = self.plan.sends.get(owner, ()) if mine else self.plan.receives.get(reader, ())
+            return list(map(_at_receiver, pieces))
+
+        def place(stage: int, owner: int, pieces: list[Tensor]) -> None:
+            for (_, share), part in zip(self.incoming.get(owner, ()), pieces, strict=True):
+                share.copy_(part)
+
+        self.arrival = self.transport.exchange(self.slot, taken, place)
 
     def collect(self, dk: Tensor, dv: Tensor) -> None:
-        """Waits for the peers' shares and adds up, in fp32, dK and dV of this rank's own tokens [B, L, K / G, D]."""
-        for work in self.works or []:
-            work.wait()
+        """Waits for the peers' shares and adds up, in fp32, dK and dV of this rank's own tokens [B, L, K, D]."""
+        assert self.arrival is not None
+        self.arrival.wait()
+        incoming = [share for of_peer in self.incoming.values() for share in of_peer]
         for local, index, length in self.plan.own:
             keys, tokens = slice(index, index + length), slice(local, local + length)
-            shares = _overlaps(keys, self.extra) + _overlaps(keys, self.incoming)
+            shares = _overlaps(keys, self.extra) + _overlaps(keys, incoming)
             mine = self.gradient[keys]
             precise = (
                 mine.to(self.precise) if len(shares) > 1 or any(len(share) < length for _, share in shares) else None
@@ -291,62 +327,16 @@ def _overlaps(keys: slice, shares: list[tuple[slice, Tensor]]) -> list[tuple[sli
     return found
 
 
-def _buffers(
-    attention: ExchangeAttention, planned: list[_Rows], k: Tensor, kept: Tensor
-) -> list[tuple[_Rows, int, Tensor]]:
-    """A buffer for every group of heads, in the order in which they are needed: parts of `kept` if that has room."""
-    found, used = [], 0
-    heads = k.shape[2] // attention.head_groups
-    for rows in planned:
-        batch = len(range(*rows.rows.indices(k.shape[0])))
-        shape = (rows.plan.buffer_length, 2, batch, heads, k.shape[3])
-        for group in range(attention.head_groups):
-            memory = kept[used : used + math.prod(shape)] if attention.keep_gathered else k.new_empty(math.prod(shape))
-            found.append((rows, group, memory.view(shape)))
-            used += math.prod(shape)
-    return found
+def _at_owner(piece: Piece) -> slice:
+    """Its keys in the owner's buffer."""
+    return slice(piece.owner_index, piece.owner_index + piece.length)
 
 
-def _gather_all(attention: ExchangeAttention, planned: list[_Rows], k: Tensor, v: Tensor, kept: Tensor) -> list[_Job]:
-    """Packs every group of heads and starts all transfers, in the order in which they will be needed."""
-    jobs = []
-    for rows, group, buffer in _buffers(attention, planned, k, kept):
-        _pack(buffer, rows, k, v, group, attention.head_groups)
-        jobs.append(_Job(rows, group, buffer, _gather(attention, rows.plan, buffer)))
-    return jobs
-
-
-def _heads(count: int, group: int, groups: int) -> slice:
-    return slice(count * group // groups, count * (group + 1) // groups)
+def _at_receiver(piece: Piece) -> slice:
+    """Its keys in the receiver's buffer."""
+    return slice(piece.receiver_index, piece.receiver_index + piece.length)
 
 
 def _keys_and_values(buffer: Tensor, keys: slice) -> tuple[Tensor, Tensor]:
-    """k and v [B, keys, K / G, D], views of the buffer [M, 2, B, K / G, D]."""
+    """k and v [B, keys, K, D], views of the buffer [M, 2, B, K, D]."""
     return buffer[keys, 0].transpose(0, 1), buffer[keys, 1].transpose(0, 1)
-
-
-def _pack(buffer: Tensor, rows: _Rows, k: Tensor, v: Tensor, group: int, groups: int) -> None:
-    """Puts this rank's own keys and values of one group of heads at their places."""
-    heads = _heads(k.shape[2], group, groups)
-    k, v = k[rows.rows, :, heads], v[rows.rows, :, heads]
-    for local, index, length in rows.plan.own:
-        own = [part[:, local : local + length].transpose(0, 1) for part in (k, v)]
-        torch.stack(own, dim=1, out=buffer[index : index + length])
-
-
-def _gather(attention: ExchangeAttention, plan: ExchangePlan, buffer: Tensor) -> list[dist.Work]:
-    """Starts fetching the keys that peers hold, straight to their places in the buffer, and serving theirs."""
-    operations = []
-    for peer, pieces in plan.sends.items():
-        for piece in pieces:
-            part = buffer[piece.owner_index : piece.owner_index + piece.length]
-            operations.append(_operation(dist.isend, part, peer, attention.group))
-    for peer, pieces in plan.receives.items():
-        for piece in pieces:
-            part = buffer[piece.receiver_index : piece.receiver_index + piece.length]
-            operations.append(_operation(dist.irecv, part, peer, attention.group))
-    return dist.batch_isend_irecv(operations) if operations else []
-
-
-def _operation(direction: Any, part: Tensor, peer: int, group: ProcessGroup) -> dist.P2POp:
-    return dist.P2POp(direction, part, dist.get_global_rank(group, peer), group)

@@ -21,13 +21,14 @@ from parallel.sequence import chunk_starts
 
 @dataclass(frozen=True)
 class Piece:
-    """Keys [start, start + length) of the sequence, and where they begin in the receiver's and in the owner's
-    buffer."""
+    """Keys [start, start + length) of the sequence, and where they begin in the receiver's buffer, in the owner's
+    buffer and among the owner's local tokens."""
 
     start: int
     length: int
     receiver_index: int
     owner_index: int
+    owner_local: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class ExchangePlan:
     """What one rank does: fill its buffer, send to and receive from its peers, call the kernel."""
 
     buffer_length: int
+    largest_buffer: int
+    """The largest buffer_length of all ranks."""
     own: tuple[tuple[int, int, int], ...]
     """(local index, buffer index, length) of this rank's own chunks."""
     receives: dict[int, tuple[Piece, ...]]
@@ -80,6 +83,7 @@ def exchange_plan(
     mine = layouts[cp_rank]
     return ExchangePlan(
         buffer_length=mine.buffer_length,
+        largest_buffer=max(layout.buffer_length for layout in layouts),
         own=tuple((local, mine.buffer_index(start), length) for local, start, length in mine.own),
         receives={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(mine, other))},
         sends={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(other, mine))},
@@ -93,10 +97,11 @@ def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
         return ()
     found = []
     for low, high in receiver.segments:
-        for _, start, length in owner.own:
+        for local, start, length in owner.own:
             first, last = max(low, start), min(high, start + length)
             if first < last:
-                found.append(Piece(first, last - first, receiver.buffer_index(first), owner.buffer_index(first)))
+                places = receiver.buffer_index(first), owner.buffer_index(first), local + first - start
+                found.append(Piece(first, last - first, *places))
     return tuple(sorted(found, key=lambda piece: piece.start))
 
 

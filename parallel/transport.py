@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Rows = Callable[[int, int], list[slice]]
-"""(owner, reader) -> the rows of the owner's slot that the reader takes."""
-Place = Callable[[int, list[Tensor]], None]
-"""(owner, those rows): copies them to where they belong. The rows are valid during the call only, and best copied in
-one piece: a copy engine does that beside the kernels."""
+"""(owner, reader) -> the rows of the owner's slot that the reader takes, the same in every stage."""
+Place = Callable[[int, int, list[Tensor]], None]
+"""(stage, owner, those rows): copies them to where they belong, and is called for this rank's own rows too. Rows are
+valid during the call only, and best copied as they are: a copy engine does that beside the kernels."""
+Finish = Callable[[int], None]
+"""(stage): called when all owners' rows of a stage are in place."""
 
 
 class Arrival(Protocol):
     """An exchange under way."""
 
-    def wait(self) -> None:
-        """Work issued from now on sees what arrived. Must be called; never blocks the host on a GPU."""
+    def wait(self, stage: int = 0) -> None:
+        """Work issued from now on sees what arrived. Must be called for each stage; does not hold up a GPU's host."""
 
 
 class Transport(Protocol):
@@ -39,12 +41,12 @@ class Transport(Protocol):
     rank: int
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised memory of `like`'s dtype and device, to be filled for the next `exchange`."""
+        """Uninitialised memory [stages, rows, ...] of `like`'s dtype and device, for the next `exchange`."""
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        """Lets each peer take its rows of this rank's slot, and places those of the peers' slots.
+    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
+        """Lets every rank take its rows of every rank's slot, one stage after the other.
 
-        The tensors that `place` writes to must live until `Arrival.wait`.
+        The tensors that `place` and `finish` read and write must live until `Arrival.wait`.
         """
 
 
@@ -57,35 +59,45 @@ class MessageTransport:
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         return like.new_empty(shape)
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        operations, arriving = [], []
-        for peer in range(self.group.size()):
-            if peer == self.rank:
-                continue
-            address = dist.get_global_rank(self.group, peer)
-            operations += [dist.P2POp(dist.isend, slot[part], address, self.group) for part in rows(self.rank, peer)]
-            parts = [torch.empty_like(slot[part]) for part in rows(peer, self.rank)]
-            operations += [dist.P2POp(dist.irecv, part, address, self.group) for part in parts]
-            arriving.append((peer, parts))
-        return _Messages(dist.batch_isend_irecv(operations) if operations else [], arriving, place)
+    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
+        stages = []
+        for part in slot:
+            operations, arriving = [], {self.rank: [part[taken] for taken in rows(self.rank, self.rank)]}
+            for peer in range(self.group.size()):
+                if peer != self.rank:
+                    address = dist.get_global_rank(self.group, peer)
+                    sent = [part[taken] for taken in rows(self.rank, peer)]
+                    arriving[peer] = [torch.empty_like(part[taken]) for taken in rows(peer, self.rank)]
+                    operations += [dist.P2POp(dist.isend, piece, address, self.group) for piece in sent]
+                    operations += [dist.P2POp(dist.irecv, piece, address, self.group) for piece in arriving[peer]]
+            stages.append((dist.batch_isend_irecv(operations) if operations else [], arriving))
+        return _Messages(stages, place, finish)
 
 
 class _Messages:
-    def __init__(self, works: list[dist.Work], arriving: list[tuple[int, list[Tensor]]], place: Place):
-        self.works, self.arriving, self.place = works, arriving, place
+    def __init__(
+        self,
+        stages: list[tuple[list[dist.Work], dict[int, list[Tensor]]]],
+        place: Place,
+        finish: Finish | None,
+    ):
+        self.stages, self.place, self.finish = stages, place, finish
 
-    def wait(self) -> None:
-        for work in self.works:
+    def wait(self, stage: int = 0) -> None:
+        works, arriving = self.stages[stage]
+        for work in works:
             work.wait()
-        for peer, parts in self.arriving:
-            self.place(peer, parts)
+        for owner, rows in arriving.items():
+            self.place(stage, owner, rows)
+        if self.finish:
+            self.finish(stage)
 
 
 class SymmetricTransport:
     """GPUs of one host read each other's memory: no message is matched and no kernel of NCCL's holds SMs.
 
-    Slots lie in symmetric memory (torch.distributed._symmetric_memory). An exchange is a barrier on a stream of its
-    own, after which every rank copies what it needs; contiguous rows go by copy engine.
+    Slots lie in symmetric memory (torch.distributed._symmetric_memory). An exchange is a barrier, on a stream of the
+    transport's own, after which every rank copies what it needs; rows copied as they are go by copy engine.
     """
 
     _SLOTS = 4
@@ -93,7 +105,7 @@ class SymmetricTransport:
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         self.group, self.rank, self.device = group, dist.get_rank(group), device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._bytes = 0
         self._uses = 0
@@ -131,19 +143,24 @@ class SymmetricTransport:
             earlier.wait()
         return self._memory[self._start() :][:size].view(like.dtype).view(tuple(shape))
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        start = self._start() // slot.element_size()
+    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
+        start, size = self._start() // slot.element_size(), self.group.size()
+        events = []
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self._handle.barrier(channel=0)
-            for step in range(1, self.group.size()):  # each reader starts at another owner
-                peer = (self.rank + step) % self.group.size()
-                theirs = self._handle.get_buffer(peer, slot.shape, slot.dtype, start)
-                place(peer, [theirs[part] for part in rows(peer, self.rank)])
-            event = torch.cuda.Event()
-            event.record(self._stream)
+            slots = {
+                owner: slot if owner == self.rank else self._handle.get_buffer(owner, slot.shape, slot.dtype, start)
+                for owner in ((self.rank + step) % size for step in range(size))  # each reader starts elsewhere
+            }
+            for stage in range(len(slot)):
+                for owner, theirs in slots.items():
+                    place(stage, owner, [theirs[stage, taken] for taken in rows(owner, self.rank)])
+                if finish:
+                    finish(stage)
+                events.append(self._stream.record_event())
         self._uses += 1
-        self._recent.append(_Reached(event, self.device))
+        self._recent.append(_Reached(events, self.device))
         return self._recent[-1]
 
     def _start(self) -> int:
@@ -160,12 +177,12 @@ class SymmetricTransport:
 
 
 class _Reached:
-    def __init__(self, event: torch.cuda.Event, device: torch.device):
-        self.event, self.device, self.waited = event, device, False
+    def __init__(self, events: list[torch.cuda.Event], device: torch.device):
+        self.events, self.device, self.waited = events, device, False
 
-    def wait(self) -> None:
-        self.waited = True
-        torch.cuda.current_stream(self.device).wait_event(self.event)
+    def wait(self, stage: int = -1) -> None:
+        self.waited = self.waited or stage in (-1, len(self.events) - 1)
+        torch.cuda.current_stream(self.device).wait_event(self.events[stage])
 
 
 def make_transport(group: ProcessGroup, device: torch.device) -> Transport:

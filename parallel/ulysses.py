@@ -48,21 +48,18 @@ class UlyssesAttention(AttentionOperator):
         out = q.new_empty(q.shape) if out is None else out
         (lse_shape, kept_shape), dtype = self.saved_shapes(q, k), torch.promote_types(q.dtype, torch.float32)
         lse, kept = q.new_empty(lse_shape, dtype=dtype), q.new_empty(kept_shape)
-        memory = kept if self.keep else q.new_empty(2 * q.numel() + 2 * k.numel())
-        inputs, outputs = memory.split([q.numel() + 2 * k.numel(), q.numel()])
-        trade = _Trade(self, [out])
-        arriving = _Gathering(self, [q, k, v], inputs)
-        for group, whole in enumerate(self._by_tokens(outputs, [q])):
-            whole_q, whole_k, whole_v = arriving.wait(group)
-            result = whole.transpose(0, 1)
+        sizes = [q.numel() + 2 * k.numel(), q.numel()]
+        inputs, outputs = kept.split(sizes) if self.keep else (q.new_empty(sizes[0]), kept)
+        gathering = _Gathering(self, [q, k, v], inputs)
+        returning = _Returning(self, [out], keep=self.by_tokens(outputs, [q]) if self.keep else None)
+        for group in range(self.head_groups):
+            whole_q, whole_k, whole_v = gathering.wait(group)
+            slot = returning.slot()
+            result = slot[0].transpose(0, 1)
             _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=result)
             lse[group] = part
-            slot = trade.slot()
-            for peer in self._peers:
-                for tokens in self._chunks(peer, q):
-                    slot[tokens].copy_(whole[tokens])
-            trade.send(slot, whole)
-        trade.finish()
+            returning.send(slot)
+        returning.wait()
         return out, lse, kept
 
     def backward(
@@ -82,17 +79,17 @@ class UlyssesAttention(AttentionOperator):
             for like, target in zip((q, k, v), targets, strict=True)
         )
         needed = [dout] if self.keep else [dout, q, k, v, out]
-        arriving = _Gathering(self, needed, q.new_empty(sum(tensor.numel() for tensor in needed)))
+        gathering = _Gathering(self, needed, q.new_empty(sum(tensor.numel() for tensor in needed)))
+        returning = _Returning(self, [dq, dk, dv])
         inputs, outputs = kept.split([q.numel() + 2 * k.numel(), q.numel()] if self.keep else [0, 0])
-        trade = _Trade(self, [dq, dk, dv])
         for group in range(self.head_groups):
-            whole_dout, *saved = arriving.wait(group)
+            whole_dout, *saved = gathering.wait(group)
             if self.keep:
-                of_inputs, of_outputs = self._by_tokens(inputs, [q, k, v])[group], self._by_tokens(outputs, [q])[group]
-                saved = [*_split(of_inputs, [q, k, v], self), of_outputs.transpose(0, 1)]
-            slot = trade.slot()
-            into = _split(slot, [q, k, v], self)
+                saved = self.split(self.by_tokens(inputs, [q, k, v])[group], [q, k, v])
+                saved += self.split(self.by_tokens(outputs, [q])[group], [q])
             whole_q, whole_k, whole_v, whole_out = saved
+            slot = returning.slot()
+            into = self.split(slot[0], [q, k, v])
             self.inner.backward(
                 whole_dout,
                 whole_q,
@@ -104,17 +101,13 @@ class UlyssesAttention(AttentionOperator):
                 documents,
                 targets=(into[0], into[1], into[2]),
             )
-            trade.send(slot, slot)
-        trade.finish()
+            returning.send(slot)
+        returning.wait()
         return dq, dk, dv
 
     # -- who has what --------------------------------------------------------------------------------------------------
 
-    @property
-    def _peers(self) -> list[int]:
-        return [peer for peer in range(self.size) if peer != self.rank]
-
-    def _chunks(self, rank: int, like: Tensor) -> list[slice]:
+    def chunks(self, rank: int, like: Tensor) -> list[slice]:
         """Where the tokens of `rank` stand among the group's, in their local order; `like` is [B, L, ...]."""
         length = like.shape[1]
         half = length // 2
@@ -127,111 +120,99 @@ class UlyssesAttention(AttentionOperator):
         """Heads of one group of one rank."""
         return like.shape[2] // self.size // self.head_groups
 
-    def of_group(self, tensor: Tensor, group: int) -> Tensor:
-        """[B, L, heads, D] as [U, L, B, heads / U / G, D]: for each rank of the group its heads of one group."""
-        return tensor.unflatten(2, (self.size, self.head_groups, self.heads(tensor)))[:, :, :, group].permute(
-            2, 1, 0, 3, 4
-        )
+    def of_groups(self, tensor: Tensor) -> Tensor:
+        """[B, L, heads, D] as [G, U, L, B, heads / U / G, D]: for each group the heads of each rank."""
+        return tensor.unflatten(2, (self.size, self.head_groups, self.heads(tensor))).permute(3, 2, 1, 0, 4, 5)
 
-    def _by_tokens(self, memory: Tensor, likes: Sequence[Tensor]) -> Tensor:
+    def by_tokens(self, memory: Tensor, likes: Sequence[Tensor]) -> Tensor:
         """`memory` as [G, T, B, heads, D] with the heads of one rank and group of all of `likes` [B, L, ., D]."""
+        return memory.view(self.head_groups, *self.rows_of_group(likes))
+
+    def rows_of_group(self, likes: Sequence[Tensor]) -> tuple[int, int, int, int]:
+        """T, B, heads, D: what one rank holds of one group."""
         batch, length, _, head_dim = likes[0].shape
-        heads = sum(self.heads(like) for like in likes)
-        return memory.view(self.head_groups, self.size * length, batch, heads, head_dim)
+        return self.size * length, batch, sum(self.heads(like) for like in likes), head_dim
+
+    def split(self, whole: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
+        """[T, B, heads, D] as views [B, T, ., D] of the heads of each of `likes`."""
+        return list(whole.transpose(0, 1).split([self.heads(like) for like in likes], dim=2))
 
 
 class _Gathering:
-    """All tokens of this rank's heads of some tensors [B, L, heads, D], one group of heads after the other."""
-
-    _AHEAD = 2
-    """Groups on their way at a time: the one that is waited for and the next."""
+    """Collects all tokens of this rank's heads of some tensors [B, L, heads, D], a stage for each group of heads."""
 
     def __init__(self, attention: UlyssesAttention, tensors: Sequence[Tensor], memory: Tensor):
-        """`memory` receives them: `UlyssesAttention._by_tokens`."""
+        """Starts it. `memory` receives them: `UlyssesAttention.by_tokens`."""
         self.attention, self.tensors = attention, tensors
-        self.whole = attention._by_tokens(memory, tensors)
-        self.arrivals = [self._start(group) for group in range(min(self._AHEAD, attention.head_groups))]
+        self.whole = attention.by_tokens(memory, tensors)
+        length = tensors[0].shape[1]
+        slot = attention.transport.slot(self.whole.shape, memory)
+        by_rank = slot.unflatten(1, (attention.size, length))
+        start = 0
+        for tensor in tensors:
+            heads = attention.heads(tensor)
+            copy_wide(by_rank[:, :, :, :, start : start + heads], attention.of_groups(tensor))
+            start += heads
+        self.arrival = attention.transport.exchange(
+            slot, lambda owner, reader: [slice(reader * length, (reader + 1) * length)], self._place
+        )
 
     def wait(self, group: int) -> list[Tensor]:
         """The tensors [B, T, heads / U / G, D]."""
-        self.arrivals[group].wait()
-        following = len(self.arrivals)
-        if group and following < self.attention.head_groups:
-            self.arrivals.append(self._start(following))
-        return _split(self.whole[group], self.tensors, self.attention)
+        self.arrival.wait(group)
+        return self.attention.split(self.whole[group], self.tensors)
 
-    def _start(self, group: int) -> Arrival:
-        attention, whole, length = self.attention, self.whole[group], self.tensors[0].shape[1]
-        slot = attention.transport.slot(whole.shape, whole)
-        by_rank = slot.unflatten(0, (attention.size, length))
-        start = 0
-        for tensor in self.tensors:
-            heads = attention.heads(tensor)
-            copy_wide(by_rank[:, :, :, start : start + heads], attention.of_group(tensor, group))
-            start += heads
-
-        def place(owner: int, rows: list[Tensor]) -> None:
-            chunks = attention._chunks(owner, self.tensors[0])
-            for tokens, part in zip(chunks, rows[0].split([t.stop - t.start for t in chunks]), strict=True):
-                whole[tokens].copy_(part)
-
-        arrival = attention.transport.exchange(
-            slot, lambda owner, reader: [slice(reader * length, (reader + 1) * length)], place
-        )
-        place(attention.rank, [by_rank[attention.rank]])
-        return arrival
+    def _place(self, group: int, owner: int, rows: list[Tensor]) -> None:
+        chunks = self.attention.chunks(owner, self.tensors[0])
+        for tokens, part in zip(chunks, rows[0].split([t.stop - t.start for t in chunks]), strict=True):
+            self.whole[group, tokens].copy_(part)
 
 
-class _Trade:
-    """Results for all tokens of this rank's heads, on their way to the ranks of their tokens."""
+class _Returning:
+    """Brings results for all tokens of this rank's heads home to the ranks of their tokens, group by group."""
 
-    def __init__(self, attention: UlyssesAttention, targets: Sequence[Tensor]):
-        """`targets` [B, L, heads, D] receive this rank's tokens of all heads."""
-        self.attention, self.targets = attention, targets
-        self.length = targets[0].shape[1]
+    def __init__(self, attention: UlyssesAttention, targets: Sequence[Tensor], keep: Tensor | None = None):
+        """`targets` [B, L, heads, D] receive this rank's tokens of all heads; `keep` [G, T, B, heads, D] a copy of
+        what this rank sends."""
+        self.attention, self.targets, self.keep = attention, targets, keep
+        self.shape = attention.rows_of_group(targets)
         self.under_way: list[tuple[Arrival, Tensor]] = []
-        self.done = 0
+        """With the memory that they arrive in."""
 
     def slot(self) -> Tensor:
-        """[T, B, heads, D]: the results of one group of heads, for peers to take."""
-        batch, _, _, head_dim = self.targets[0].shape
-        heads = sum(self.attention.heads(target) for target in self.targets)
-        like = self.targets[0]
-        return self.attention.transport.slot((self.attention.size * self.length, batch, heads, head_dim), like)
+        """[1, T, B, heads, D]: where the next group's results are wanted."""
+        return self.attention.transport.slot((1, *self.shape), self.targets[0])
 
-    def send(self, slot: Tensor, own: Tensor) -> None:
-        """Starts to bring a group's results home, and settles the group before; `own` [T, B, heads, D] has this rank's."""
-        attention = self.attention
-        landing = slot.new_empty((attention.size, self.length, *slot.shape[1:]))
+    def send(self, slot: Tensor) -> None:
+        """Starts one group on its way."""
+        attention, group, length = self.attention, len(self.under_way), self.targets[0].shape[1]
+        landing = slot.new_empty((attention.size, length, *self.shape[1:]))
 
-        def place(owner: int, rows: list[Tensor]) -> None:
+        def place(stage: int, owner: int, rows: list[Tensor]) -> None:
             tokens = 0
             for part in rows:
-                landing[owner, tokens : tokens + part.shape[0]].copy_(part)
-                tokens += part.shape[0]
+                landing[owner, tokens : tokens + len(part)].copy_(part)
+                tokens += len(part)
 
-        def rows(owner: int, reader: int) -> list[slice]:
-            return attention._chunks(reader, self.targets[0])
+        def finish(stage: int) -> None:
+            start = 0
+            for target in self.targets:
+                heads = attention.heads(target)
+                copy_wide(attention.of_groups(target)[group], landing[:, :, :, start : start + heads])
+                start += heads
+            if self.keep is not None:
+                self.keep[group].copy_(slot[0])
 
-        self.under_way.append((attention.transport.exchange(slot, rows, place), landing))
-        place(attention.rank, [own[tokens] for tokens in rows(attention.rank, attention.rank)])
-        if len(self.under_way) > 1:
-            self._settle()
+        arrival = attention.transport.exchange(
+            slot, lambda owner, reader: attention.chunks(reader, self.targets[0]), place, finish
+        )
+        self.under_way.append((arrival, landing))
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Afterwards all targets are complete."""
-        while self.done < len(self.under_way):
-            self._settle()
-
-    def _settle(self) -> None:
-        arrival, landing = self.under_way[self.done]
-        arrival.wait()
-        start = 0
-        for target in self.targets:
-            heads = self.attention.heads(target)
-            copy_wide(self.attention.of_group(target, self.done), landing[:, :, :, start : start + heads])
-            start += heads
-        self.done += 1
+        for arrival, _ in self.under_way:
+            arrival.wait()
+        self.under_way.clear()
 
 
 def check_ulysses(num_key_value_heads: int, group_size: int) -> None:
@@ -258,8 +239,3 @@ def _wide(tensor: Tensor) -> Tensor | None:
     if not aligned or tensor.shape[-1] % numbers or tensor.storage_offset() % numbers or not tensor.is_cuda:
         return None
     return tensor.view(torch.complex128)
-
-
-def _split(whole: Tensor, likes: Sequence[Tensor], attention: UlyssesAttention) -> list[Tensor]:
-    """[T, B, heads, D] as views [B, T, ., D] of the heads of each of `likes`."""
-    return list(whole.transpose(0, 1).split([attention.heads(like) for like in likes], dim=2))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from model.kernels import KERNELS
 from parallel.exchange import ExchangeAttention
 from parallel.exchange_plan import exchange_plan
+from parallel.transport import MessageTransport
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_ring import (
     CASES,
@@ -34,24 +35,21 @@ from tests.distributed.test_ring import (
 VARIANTS = {
     "keys kept": {"keep_gathered": True},
     "keys fetched again": {"keep_gathered": False},
-    "two groups of heads": {"head_groups": 2},
 }
 
 
 def make(group: dist.ProcessGroup, case: Case, kernel: str, **variant: int) -> ExchangeAttention:
-    return ExchangeAttention(group, KERNELS[kernel], scale=SCALE, window=case.window, **variant)
+    return ExchangeAttention(MessageTransport(group), KERNELS[kernel], scale=SCALE, window=case.window, **variant)
 
 
 def _errors() -> Results:
     def measure(size: int, group: dist.ProcessGroup) -> Results:
         found: Results = {}
         for (name, case), (label, variant) in itertools.product(CASES.items(), VARIANTS.items()):
-            if case.kv_heads % variant.get("head_groups", 1):
-                continue
             for kernel, dtype in (("math", torch.float64), ("cpu", torch.float32)):
                 if kernel == "cpu" and label != "keys kept":
                     continue
-                results = ring_result(make(group, case, kernel, **variant), case, dtype)  # type: ignore[arg-type]
+                results = ring_result(make(group, case, kernel, **variant), group, case, dtype)
                 found[size, name, label, kernel] = {
                     tensor: (
                         (result.double() - local_part(full, group)).abs().max() / full.abs().max().clamp(min=1)

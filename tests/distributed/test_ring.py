@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallel.ring
-from model.kernels import KERNELS, AttentionMask, Documents, attention
+from model.kernels import KERNELS, AttentionMask, AttentionOperator, Documents, attention
 from parallel.ring import RingAttention
 from parallel.ring_plan import ring_plan
 from parallel.sequence import shard_sequence
@@ -92,11 +92,13 @@ def local_part(full: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.from_numpy(shard_sequence(full.numpy(), group.size(), dist.get_rank(group)))
 
 
-def ring_result(ring: RingAttention, case: Case, dtype: torch.dtype, sequence: int = S) -> list[Tensor]:
+def ring_result(
+    attend: AttentionOperator, group: dist.ProcessGroup, case: Case, dtype: torch.dtype, sequence: int = S
+) -> list[Tensor]:
     """out, dq, dk, dv of this rank's part."""
     inputs = full_inputs(case, sequence)
-    q, k, v, dout = (local_part(tensor, ring.group).to(dtype).requires_grad_() for tensor in inputs)
-    out = ring(q, k, v, case.documents())
+    q, k, v, dout = (local_part(tensor, group).to(dtype).requires_grad_() for tensor in inputs)
+    out = attend(q, k, v, case.documents())
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
@@ -106,7 +108,7 @@ def make_ring(group: dist.ProcessGroup, case: Case, kernel: str) -> RingAttentio
 
 def errors(group: dist.ProcessGroup, case: Case, kernel: str, dtype: torch.dtype) -> dict[str, float]:
     """The largest error of this rank's part, relative to the largest element of the whole, or 1."""
-    results = ring_result(make_ring(group, case, kernel), case, dtype)
+    results = ring_result(make_ring(group, case, kernel), group, case, dtype)
     found = {}
     for name, result, full in zip(NAMES, results, dense(case), strict=True):
         assert result.dtype == dtype
@@ -179,12 +181,12 @@ def _batches_and_repeats() -> bool:
     packed, other = Case(lengths=PRIMES + LONG), Case(lengths=LONG + PRIMES)
     ring = make_ring(group, Case(), "math")
     for case, sequence in ((packed, S), (Case(), S), (other, S), (packed, S), (Case(), S // 2), (Case(), S)):
-        results = ring_result(ring, case, torch.float64, sequence)
+        results = ring_result(ring, group, case, torch.float64, sequence)
         for result, full in zip(results, dense(case, sequence), strict=True):
             torch.testing.assert_close(result, local_part(full, group), rtol=1e-12, atol=1e-12)
     for dtype in (torch.float32, torch.bfloat16):
         deterministic = RingAttention(group, KERNELS["cpu"], scale=SCALE, deterministic=True)
-        first, second = (ring_result(deterministic, packed, dtype) for _ in range(2))
+        first, second = (ring_result(deterministic, group, packed, dtype) for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True)), "the same bits again"
     return True
 
@@ -203,7 +205,7 @@ def _bf16_squares() -> Results:
     def measure(size: int, group: dist.ProcessGroup) -> Results:
         found: Results = {}
         for kernel in ("cpu", "math"):
-            results = ring_result(make_ring(group, case, kernel), case, torch.bfloat16, sequence)
+            results = ring_result(make_ring(group, case, kernel), group, case, torch.bfloat16, sequence)
             squares = {}
             for name, result, full in zip(NAMES, results, dense(case, sequence), strict=True):
                 part = local_part(full, group)

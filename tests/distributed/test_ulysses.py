@@ -69,7 +69,7 @@ def make(
     elif inner == "ring":
         attend = RingAttention(by_keys, KERNELS[kernel], **arguments)
     else:
-        attend = ExchangeAttention(by_keys, KERNELS[kernel], keep_gathered=False, **arguments)
+        attend = ExchangeAttention(MessageTransport(by_keys), KERNELS[kernel], keep_gathered=False, **arguments)
     return UlyssesAttention(MessageTransport(by_heads), attend, **variant)
 
 
@@ -159,26 +159,31 @@ def neighbours_chunks() -> Iterator[None]:
     def chunks(self: UlyssesAttention, rank: int, like: Tensor) -> list[slice]:
         return [slice(rank * like.shape[1], (rank + 1) * like.shape[1])]
 
-    with mock.patch.object(UlyssesAttention, "_chunks", chunks):
+    with mock.patch.object(UlyssesAttention, "chunks", chunks):
         yield
 
 
 @contextmanager
 def heads_of_the_first_group() -> Iterator[None]:
-    original = UlyssesAttention.of_group
-    with mock.patch.object(UlyssesAttention, "of_group", lambda self, tensor, group: original(self, tensor, 0)):
+    original = UlyssesAttention.of_groups
+
+    def of_groups(self: UlyssesAttention, tensor: Tensor) -> Tensor:
+        groups = original(self, tensor)
+        return groups[:1].expand_as(groups)
+
+    with mock.patch.object(UlyssesAttention, "of_groups", of_groups):
         yield
 
 
 @contextmanager
 def nothing_sent_back() -> Iterator[None]:
-    def settle(self: Any) -> None:
-        for target in self.targets:
-            target.zero_()
-        self.under_way[self.done][0].wait()
-        self.done += 1
+    original = parallel.ulysses._Returning.send
 
-    with mock.patch.object(parallel.ulysses._Trade, "_settle", settle):
+    def send(self: Any, slot: Tensor) -> None:
+        slot.zero_()
+        original(self, slot)
+
+    with mock.patch.object(parallel.ulysses._Returning, "send", send):
         yield
 
 

@@ -1,0 +1,103 @@
+"""Attention whose forward and backward are replayed as CUDA graphs.
+
+At a few thousand tokens a rank, the host needs longer to issue attention (a dozen copies, a barrier or two, the kernels
+and their Python) than the GPU to run it. A graph is issued at once.
+
+Shapes: B batch, L local tokens, H query heads, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import AttentionOperator, Documents
+from model.kernels.operator import NO_TARGETS
+from model.kernels.protocol import Gradients, Targets
+
+
+class RecordedAttention(AttentionOperator):
+    """`recorded` replayed from CUDA graphs; `plain` where there is nothing to gain or the call changes every time.
+
+    Documents differ from batch to batch and calls without gradients keep nothing: both go to `plain`. The two must
+    compute the same but share no transport: a graph remembers which slots it used.
+
+    Every forward whose backward is still to come holds a recording of its own (inputs, results and what is kept), so a
+    model needs as many as layers are alive between forward and backward: one under full recomputation.
+    """
+
+    def __init__(self, plain: AttentionOperator, recorded: AttentionOperator):
+        super().__init__()
+        self.plain, self.recorded = plain, recorded
+        self._idle: dict[tuple[Any, ...], list[_Recording]] = defaultdict(list)
+        self._busy: dict[int, _Recording] = {}
+        """By the address of the LSE that a forward handed out."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        return super().__call__(q, k, v, documents) if torch.is_grad_enabled() else self.plain(q, k, v, documents)
+
+    def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.plain.saved_shapes(q, k)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if documents is not None:
+            return self.plain.forward(q, k, v, documents, out)
+        key = q.shape, k.shape, q.dtype
+        recording = self._idle[key].pop() if self._idle[key] else _Recording(self.recorded, q, k, v)
+        self._busy[recording.lse.data_ptr()] = recording
+        for static, given in zip(recording.inputs, (q, k, v), strict=True):
+            static.copy_(given)
+        recording.forward.replay()
+        out = q.new_empty(q.shape) if out is None else out
+        return out.copy_(recording.out), recording.lse.detach(), recording.kept.detach()
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        documents: Documents | None,
+        targets: Targets = NO_TARGETS,
+    ) -> Gradients:
+        if documents is not None:
+            return self.plain.backward(dout, q, k, v, out, lse, kept, documents, targets)
+        recording = self._busy.pop(lse.data_ptr())
+        recording.dout.copy_(dout)
+        recording.backward.replay()
+        dq, dk, dv = (
+            (like.new_empty(like.shape) if target is None else target).copy_(static)
+            for like, target, static in zip((q, k, v), targets, recording.gradients, strict=True)
+        )
+        self._idle[q.shape, k.shape, q.dtype].append(recording)
+        return dq, dk, dv
+
+
+class _Recording:
+    """One forward and its backward over memory of their own. Made by all ranks at once, as all calls are."""
+
+    def __init__(self, operator: AttentionOperator, q: Tensor, k: Tensor, v: Tensor):
+        self.inputs = q.clone(), k.clone(), v.clone()
+        self.dout = torch.zeros_like(q)
+        self._run(operator, *self.inputs)  # compiles kernels and makes room, which a graph cannot
+        torch.cuda.synchronize(q.device)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward):
+            self.out, self.lse, self.kept = operator.forward(*self.inputs, None)
+        with torch.cuda.graph(self.backward):
+            self.gradients = self._gradients(operator, *self.inputs)
+
+    def _run(self, operator: AttentionOperator, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.out, self.lse, self.kept = operator.forward(q, k, v, None)
+        self._gradients(operator, q, k, v)
+
+    def _gradients(self, operator: AttentionOperator, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+        return operator.backward(self.dout, q, k, v, self.out, self.lse, self.kept, None)
