@@ -7,19 +7,23 @@ The order is fixed by memory: shapes on the meta device, the tensor-parallel cut
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from launch.config import JobConfig
-from launch.context import context_plan
+from launch.context import ContextPlan, context_plan
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
-from model.kernels import select_kernel
+from model.kernels import AttentionKernel, AttentionOperator, KernelOperator, KernelUnavailable, select_kernel
 from parallel.exchange import ExchangeAttention
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
+from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
 from parallel.tensor import TensorShard, apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
+from parallel.transport import SymmetricTransport, Transport, make_transport
+from parallel.ulysses import UlyssesAttention
 from parallel.zero import Precision, ZeroEngine, ZeroSettings, partitioner
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -40,43 +44,73 @@ def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroS
     )
 
 
-def build_attention(job: JobConfig, mesh: ParallelMesh, device_type: str) -> tuple[AttentionFunction, str]:
+def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[AttentionFunction, str]:
     """The attention seam for this mesh, and a sentence saying which kernel serves it and why."""
     config = job.model
     kernel, reason = select_kernel(
         config.attention_backend,
-        device_type=device_type,
-        dtype=DTYPES[job.resolve_precision(device_type)],
+        device_type=device.type,
+        dtype=DTYPES[job.resolve_precision(device.type)],
         head_dim=config.head_dim,
         window=config.sliding_window is not None,
         documents=job.data.document_mask,
         rectangular=mesh.cp_size > 1,
         deterministic=job.training.deterministic,
     )
-    deterministic = job.training.deterministic
     if mesh.cp_size == 1:
-        return KernelAttention(kernel, config, deterministic=deterministic), reason
-    plan = context_plan(job, mesh.shape, DTYPES[job.resolve_precision(device_type)].itemsize)
+        return KernelAttention(kernel, config, deterministic=job.training.deterministic), reason
+    plan = context_plan(job, mesh.shape, DTYPES[job.resolve_precision(device.type)].itemsize)
     assert plan is not None
-    attend: AttentionFunction
-    if plan.mode == "ring":
-        attend = RingAttention(
-            mesh.cp_group,
-            kernel,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-            deterministic=deterministic,
+    attend, transport_note = context_attention(
+        plan,
+        mesh,
+        kernel,
+        device,
+        scale=config.head_dim**-0.5,
+        window=config.sliding_window,
+        deterministic=job.training.deterministic,
+        recorded=job.parallel.context_parallel_graphs,
+    )
+    return attend, f"{reason}; {plan.mode}, {transport_note}: {plan.reason}"
+
+
+def context_attention(
+    plan: ContextPlan,
+    mesh: ParallelMesh,
+    kernel: AttentionKernel,
+    device: torch.device,
+    *,
+    scale: float,
+    window: int | None,
+    deterministic: bool,
+    recorded: bool,
+) -> tuple[AttentionOperator, str]:
+    """The operator that `plan` describes, and how its ranks reach each other. Collective over the mesh."""
+    by_heads, by_keys = mesh.split_context(plan.by_heads, device)
+    settings: dict[str, Any] = {"scale": scale, "window": window, "deterministic": deterministic}
+
+    def operator() -> tuple[AttentionOperator, Transport]:
+        attend: AttentionOperator
+        transport = make_transport(by_keys, device)
+        if plan.by_keys == 1:
+            attend = KernelOperator(kernel, **settings)
+        elif plan.keys == "ring":
+            attend = RingAttention(by_keys, kernel, **settings)
+        else:
+            attend = ExchangeAttention(transport, kernel, keep_gathered=plan.keep_gathered, **settings)
+        if plan.by_heads > 1:
+            transport = make_transport(by_heads, device)
+            attend = UlyssesAttention(transport, attend, head_groups=plan.head_groups)
+        return attend, transport
+
+    attend, transport = operator()
+    if not recorded:
+        return attend, transport.name
+    if not isinstance(transport, SymmetricTransport):
+        raise KernelUnavailable(
+            "parallel.context_parallel_graphs needs GPUs of one host that can read each other's memory; set it to false"
         )
-    else:
-        attend = ExchangeAttention(
-            mesh.cp_group,
-            kernel,
-            scale=config.head_dim**-0.5,
-            window=config.sliding_window,
-            deterministic=deterministic,
-            keep_gathered=plan.keep_gathered,
-        )
-    return attend, f"{reason}; {plan.mode} of keys over {mesh.cp_size} ranks: {plan.reason}"
+    return RecordedAttention(attend, operator()[0]), f"{transport.name}, in CUDA graphs"
 
 
 def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[GPT, Mapping[str, TensorShard], str]:
@@ -84,7 +118,7 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
     mesh.warm_up(device)
-    attend, attention_note = build_attention(job, mesh, device.type)
+    attend, attention_note = build_attention(job, mesh, device)
     with torch.device("meta"):
         model = GPT(
             config,

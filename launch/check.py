@@ -7,6 +7,7 @@ from launch.context import ContextPlan, context_plan
 from launch.memory import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
+    HEADS_FORMULA,
     LIVE_PARAMETERS,
     RING_FORMULA,
     Activations,
@@ -156,8 +157,11 @@ def _activation_rows(
     if activations.tile:
         rows.append(("tile", activations.tile, f"4 F b of {job.training.mlp_tile_tokens:,} tokens"))
     if context is not None:
-        formula = RING_FORMULA if context.mode == "ring" else f"{EXCHANGE_FORMULA}, M = {context.fetched_tokens:,}"
-        rows.append((context.mode, activations.context, f"one block, {formula}"))
+        formulas = [HEADS_FORMULA] * (context.by_heads > 1)
+        if context.by_keys > 1:
+            exchange = f"{EXCHANGE_FORMULA}, M = {context.fetched_tokens:,}"
+            formulas.append(RING_FORMULA if context.keys == "ring" else exchange)
+        rows.append(("attention", activations.context, f"one block, {' + '.join(formulas)}"))
     return rows
 
 
@@ -185,7 +189,7 @@ def _attention_note(job: JobConfig, mesh: MeshShape, device: str) -> str:
         extras.append("documents apart")
     context = context_plan(job, mesh, BYTES[job.resolve_precision(device)])
     if context is not None:
-        extras.append(f"{context.mode} of keys over {mesh.context_parallel_size} ranks: {context.reason}")
+        extras.append(f"{context.mode}: {context.reason}")
     return "; ".join([kernel, *extras])
 
 

@@ -58,10 +58,14 @@ class ParallelSection(Section):
     (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each sequence (ring attention)."""
-    context_parallel_mode: Literal["auto", "exchange", "ring"] = "auto"
+    context_parallel_mode: Literal["auto", "heads", "exchange", "ring"] = "auto"
     """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
-    partial results are merged, which needs memory for one rank's keys only. auto takes exchange while the fetched keys
-    of a layer fit in 1 GiB."""
+    partial results are merged, which needs memory for one rank's keys only. heads: as many ranks as divide the KV heads
+    of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto takes what
+    receives the fewest bytes, exchanging keys only while those of a layer fit in 1 GiB."""
+    context_parallel_graphs: bool = False
+    """Replay attention as CUDA graphs: up to about 4,096 tokens a rank the host takes longer to issue it than the GPUs
+    to run it. Costs memory for a copy of each layer's inputs and gradients. GPUs of one host, without documents."""
     zero_stage: int = Field(default=3, ge=0, le=3)
     """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""

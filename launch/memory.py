@@ -97,8 +97,10 @@ HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
 c tokens, later both gradients once more, as the backward pass hands them on."""
 RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
 """Ring: dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
-EXCHANGE_FORMULA = "(4 M + 6 t) K D b"
-"""Exchange: the buffer of K and V and its gradient; a peer's shares, the sums in fp32 or two groups of them."""
+EXCHANGE_FORMULA = "(12 M + 6 t) K D b"
+"""Exchange: the buffer of K and V and its gradient; a peer's shares, the sums in fp32; four slots that peers read."""
+HEADS_FORMULA = "t (4 (H + 2 K) + 4 H + 4 K) D b"
+"""Heads: four slots that peers read; what arrives of all tokens, and the gradients on their way home."""
 
 
 def estimate_activations(
@@ -128,14 +130,15 @@ def estimate_activations(
         (2 * model.hidden_size + heads * model.head_dim) * width + (0 if tile else inner) + 4 * query_heads
     )
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
-    keys = kv_heads * model.head_dim * width  # bytes of one token's K
     transient = extra = 0
-    if context is not None and context.mode == "ring":
-        transient = tokens * model.head_dim * (4 * query_heads + 16 * kv_heads + 4 * kv_heads * width)
-    elif context is not None:
-        transient = (4 * context.fetched_tokens + 6 * tokens) * keys
-        if context.keep_gathered and not checkpointing:
-            extra = 2 * (context.fetched_tokens - tokens) * keys
+    if context is not None:
+        transient = context_bytes(context, tokens, query_heads, kv_heads, model.head_dim, width)
+        if context.keep_gathered:
+            extra = 2 * (context.fetched_tokens - tokens) * kv_heads * model.head_dim * width
+        if context.by_heads > 1:
+            extra = 2 * tokens * (query_heads + kv_heads) * model.head_dim * width
+        if checkpointing:
+            extra = 0
     kept = residual if checkpointing else block + extra
     return Activations(
         kept=model.num_hidden_layers * kept + residual,  # with the last norm's input
@@ -144,6 +147,20 @@ def estimate_activations(
         context=transient,
         tile=tile * inner,
     )
+
+
+def context_bytes(context: ContextPlan, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int) -> int:
+    """What one block's attention holds beside its inputs and outputs: RING_, EXCHANGE_ and HEADS_FORMULA."""
+    size = 0
+    inside, heads = tokens * context.by_heads, kv_heads // context.by_heads  # of the ranks that trade keys
+    if context.by_keys > 1 and context.keys == "ring":
+        queries = query_heads // context.by_heads
+        size += inside * head_dim * (4 * queries + 16 * heads + 4 * heads * width)
+    elif context.by_keys > 1:
+        size += (12 * context.fetched_tokens + 6 * inside) * heads * head_dim * width
+    if context.by_heads > 1:
+        size += tokens * (4 * (query_heads + 2 * kv_heads) + 4 * query_heads + 4 * kv_heads) * head_dim * width
+    return size
 
 
 def _head(tokens: int, vocabulary: int, hidden_size: int, stream: int, weight: int) -> int:

@@ -86,15 +86,26 @@ class ParallelMesh:
             zero_group=_own_group(rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
         )
 
+    def split_context(self, by_heads: int, device: torch.device) -> tuple[ProcessGroup, ProcessGroup]:
+        """This rank's groups in a split of the cp axis: `by_heads` neighbours, and the ranks at its place among theirs.
+
+        Collective over the world. The groups are the split's own, so that its messages meet no others, and warm.
+        """
+        tps, dps, cp_size = range(self.tp_size), range(self.dp_size), self.cp_size
+        rows = [[self.shape.rank_at(t, c, d) for c in range(cp_size)] for t in tps for d in dps]
+        neighbours = [row[start : start + by_heads] for row in rows for start in range(0, cp_size, by_heads)]
+        across = [row[place::by_heads] for row in rows for place in range(by_heads)]
+        groups = _own_group(self.rank, neighbours), _own_group(self.rank, across)
+        _warm_up(groups, device)
+        return groups
+
     def warm_up(self, device: torch.device) -> None:
         """One collective in every group, on the device that will train. Collective over the world.
 
         NCCL makes a group's communicator at its first use and waits for all its ranks; a first use in which only some
         of them exchange messages would hang.
         """
-        for group in (self.tp_group, self.cp_group, self.zero_group):
-            if group.size() > 1:
-                dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _warm_up((self.tp_group, self.cp_group, self.zero_group), device)
 
     @property
     def tp_rank(self) -> int:
@@ -133,3 +144,9 @@ def _own_group(rank: int, partition: list[list[int]]) -> ProcessGroup:
     """Creates every group of the partition (each rank must take part in each creation) and returns this rank's."""
     groups = [dist.new_group(ranks) for ranks in partition]
     return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
+
+
+def _warm_up(groups: tuple[ProcessGroup, ...], device: torch.device) -> None:
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -39,6 +39,7 @@ class Transport(Protocol):
 
     group: ProcessGroup
     rank: int
+    name: str
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uninitialised memory [stages, rows, ...] of `like`'s dtype and device, for the next `exchange`."""
@@ -52,6 +53,8 @@ class Transport(Protocol):
 
 class MessageTransport:
     """Point-to-point messages of the group's own backend: between any ranks, on any device."""
+
+    name = "by messages"
 
     def __init__(self, group: ProcessGroup):
         self.group, self.rank = group, dist.get_rank(group)
@@ -99,6 +102,8 @@ class SymmetricTransport:
     Slots lie in symmetric memory (torch.distributed._symmetric_memory). An exchange is a barrier, on a stream of the
     transport's own, after which every rank copies what it needs; rows copied as they are go by copy engine.
     """
+
+    name = "by reading each other's memory"
 
     _SLOTS = 4
     """A slot is written again after this many exchanges. Its readers have then passed a later barrier, see `slot`."""

@@ -98,12 +98,12 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, and
+    """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, heads, and
     tensor parallelism without sequence parallelism, once each; recomputation in tiles."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
-    ring = [Case(*layout, 3, False, mode="ring") for layout in LAYOUTS if layout[1] > 1]
+    ring = [Case(*layout, 3, False, mode=mode) for layout in LAYOUTS if layout[1] > 1 for mode in ("ring", "heads")]
     whole = [Case(*layout, 2, False, sequence_parallel="false") for layout in LAYOUTS if layout[0] > 1]
     again = [Case(*layout, 3, False, recompute=True) for layout in [(1, 1, 2), (2, 2, 2)]]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]

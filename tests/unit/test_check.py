@@ -58,7 +58,7 @@ def test_report_of_a_long_context_job() -> None:
     assert ("tokens per rank  16,384 in a micro batch: 1 sequence x 16,384 of 131,072 tokens") in lines
     assert "accumulation     16 micro batches x 1 x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
     assert "vocabulary       128,257, padded to 128,258 for tp 2" in lines
-    assert "exchange of keys over 8 ranks" in text
+    assert "heads over 4 around exchange of keys over 2 ranks" in text
 
 
 def test_many_ranks_are_shown_by_rule() -> None:
