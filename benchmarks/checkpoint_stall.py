@@ -32,7 +32,7 @@ from launch.storage import storage_at
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 
-_LENGTH, _BATCH = 256, 4
+_LENGTH, _BATCH = 64, 1
 
 
 def job(millions: float, precision: str) -> JobConfig:

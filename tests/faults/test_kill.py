@@ -63,7 +63,7 @@ def test_killed_at_every_point_of_start_and_save(tmp_path: Path, uninterrupted: 
 
 def test_an_exception_on_one_rank_ends_the_others(tmp_path: Path) -> None:
     tiny = TinyJob(tmp_path, cp=2, max_steps=9)
-    fault = {"rank": 1, "event": "open", "path": "lengths.npy", "action": "raise"}
+    fault = {"rank": 1, "event": "open", "path": "text/0.txt", "action": "raise"}
     with tiny.launch(2, fault=fault) as job:
         job.until_said("fault: rank 1")
         seconds = assert_all_ranks_end(job)
