@@ -164,7 +164,25 @@ class TokenizerEncoder:
 
     def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
         texts = [_decode(path, content) for path, content in zip(paths, contents, strict=True)]
-        return [np.array(one.ids, dtype=self.dtype) for one in self._tokenizer.encode_batch_fast(texts)]
+        return [np.array(ids, dtype=self.dtype) for ids in self.ids(texts)]
+
+    def ids(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
+        """Token ids of each text; `special` with what the tokenizer's own post-processor puts at a text's ends."""
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+    @property
+    def at_the_ends(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        [full], [bare] = self.ids(["a"]), self.ids(["a"], special=False)
+        before = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
+        return full[:before], full[before + len(bare) :]
+
+    def token_id(self, token: str) -> int:
+        """Raises CorpusError where the tokenizer has no such token."""
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
+        return int(found)
 
 
 def _decode(path: Path, content: bytes) -> str:

@@ -1,0 +1,234 @@
+"""Tokenises texts into a corpus.
+
+    python launch/prepare_data.py --input FILES --tokenizer tokenizer.json --output PREFIX
+
+    --input FILES          text (a document each), JSON lines, Parquet, and .gz or .zst of these; globs may be quoted
+    --tokenizer FILE       a Hugging Face tokenizer.json
+    --output PREFIX        PREFIX.bin and PREFIX.idx appear when all is done
+    --field NAME           field or column that holds the text (default: text)
+    --end_of_document TOK  a token of the tokenizer's to put after each document, as "<|endoftext|>"
+    --workers N            tokenising processes (default: one for each processor)
+    --strict               stop at the first bad record, instead of listing it in PREFIX.rejected.jsonl
+
+After a kill the same command goes on where it stopped; what it writes is the same, byte for byte, and does not depend
+on the workers. Exit status: 0 done, 1 failed, 2 the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from launch.corpus import CorpusError
+from launch.indexed import IndexedWriter, beside, read_summary
+from launch.sources import TokenizerEncoder
+from launch.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
+from launch.text_tokens import Fault, TokenisingProcesses
+
+_SAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far the inputs have been read: file, and the block in it."""
+
+    file: int = 0
+    position: int = 0
+    record: int = 0
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What is read, in order: a block, or a file's end, which may have come too soon."""
+
+    place: Place
+    """Where reading goes on after it."""
+    file: int
+    read: int
+    """Bytes of the file on disk."""
+    fault: Fault | None = None
+
+
+class Preparation:
+    """One corpus in the making. What a kill loses is what was written since the last save, and it is made again."""
+
+    def __init__(self, options: argparse.Namespace, files: list[Path]) -> None:
+        """Raises CorpusError where the tokenizer or PREFIX does not fit this command."""
+        self.options, self.files, self.prefix = options, files, Path(options.output)
+        self.encoder = TokenizerEncoder(options.tokenizer)
+        if options.end_of_document is not None:
+            self.encoder.token_id(options.end_of_document)
+        inputs = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in files]
+        told = [self.encoder.identity, options.field, options.end_of_document, inputs]
+        self.job = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        self.state_file = beside(self.prefix, "state.json.partial")
+        self.rejected = 0
+        self._save_at = time.monotonic() + _SAVE_SECONDS
+
+    def run(self) -> None:
+        """Tokenises what is left and writes the index. Raises CorpusError, OSError, RuntimeError."""
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside(self.prefix, "lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CorpusError(f"{self.prefix}: another process is writing it; wait for it to end") from None
+            if self._complete():
+                print(f"{self.prefix}: complete already")
+            else:
+                self._write()
+            for leftover in ("state.json.partial", "lengths.partial", "lock"):
+                beside(self.prefix, leftover).unlink(missing_ok=True)
+
+    def _complete(self) -> bool:
+        if not beside(self.prefix, "idx").exists():
+            return False
+        summary = read_summary(self.prefix)
+        if summary is None or summary.get("job") != self.job:
+            raise CorpusError(f"{self.prefix}: there is a corpus of other inputs; remove it or give another --output")
+        return True
+
+    def _write(self) -> None:
+        saved = self._saved()
+        options, sizes = self.options, [path.stat().st_size for path in self.files]
+        writer = IndexedWriter(self.prefix, self.encoder.dtype, saved["writer"])
+        with (
+            _appending(beside(self.prefix, "rejected.jsonl"), saved["rejected_bytes"]) as listing,
+            TokenisingProcesses(options.workers, options.tokenizer, options.field, options.end_of_document) as workers,
+            tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            try:
+                for item, result in workers.map(self._read(Place(**saved["place"]))):
+                    if result is not None:
+                        writer.write(result.tokens, result.lengths, continues=result.continues)
+                    faults = [*(result.faults if result else ()), *([item.fault] if item.fault else ())]
+                    self._reject(self.files[item.file], faults, listing)
+                    bar.update(sum(sizes[: item.file]) + item.read - bar.n)
+                    if time.monotonic() > self._save_at:
+                        self._save(writer, listing, item.place)
+                self._save(writer, listing, Place(len(self.files)))
+                summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
+            finally:
+                writer.close()
+        print(f"{self.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens")
+        if self.rejected:
+            print(f"{self.rejected:,} bad records were left out; they are listed in {self.prefix}.rejected.jsonl")
+        else:
+            beside(self.prefix, "rejected.jsonl").unlink()
+
+    def _read(self, place: Place) -> Iterator[tuple[_Item, Block | None]]:
+        for file, path in enumerate(self.files[place.file :], start=place.file):
+            start = Start(place.position, place.record) if file == place.file else Start()
+            following, size = start, path.stat().st_size
+            fault = None
+            try:
+                reason = fault_of_text(path) if kind_of(path) == "text" and not start.position else None
+                if reason is not None:
+                    raise BadInput(reason)
+                for block in blocks(path, self.options.field, start):
+                    following = block.following
+                    yield _Item(Place(file, following.position, following.record), file, block.read), block
+            except BadInput as error:
+                fault = Fault(following.record + 1, str(error))
+            yield _Item(Place(file + 1), file, size, fault), None
+
+    def _reject(self, path: Path, faults: list[Fault], listing: BinaryIO) -> None:
+        for fault in faults:
+            if self.options.strict:
+                raise CorpusError(
+                    f"{path}, record {fault.record}: {fault.reason}; mend it, or leave it out by "
+                    "going on without --strict"
+                )
+            listing.write(json.dumps({"file": str(path), **asdict(fault)}).encode() + b"\n")
+        self.rejected += len(faults)
+
+    def _save(self, writer: IndexedWriter, listing: BinaryIO, place: Place) -> None:
+        """From here on the same command goes on after a kill."""
+        state = {"job": self.job, "place": asdict(place), "writer": writer.sync(), "rejected": self.rejected}
+        listing.flush()
+        os.fsync(listing.fileno())
+        partial = beside(self.prefix, "state.json.new")
+        partial.write_text(json.dumps({**state, "rejected_bytes": listing.tell()}))
+        os.replace(partial, self.state_file)
+        self._save_at = time.monotonic() + _SAVE_SECONDS
+
+    def _saved(self) -> dict[str, Any]:
+        """What the last save of this command left, or a fresh start."""
+        try:
+            state = json.loads(self.state_file.read_text())
+        except FileNotFoundError:
+            return {"place": {}, "writer": None, "rejected_bytes": 0}
+        if state["job"] != self.job:
+            raise CorpusError(
+                f"{self.prefix}: {self.state_file.name} is of a command with other inputs, tokenizer or fields; run "
+                "that one to its end, or remove it"
+            )
+        self.rejected = state["rejected"]
+        print(f"{self.prefix}: going on after {state['writer']['documents']:,} documents")
+        return state
+
+
+def _appending(path: Path, size: int) -> BinaryIO:
+    """The file, cut to its first `size` bytes."""
+    file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        Preparation(options, _files(options.input)).run()
+    except (CorpusError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    """Each file once, in the order given, those of a glob by name. Raises CorpusError."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matches = (
+            sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if glob.has_magic(pattern) else [pattern]
+        )
+        files = [path for path in matches if os.path.isfile(path)]
+        if not files:
+            raise CorpusError(f"--input: no file matches {pattern!r} (looked from {os.getcwd()}); correct it")
+        found |= dict.fromkeys(files)
+    return [Path(path) for path in found]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--field", default="text", metavar="NAME")
+    parser.add_argument("--end_of_document", metavar="TOKEN")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--strict", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers ({options.workers}) must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

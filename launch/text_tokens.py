@@ -1,0 +1,166 @@
+"""Blocks of text to token ids: what a worker process of `launch/prepare_data.py` does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from launch.corpus import Int64, Tokens
+from launch.sources import TokenizerEncoder
+from launch.text_inputs import Block
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that is no text."""
+
+    record: int
+    """Counted from 1, as lines are."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenisedBlock:
+    """The documents of a block."""
+
+    tokens: Tokens
+    lengths: Int64
+    continues: bool
+    """The last document is not at its end."""
+    faults: list[Fault] = field(default_factory=list)
+
+
+class BlockTokeniser:
+    """Texts to documents; `end_of_document` (a token of the tokenizer's) is put after each."""
+
+    def __init__(self, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
+        """Raises CorpusError where the tokenizer cannot be read or has no such token."""
+        self._encoder, self._field = TokenizerEncoder(tokenizer), field_name
+        self._end = [] if end_of_document is None else [self._encoder.token_id(end_of_document)]
+
+    def __call__(self, block: Block) -> TokenisedBlock:
+        faults: list[Fault] = []
+        texts = [text for text in _texts(block, self._field, faults) if text]
+        if block.kind == "text" and not (block.first and block.last):
+            documents = [self._stretch(text, block.first, block.last) for text in texts]
+        else:
+            documents = [ids + self._end for ids in self._encoder.ids(texts)]
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+        tokens = np.zeros(int(lengths.sum()), self._encoder.dtype)
+        end = 0
+        for ids in documents:
+            begin, end = end, end + len(ids)
+            tokens[begin:end] = ids
+        return TokenisedBlock(tokens, lengths, not block.last, faults)
+
+    def _stretch(self, text: str, first: bool, last: bool) -> list[int]:
+        """Part of a document: what the tokenizer puts at a text's ends only where the document has its own."""
+        before, after = self._encoder.at_the_ends
+        ids = self._encoder.ids([text], special=False)[0]
+        return (before if first else []) + ids + (after + self._end if last else [])
+
+
+def _texts(block: Block, name: str, faults: list[Fault]) -> Iterator[str]:
+    """The texts of a block; what is none goes to `faults`."""
+    if block.kind == "text":
+        assert isinstance(block.content, bytes)
+        yield block.content.decode()
+        return
+    lines = block.content.split(b"\n") if isinstance(block.content, bytes) else block.content
+    for record, line in enumerate(lines, start=block.start.record + 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            text = _field(line, name) if isinstance(line, bytes) else line
+            if not isinstance(text, str):
+                raise ValueError(f"{name} is {json.dumps(text)[:40]}, not text")
+            text.encode()  # lone surrogates, which JSON can write and no tokenizer reads
+            yield text
+        except ValueError as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            faults.append(Fault(record, f"{kind}{error}"))
+
+
+def _field(line: bytes, name: str) -> object:
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, not an object with the field {name}")
+    if name not in found:
+        raise ValueError(f"no field {name}; there are {', '.join(found) or 'none'}")
+    return found[name]
+
+
+class TokenisingProcesses:
+    """Worker processes that tokenise blocks, each in one thread; results come in the order of the blocks."""
+
+    DEPTH = 2
+    """Blocks with each worker: one that it works on and one that waits, which bounds the memory."""
+
+    def __init__(self, workers: int, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._inboxes = [context.Queue() for _ in range(workers)]
+        self._outboxes = [context.Queue() for _ in range(workers)]
+        self._processes = [
+            context.Process(target=_work, args=(*boxes, tokenizer, field_name, end_of_document), daemon=True)
+            for boxes in zip(self._inboxes, self._outboxes, strict=True)
+        ]
+
+    def __enter__(self) -> Self:
+        for process in self._processes:
+            process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def map(self, blocks: Iterable[tuple[T, Block | None]]) -> Iterator[tuple[T, TokenisedBlock | None]]:
+        """Each block's tokens with what came along with it; None where that came without a block.
+
+        Raises RuntimeError where a worker dies.
+        """
+        waiting: deque[tuple[T, int | None]] = deque()
+        turn = cycle(range(len(self._processes)))
+        for label, block in blocks:
+            worker = None if block is None else next(turn)
+            if worker is not None:
+                self._inboxes[worker].put(block)
+            waiting.append((label, worker))
+            if len(waiting) >= self.DEPTH * len(self._processes):
+                yield self._next(waiting)
+        while waiting:
+            yield self._next(waiting)
+
+    def _next(self, waiting: deque[tuple[T, int | None]]) -> tuple[T, TokenisedBlock | None]:
+        label, worker = waiting.popleft()
+        if worker is None:
+            return label, None
+        while True:
+            try:
+                return label, self._outboxes[worker].get(timeout=1)
+            except queue.Empty:
+                if not self._processes[worker].is_alive():
+                    status = self._processes[worker].exitcode
+                    raise RuntimeError(
+                        f"tokenising process {worker} ended with status {status}; where memory ran out, lower "
+                        "--workers; the same command goes on where this one stopped"
+                    ) from None
+
+
+def _work(inbox: Any, outbox: Any, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
+    tokenise = BlockTokeniser(tokenizer, field_name, end_of_document)
+    while True:
+        outbox.put(tokenise(inbox.get()))
