@@ -167,6 +167,13 @@ class Corpus:
             found += [np.array([at]), shard.document_starts(begin, end) - begin + at]
         return np.unique(np.concatenate(found))[1:]
 
+    def documents(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """(shard, first, last): the documents, numbered as in their shard, that tokens start..stop-1 belong to."""
+        return [
+            (shard.name, shard.document_at(begin + 1) - 1, shard.document_at(end) - 1)
+            for _, shard, begin, end in self._pieces(start, stop)
+        ]
+
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, Shard, int, int]]:
         """(p, shard, begin, end): the tokens from start + p on are shard.tokens[begin:end]; tiles start..stop-1."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))

@@ -1,0 +1,230 @@
+"""Proves from a run's records which documents each step saw, and that none was repeated or lost.
+
+    python launch/audit_data.py RUN                 the whole run
+    python launch/audit_data.py RUN --quick         without reading the tokens again
+    python launch/audit_data.py RUN --show STEP     the documents of one step (counted from 1, as in metrics.jsonl)
+
+Three things are held against each other: what the ranks noted while they trained (RUN/data/dp-*.jsonl), what the data
+cursor says they should have read (RUN/data/cursor.json), and the corpora that RUN/config.yaml names. Paths in there are
+relative to the working directory, as when training. Exit status: 0 nothing repeated or lost, 1 something was, 2 the
+records or corpora cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from launch.config import JobConfig
+from launch.corpora import load_corpora, samplers
+from launch.corpus import Corpus, CorpusError, Int64
+from launch.cursor import BlendedSamples, DataCursor
+from launch.data import SequenceSampler
+from launch.data_log import WHOLE, total_digest
+from launch.violations import ConfigError
+
+_SAMPLES = 1 << 16
+"""Drawn at a time, which bounds the memory."""
+_MOST_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What all ranks together noted of a step."""
+
+    samples: int
+    digest: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's records and its corpora."""
+
+    cursor: DataCursor
+    noted: dict[int, Noted]
+    """By step, counted from 0."""
+    samplers: dict[str, SequenceSampler]
+    """Those of the cursor's corpora that the configuration still names."""
+
+    @classmethod
+    def read(cls, directory: Path) -> Run:
+        """Raises CorpusError, ConfigError or OSError where the records or the corpora cannot be read."""
+        job = JobConfig.from_yaml((directory / "config.yaml").read_text())
+        cursor = DataCursor.from_record(json.loads((directory / "data" / "cursor.json").read_text()))
+        corpora = load_corpora(job)
+        for name, corpus in corpora.training.items():
+            if cursor.corpora.get(name) != corpus.fingerprint:
+                raise CorpusError(
+                    f"corpus {name} is not what the run read (fingerprint {str(cursor.corpora.get(name))[:12]}, here "
+                    f"{corpus.fingerprint[:12]}); restore it, and start where the run was started"
+                )
+        return cls(cursor, _noted(directory / "data"), samplers(corpora, job))
+
+    @property
+    def steps(self) -> range:
+        """The steps that all ranks have noted in full; the ranks may have read one more before they were stopped."""
+        first = self.cursor.history[0].step
+        whole = [step for step, noted in self.noted.items() if noted.samples == self.size(step)]
+        return range(first, max(whole, default=first - 1) + 1)
+
+    def size(self, step: int) -> int:
+        """The global batch size of a step."""
+        return self.cursor.first_sample(step + 1) - self.cursor.first_sample(step)
+
+    def indices(self, step: int) -> Int64:
+        """The global samples of a step."""
+        return np.arange(self.cursor.first_sample(step), self.cursor.first_sample(step + 1))
+
+
+def _noted(directory: Path) -> dict[int, Noted]:
+    """By step. A line that a kill cut short is left out, as at a resume."""
+    found: dict[int, Noted] = {}
+    for path in sorted(directory.glob("dp-*.jsonl")):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                step, before = entry["step"] - 1, found.get(entry["step"] - 1, Noted(0, 0))
+                found[step] = Noted(before.samples + entry["samples"], (before.digest + entry["digest"]) % WHOLE)
+    return found
+
+
+def faults_of_steps(run: Run, *, quick: bool) -> Iterator[str]:
+    """Steps that were lost or read twice, or whose ranks read something else than the cursor says."""
+    known, source = set(run.samplers), BlendedSamples(run.samplers, run.cursor)
+    for step in tqdm(run.steps, unit="step", disable=None):
+        noted, size = run.noted.get(step, Noted(0, 0)), run.size(step)
+        if noted.samples != size:
+            how = "lost" if noted.samples < size else "repeated"
+            yield f"step {step + 1}: the ranks noted {noted.samples} samples instead of {size}: some were {how}"
+            continue
+        indices = run.indices(step)
+        if quick or not known.issuperset(run.cursor.draws(indices)):
+            continue
+        digest = total_digest(indices.tolist(), source.samples(indices))
+        if digest != noted.digest:
+            found = f"digest {noted.digest}, here {digest}"
+            yield f"step {step + 1}: the ranks read other tokens than the corpora hold ({found})"
+
+
+def faults_of_draws(run: Run, drawn: dict[str, int]) -> Iterator[str]:
+    """Samples of a corpus that the history of the blend gives twice or never. Counts into `drawn`."""
+    end = run.cursor.first_sample(run.steps.stop)
+    for start in range(0, end, _SAMPLES):
+        for name, (_, numbers) in run.cursor.draws(np.arange(start, min(start + _SAMPLES, end))).items():
+            expected = np.arange(drawn.get(name, 0), drawn.get(name, 0) + len(numbers))
+            if not (np.sort(numbers) == expected).all():
+                yield f"corpus {name}: samples {numbers.min()} to {numbers.max()} follow sample {expected[0] - 1}"
+            drawn[name] = drawn.get(name, 0) + len(numbers)
+
+
+def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterator[str]:
+    """Tokens that an epoch of a corpus gives twice, or a whole epoch never."""
+    for epoch, first in enumerate(range(0, drawn, sampler.num_windows)):
+        last = min(first + sampler.num_windows, drawn)
+        start, stop = stretches(sampler, first, last)
+        if twice := int((start[1:] < stop[:-1]).sum()):
+            yield f"corpus {name}, epoch {epoch + 1}: {twice} stretches of tokens were repeated"
+        lost = len(sampler.corpus) - int((stop - start).sum())
+        if last - first == sampler.num_windows and (lost or twice):
+            yield f"corpus {name}, epoch {epoch + 1}: {lost} tokens were lost"
+
+
+def stretches(sampler: SequenceSampler, first: int, last: int) -> tuple[Int64, Int64]:
+    """Where the tokens of the corpus's samples first..last-1 begin and end, ascending."""
+    windows = sampler.windows(np.arange(first, last)).tolist()
+    found = np.array([stretch for window in windows for stretch in sampler.packing.window(window)], dtype=np.int64)
+    found = found.reshape(-1, 2)
+    return tuple(found[np.argsort(found[:, 0])].T)
+
+
+def documents_seen(corpus: Corpus, start: Int64, stop: Int64) -> tuple[int, int]:
+    """(seen whole, seen in part): documents of a corpus under ascending stretches that do not overlap."""
+    edges = np.concatenate([[0], corpus.document_starts(0, len(corpus)), [len(corpus)]])
+    apart = np.concatenate([[True], start[1:] != stop[:-1]])
+    begins, ends = start[apart], stop[np.append(np.flatnonzero(apart)[1:] - 1, len(stop) - 1)]
+    whole = np.searchsorted(edges, ends, "right") - np.searchsorted(edges, begins, "left") - 1
+    first, last = np.searchsorted(edges, begins, "right") - 1, np.searchsorted(edges, ends, "left") - 1
+    touched = int((last - first + 1).sum() - (first[1:] == last[:-1]).sum())
+    complete = int(whole.clip(min=0).sum())
+    return complete, touched - complete
+
+
+def audit(run: Run, *, quick: bool = False) -> list[str]:
+    """Prints what was read; returns the faults."""
+    faults = list(faults_of_steps(run, quick=quick))
+    drawn: dict[str, int] = {}
+    faults += faults_of_draws(run, drawn)
+    print(f"steps {run.steps.start + 1} to {run.steps.stop}: {run.cursor.first_sample(run.steps.stop):,} samples")
+    for segment in run.cursor.history:
+        blend = ", ".join(f"{name} {weight:g}" for name, weight in segment.weights.items())
+        print(f"  from step {segment.step + 1}: {segment.global_batch_size} a step; {blend}")
+    for name, count in drawn.items():
+        sampler = run.samplers.get(name)
+        if sampler is None:
+            print(f"corpus {name}: {count:,} samples; data.blend names it no more (weight: 0 would), so only counted")
+            continue
+        faults += faults_of_epochs(name, sampler, count)
+        epochs, rest = divmod(count, sampler.num_windows)
+        line = f"corpus {name}: {count:,} samples, {epochs} epochs of {sampler.corpus.num_documents:,} documents"
+        if rest:
+            whole, part = documents_seen(sampler.corpus, *stretches(sampler, count - rest, count))
+            line += f" and of the next {whole:,} documents whole and {part:,} in part"
+        print(line)
+    return faults
+
+
+def show(run: Run, step: int) -> None:
+    """Prints the documents of a step, counted from 0."""
+    first = run.cursor.first_sample(step)
+    draws = run.cursor.draws(run.indices(step)).items()
+    rows = [(at, name, number) for name, pair in draws for at, number in np.transpose(pair).tolist()]
+    for at, name, number in sorted(rows):
+        print(f"sample {first + at}: corpus {name}, its sample {number}")
+        sampler = run.samplers.get(name)
+        if sampler is None:
+            continue
+        for start, stop in sampler.packing.window(int(sampler.windows(np.array([number]))[0])):
+            for shard, head, tail in sampler.corpus.documents(start, stop):
+                print(f"    {shard}: documents {head} to {tail} (tokens {start} to {stop - 1} of the training part)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="audit_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--show", type=int, metavar="STEP")
+    options = parser.parse_args(arguments)
+    try:
+        run = Run.read(options.run)
+        if options.show is not None:
+            if options.show - 1 not in run.steps:
+                known = f"{run.steps.start + 1} to {run.steps.stop}"
+                raise CorpusError(f"--show {options.show}: the run's records hold steps {known}; name one of them")
+            show(run, options.show - 1)
+            return 0
+        faults = audit(run, quick=options.quick)
+    except (ConfigError, CorpusError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for fault in faults[:_MOST_FAULTS]:
+        print(f"FAULT: {fault}")
+    if len(faults) > _MOST_FAULTS:
+        print(f"... and {len(faults) - _MOST_FAULTS} more")
+    if not faults:
+        by = ", by the records alone" if options.quick else ""
+        print(f"nothing was repeated within an epoch, and nothing was lost{by}")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

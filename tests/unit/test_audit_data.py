@@ -1,0 +1,161 @@
+"""The audit: silent on a run whose layout, weights and corpora changed at its resumes, loud where data went wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import audit_data
+from launch.config import JobConfig
+from launch.corpora import fresh_cursor, load_corpora, samplers
+from launch.cursor import BlendedSamples, DataCursor
+from launch.data import Batches
+from launch.data_log import DataLog
+from launch.indexed import IndexedWriter
+
+JOB = """
+job: {{name: audited, run_directory: {run}}}
+model: {{vocab_size: 1000, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+         num_key_value_heads: 1}}
+data: {{source: indexed, packing: {packing}, blend: [{blend}]}}
+optimizer: {{learning_rate: 0.1}}
+training: {{sequence_length: 16, global_batch_size: {size}, max_steps: 1000}}
+"""
+
+
+class Simulated:
+    """A run of the data pipeline alone: every data-parallel rank reads and notes its part."""
+
+    def __init__(self, folder: Path, packing: str = "split") -> None:
+        self.folder, self.run, self.packing = folder, folder / "run", packing
+        self.record: dict | None = None
+        self.run.mkdir()
+        for seed, name in enumerate(("web", "code")):
+            rng = np.random.default_rng(seed)
+            lengths = rng.integers(1, 40, 60)
+            writer = IndexedWriter(folder / name, np.dtype("<u2"))
+            writer.write(rng.integers(0, 1000, lengths.sum()), lengths)
+            writer.finish()
+
+    def train(self, start: int, stop: int, weights: dict[str, float], dp: int = 1, size: int = 4) -> None:
+        blend = ", ".join(f"{{path: {self.folder / name}, weight: {weight}}}" for name, weight in weights.items())
+        text = JOB.format(run=self.run, packing=self.packing, blend=blend, size=size)
+        job = JobConfig.from_yaml(text)
+        (self.run / "config.yaml").write_text(text)
+        corpora = load_corpora(job)
+        cursor = fresh_cursor(corpora, job)
+        if self.record is not None:
+            cursor = DataCursor.from_record(self.record).continued(start, cursor)
+        self.record = cursor.record()
+        for rank in range(dp):
+            log = DataLog(self.run / "data", rank, dp, start or None, pytest.fail)
+            log.write_cursor(cursor.record())
+            source = BlendedSamples(samplers(corpora, job), cursor)
+            batches = Batches(source, size, 1, dp, rank, offset=cursor.offset, note=log.note)
+            for step in range(start, stop):
+                batches.micro_batches(step)
+            log.close()
+
+    def entries(self, rank: int = 0) -> list[dict]:
+        return [json.loads(line) for line in self.file(rank).read_text().splitlines()]
+
+    def file(self, rank: int = 0) -> Path:
+        return self.run / "data" / f"dp-{rank:05d}.jsonl"
+
+    def rewrite(self, entries: list[dict]) -> None:
+        self.file().write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def audited(run: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status = audit_data.main([str(run), *options])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_a_run_that_was_moved_and_steered_is_sound(
+    tmp_path: Path, packing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Simulated(tmp_path, packing)
+    run.train(0, 25, {"web": 0.7, "code": 0.3}, dp=2)  # killed in step 26, resumed from the checkpoint of step 20
+    run.train(20, 40, {"web": 0.2, "code": 0.8}, dp=4)
+    run.train(38, 60, {"web": 1}, size=8)
+    run.train(60, 90, {"code": 0.5, "web": 0.5}, dp=2)
+    status, said = audited(run.run, capsys)
+    assert status == 0, said
+    assert "steps 1 to 90: 448 samples" in said  # 38 x 4 + 22 x 8 + 30 x 4
+    assert "from step 21: 4 a step; web 0.2, code 0.8\n  from step 39: 8 a step; web 1" in said
+    assert "epochs of " in said and "nothing was repeated within an epoch, and nothing was lost" in said
+    with open(run.file(1), "a") as file:
+        file.write('{"step": 91, "samp')  # cut short by a kill
+    assert audited(run.run, capsys, "--quick")[0] == 0
+
+
+def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 9, {"web": 0.7, "code": 0.3})
+    status, said = audited(run.run, capsys, "--show", "7")
+    assert status == 0
+    assert said.count(": corpus ") == 4 and "sample 24: corpus " in said and "documents " in said
+    audit = audit_data.Run.read(run.run)
+    source = BlendedSamples(audit.samplers, audit.cursor)
+    for name, sampler in audit.samplers.items():
+        whole = sampler.corpus.shards[0]
+        for at, number in zip(*audit.cursor.draws(audit.indices(6)).get(name, ((), ())), strict=True):
+            sample = source.samples(audit.indices(6))[at]
+            [(start, stop)] = sampler.packing.window(int(sampler.windows(np.array([number]))[0]))
+            named = [d for _, first, last in sampler.corpus.documents(start, stop) for d in range(first, last + 1)]
+            text = np.concatenate([whole.read(*whole.begin(np.array([d, d + 1])).tolist()) for d in named])
+            found = sample.input_ids[: stop - start]
+            windows = np.lib.stride_tricks.sliding_window_view(text, len(found))
+            assert (windows == found).all(axis=1).any()
+    status, said = audited(run.run, capsys, "--show", "10")
+    assert (status, "--show 10: the run's records hold steps 1 to 9; name one of them" in said) == (2, True)
+
+
+def test_a_step_that_was_lost_repeated_or_of_other_tokens_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 9, {"web": 0.7, "code": 0.3})
+    sound = run.entries()
+    run.rewrite(sound[:4] + sound[5:])
+    status, said = audited(run.run, capsys, "--quick")
+    assert status == 1 and "FAULT: step 5: the ranks noted 0 samples instead of 4: some were lost" in said
+    run.rewrite([*sound[:4], *sound[3:]])
+    status, said = audited(run.run, capsys, "--quick")
+    assert status == 1 and "FAULT: step 4: the ranks noted 8 samples instead of 4: some were repeated" in said
+    run.rewrite([*sound[:6], sound[6] | {"digest": sound[5]["digest"]}, *sound[7:]])
+    status, said = audited(run.run, capsys)
+    assert status == 1 and "FAULT: step 7: the ranks read other tokens than the corpora hold" in said
+    assert said.count("FAULT") == 1
+
+
+def test_an_order_that_repeats_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the cursor, at a change of weights every corpus would begin again: such a run is not sound."""
+    run = Simulated(tmp_path)
+    run.train(0, 20, {"web": 0.7, "code": 0.3})
+    read = audit_data.Run.read(run.run)
+    windows = read.samplers["web"].windows
+    monkeypatch.setattr(read.samplers["web"], "windows", lambda indices: windows(indices // 2))
+    monkeypatch.setattr(audit_data.Run, "read", lambda directory: read)
+    status, said = audited(run.run, capsys, "--quick")
+    assert status == 1 and "corpus web, epoch 1: " in said and "stretches of tokens were repeated" in said
+
+
+def test_records_and_corpora_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 3, {"web": 0.7, "code": 0.3})
+    assert audited(tmp_path / "nowhere", capsys)[0] == 2
+    raw = bytearray((tmp_path / "web.bin").read_bytes())
+    raw[5] ^= 1
+    (tmp_path / "web.bin").write_bytes(raw)
+    status, said = audited(run.run, capsys)
+    assert status == 2 and "corpus web is not what the run read (fingerprint " in said
