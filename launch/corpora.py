@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from launch.corpus import Corpus, CorpusError
 from launch.cursor import DataCursor, Segment
 from launch.data import SequenceSampler
@@ -58,6 +60,27 @@ def load_corpora(job: JobConfig) -> Corpora:
     corpora = Corpora(training, Corpus.concatenated("validation", held_out))
     samplers(corpora, job)
     validation_sampler(corpora, job)
+    return corpora
+
+
+def corpora_on_all_ranks(job: JobConfig) -> Corpora:
+    """The job's corpora, the same on every rank. Raises CorpusError on every rank where any has cause."""
+    failure, corpora = None, None
+    try:
+        corpora = load_corpora(job)
+    except CorpusError as error:
+        failure = str(error)
+    seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(seen, (failure, corpora.fingerprint if corpora else None))
+    for rank, (said, fingerprint) in enumerate(seen):
+        if said:
+            raise CorpusError(said)
+        if fingerprint != seen[0][1]:
+            raise CorpusError(
+                f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
+                f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
+            )
+    assert corpora is not None
     return corpora
 
 

@@ -18,26 +18,36 @@ from parallel.zero import StateFragment, ZeroEngine
 def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     """Fills `engine` with the weights that model.init_from names; returns a line for the log. Collective.
 
-    Every rank reads the rectangles that ZeRO and tensor parallelism leave to it, and no others. The tokenizer files
-    beside the weights are copied into the run directory. Raises WeightsError on every rank if any rank fails.
+    The tokenizer files beside the weights are copied into the run directory. Raises WeightsError on every rank.
     """
     assert job.model.init_from is not None
-    folder, fragments, failure, origin = Path(job.model.init_from), list(engine.fragments()), None, ""
+    folder = Path(job.model.init_from)
+    origin = load_weights(engine, folder)
+    if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
+        shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
+    return f"weights of {origin}{_differences(job, folder)}"
+
+
+def load_weights(engine: ZeroEngine, folder: Path, step: int | None = None) -> str:
+    """Fills `engine` with the weights of a run or a converted model; returns where they lay. Collective.
+
+    Every rank reads the rectangles that ZeRO and tensor parallelism leave to it, and no others. Raises WeightsError on
+    every rank if any rank fails.
+    """
+    fragments, failure, origin = list(engine.fragments()), None, ""
     try:
-        weights = open_weights(folder)
+        weights = open_weights(folder, step)
         origin = weights.origin
         weights.read([part for fragment in fragments for part in _parts(fragment, engine)])
-        if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
-            shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
     except (WeightsError, OSError) as error:
-        failure = f"model.init_from: {error}"
+        failure = str(error)
     failures = [failure] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     for rank, said in enumerate(failures):
         if said:
             raise WeightsError(f"rank {rank}: {said}")
     engine.adopt_state(fragments, step_count=0)
-    return f"weights of {origin}{_differences(job, folder)}"
+    return origin
 
 
 def _parts(fragment: StateFragment, engine: ZeroEngine) -> list[Part]:

@@ -15,7 +15,7 @@ from launch.build import DTYPES, build_engine
 from launch.check import layout_report
 from launch.checkpoint import CheckpointError, Checkpoints, Progress, Resumed, Retention
 from launch.config import JobConfig
-from launch.corpora import Corpora, describe, fresh_cursor, load_corpora, samplers, validation_sampler
+from launch.corpora import Corpora, corpora_on_all_ranks, describe, fresh_cursor, samplers, validation_sampler
 from launch.corpus import Corpus, CorpusError
 from launch.cursor import BlendedSamples, DataCursor
 from launch.data import Batches, validation_batches
@@ -70,7 +70,7 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(job.job.seed)
     mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
-    corpora = _corpora(job)
+    corpora = corpora_on_all_ranks(job)
     engine, attention_note = build_engine(job, mesh, device)
     checkpoints = _checkpoints(job, corpora)
     resumed = _resume(job, checkpoints, engine)
@@ -139,27 +139,6 @@ class _UnreadableStep(CorpusError):
         """`leads`: this rank speaks for its replica."""
         super().__init__(message)
         self.leads = leads
-
-
-def _corpora(job: JobConfig) -> Corpora:
-    """The job's corpora, the same on every rank. Raises CorpusError on every rank where any has cause."""
-    failure, corpora = None, None
-    try:
-        corpora = load_corpora(job)
-    except CorpusError as error:
-        failure = str(error)
-    seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(seen, (failure, corpora.fingerprint if corpora else None))
-    for rank, (said, fingerprint) in enumerate(seen):
-        if said:
-            raise CorpusError(said)
-        if fingerprint != seen[0][1]:
-            raise CorpusError(
-                f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
-                f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
-            )
-    assert corpora is not None
-    return corpora
 
 
 def _cursor(job: JobConfig, corpora: Corpora, progress: Progress | None) -> DataCursor:

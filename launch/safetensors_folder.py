@@ -51,7 +51,7 @@ class SafetensorsFolder:
         """Fills `target` with the rectangle of tensor `name` that begins at `offsets`, in the target's dtype."""
         rectangle = tuple(slice(o, o + n) for o, n in zip(offsets, target.shape, strict=True))
         with safe_open(self._files[name], framework="pt") as opened:
-            target.copy_(opened.get_slice(name)[rectangle])
+            target.detach().copy_(opened.get_slice(name)[rectangle])
 
     def _add(self, name: str, file: Path, shape: tuple[int, ...], dtype: str) -> None:
         if dtype not in _DTYPES:

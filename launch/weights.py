@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,8 @@ class _CheckpointWeights(Weights):
             Rectangle(f"parameter/{part.name}", self.shapes[part.name], part.offsets, part.tensor) for part in parts
         ]
         try:
-            load({}, storage_reader=self._reader, planner=LoadRectangles(rectangles), no_dist=True)
+            with warnings.catch_warnings():  # every reader is alone here, on purpose
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+                load({}, storage_reader=self._reader, planner=LoadRectangles(rectangles), no_dist=True)
         except CheckpointException as error:
             raise WeightsError(f"{self.origin} could not be read: {error}") from error

@@ -1,0 +1,70 @@
+"""Validation loss of a trained model, by position too: `deepspeed --num_gpus 4 launch/run_eval.py --run runs/NAME`.
+
+    --run FOLDER           a run, or a model that launch/convert.py from-hf wrote
+    --step N               checkpoint to take (default: the newest)
+    --config FILE          the job whose data and layout to use (default: the run's own)
+    --first_bucket N       tokens of the first range of positions; each further range doubles (sequence_length / 64)
+    --output FILE          where the JSON goes (default: evaluation-CHECKPOINT.json in the folder)
+    section.key=value      overrides: another layout, training.evaluation_batches, a longer training.sequence_length
+
+Exit status: 0 done, 1 failed, 2 the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.config import load_job
+from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
+from launch.stored_model import RUN_FILE
+from launch.violations import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parse(arguments)
+    place = place_in_world()
+    # Whatever the job says of the model must fit these weights: the rules of model.init_from see to that.
+    overrides = [*options.overrides, f"model.init_from={options.run}"]
+    try:
+        job = load_job(options.config or options.run / RUN_FILE, overrides, place.world_size)
+        device, _ = choose_device(job.job.device, place)
+    except (ConfigError, DeviceUnavailable) as error:
+        report_failure(str(error), place)
+        return 2
+    from launch.evaluation import evaluate_weights  # DeepSpeed looks for the device that was just chosen
+
+    try:
+        evaluate_weights(job, options.step, place, device, options.first_bucket, options.output)
+    except (ValueError, OSError) as error:  # weights, corpus, kernel: the user's to mend
+        report_failure(f"error: {error}", place)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run directory, or a converted model")
+    parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+    parser.add_argument("--config", type=Path, help="YAML file of another job (default: the run's own)")
+    parser.add_argument("--first_bucket", type=int, help="tokens of the first range of positions")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
+    options = parser.parse_intermixed_args(arguments)
+    if options.first_bucket is not None and options.first_bucket < 1:
+        parser.error(f"--first_bucket ({options.first_bucket}) must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an interpreter that tears down gloo's threads may abort, with another status

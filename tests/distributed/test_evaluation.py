@@ -1,0 +1,170 @@
+"""Validation loss by position, on several layouts and by the command, against the plain model's log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch.config import JobConfig, load_job
+from launch.corpora import load_corpora, validation_sampler
+from launch.data import validation_batches
+from launch.evaluation import evaluated, position_edges, table
+from launch.safetensors_folder import ShardWriter
+from launch.stored_model import parameter_shapes, write_model
+from model.attention import KernelAttention
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.kernels import KERNELS, Documents
+from parallel.mesh import ParallelMesh
+from tests.distributed.harness import run_distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTH = 32
+MODEL = ModelConfig(
+    vocab_size=257,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+JOB = f"""
+job: {{device: cpu}}
+model: {{attention_backend: math}}
+data: {{source: files, files: [FOLDER/*.txt], validation_fraction: 0.4}}
+optimizer: {{learning_rate: 0.01}}
+training: {{sequence_length: {LENGTH}, global_batch_size: 4, max_steps: 1, evaluation_batches: 2}}
+"""
+LAYOUTS = [(1, 1, 0, False), (2, 2, 3, True), (1, 2, 2, False)]
+"""tp, cp, stage, document mask; dp is what remains of four."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model of random weights, a corpus of many short documents, and a job."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    generator = torch.Generator().manual_seed(4)
+    writer = ShardWriter(folder)
+    for name, shape in parameter_shapes(MODEL).items():
+        writer.add(name, 0.4 * torch.randn(shape, generator=generator))
+    writer.finish()
+    write_model(folder, MODEL)
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("".join(chr(97 + (number * i * i) % 26) for i in range(20 + number)))
+    (folder / "job.yaml").write_text(JOB.replace("FOLDER", str(folder)))
+    return folder
+
+
+def job_of(folder: Path, tp: int, cp: int, stage: int, document_mask: bool) -> JobConfig:
+    overrides = [f"model.init_from={folder}", f"data.document_mask={str(document_mask).lower()}"]
+    overrides += [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
+    return load_job(folder / "job.yaml", [*overrides, f"parallel.zero_stage={stage}"])
+
+
+def evaluate(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for layout in LAYOUTS:
+        job = job_of(folder, *layout)
+        found.append(evaluated(job, None, ParallelMesh.create(job.mesh_shape(4)), torch.device("cpu")))
+    return found
+
+
+@torch.no_grad()
+def expected(folder: Path, document_mask: bool) -> list[tuple[int, float]]:
+    """(position, loss) of every token of the validation batches."""
+    from launch.weights import Part, open_weights
+
+    job = job_of(folder, 1, 1, 0, document_mask)
+    model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
+    open_weights(folder).read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
+    found = []
+    batches = validation_batches(
+        validation_sampler(load_corpora(job), job),
+        evaluation_batches=2,
+        global_batch_size=4,
+        micro_batch_size=4,
+        data_parallel_size=1,
+        dp_rank=0,
+        document_mask=document_mask,
+    )
+    for batch in (batch for micro_batches in batches for batch in micro_batches):
+        documents = Documents.from_boundaries(batch.boundaries, "cpu") if batch.boundaries else None
+        logits = model(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids), None, documents)
+        losses = -logits.double().log_softmax(dim=-1).numpy()
+        for row, column in np.argwhere(batch.labels >= 0):
+            found.append((int(batch.position_ids[row, column]), losses[row, column, batch.labels[row, column]]))
+    return found
+
+
+def check(result: dict[str, Any], tokens: list[tuple[int, float]]) -> None:
+    assert result["tokens"] == len(tokens)
+    assert result["loss"] == pytest.approx(np.mean([loss for _, loss in tokens]), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    edges = [0, 1, 2, 4, 8, 16, 32]
+    assert [(row["first"], row["last"]) for row in result["positions"]] == [
+        (first, end - 1) for first, end in zip(edges, edges[1:], strict=False)
+    ]
+    for row in result["positions"]:
+        inside = [loss for position, loss in tokens if row["first"] <= position <= row["last"]]
+        assert row["tokens"] == len(inside)
+        assert row["loss"] == (pytest.approx(np.mean(inside), rel=1e-5) if inside else None)
+    assert len({row["loss"] for row in result["positions"]}) > 3, "ranges differ"
+
+
+def test_every_layout_gives_the_loss_of_each_range(folder: Path) -> None:
+    tokens = {mask: expected(folder, mask) for mask in (False, True)}
+    assert len(tokens[False]) > 6 * LENGTH
+    assert max(position for position, _ in tokens[False]) == LENGTH - 1
+    for found in run_distributed(evaluate, 4, folder):
+        for layout, result in zip(LAYOUTS, found, strict=True):
+            check(result, tokens[layout[3]])
+
+
+def test_the_command_writes_table_and_json(folder: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE"}}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    output = folder / "result.json"
+    command = [sys.executable, str(ROOT / "launch" / "run_eval.py"), "--run", str(folder)]
+    command += ["--config", str(folder / "job.yaml"), "--output", str(output)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(output.read_text())
+    check(result, expected(folder, False))
+    assert f"{result['loss']:.4f} nats a token" in ended.stdout and "16-31" in ended.stdout
+    assert str(output) in ended.stdout
+
+
+def test_a_model_of_another_shape_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.run_eval import main
+
+    asked = ["--run", str(folder), "--config", str(folder / "job.yaml"), "model.num_hidden_layers=3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        for name in ("RANK", "LOCAL_RANK"):
+            patch.setenv(name, "0")
+        assert main(asked) == 2
+    assert "of another model: num_hidden_layers (3 here, 2 there)" in capsys.readouterr().err
+
+
+def test_ranges_double() -> None:
+    assert position_edges(256) == [0, 4, 8, 16, 32, 64, 128, 256]
+    assert position_edges(131_072)[:3] == [0, 2048, 4096]
+    assert position_edges(100, 30) == [0, 30, 60, 100]
+    assert position_edges(1) == [0, 1] and position_edges(8, 50) == [0, 8]
+
+
+def test_a_range_without_tokens_has_no_loss() -> None:
+    rows = [{"first": 0, "last": 0, "loss": 2.0, "tokens": 3}, {"first": 1, "last": 1, "loss": None, "tokens": 0}]
+    rows.append({"first": 2, "last": 3, "loss": 1.5, "tokens": 3})
+    said = table({"weights": "w", "loss": 1.75, "perplexity": 5.755, "tokens": 6, "positions": rows})
+    assert "-0.5000" in said and said.count("\n") == 4
