@@ -91,6 +91,8 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         "precision": _precision_note(job, device),
         "attention": _attention_note(job, mesh, device),
     }
+    if model.init_from is not None:
+        rows["initial weights"] = model.init_from
     return [f"{name:<16} {text}" for name, text in rows.items()]
 
 

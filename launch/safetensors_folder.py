@@ -102,6 +102,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._temporary(len(self._shards))
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         self._shards.append(list(self._pending))

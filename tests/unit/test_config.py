@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.check import layout_report
 from launch.config import ConfigError, JobConfig, load_job
 from launch.schema_docs import reference
 from launch.stored_model import stored_model, write_model
@@ -71,6 +72,7 @@ def test_keys_left_out_come_from_the_initial_weights(tmp_path: Path) -> None:
     assert job.model == stored_model(folder).model_copy(update={"init_from": str(folder)})
     stretched = load(tmp_path, "model.rope_scaling={kind: yarn, factor: 4.0}", "model.sliding_window=9", text=text)
     assert stretched.model.sliding_window == 9 and stretched.model.rope_scaling is not None
+    assert f"initial weights  {folder}" in layout_report(job, 1)
     (folder / "model.yaml").unlink()
     assert JobConfig.from_yaml(job.to_yaml()) == job, "the resolved job needs no other file"
 

@@ -115,7 +115,8 @@ def test_logits_agree_both_ways(case: str, tmp_path: Path) -> None:
     expected = their_logits(theirs)
     assert expected.std() > 0.5, "the comparison is not of zeros"
     from_hf(tmp_path / "theirs", tmp_path / "ours", shard_bytes=15_000)
-    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2, "sharded"
+    shards = list((tmp_path / "ours").glob("*.safetensors"))
+    assert len(shards) > 2 and {shard.stat().st_mode & 0o777 for shard in shards} == {0o644}
     torch.testing.assert_close(our_logits(ours(tmp_path / "ours")), expected, atol=1e-4, rtol=0)
 
     said = to_hf(tmp_path / "ours", tmp_path / "back", shard_bytes=15_000)
