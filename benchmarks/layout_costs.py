@@ -93,20 +93,22 @@ def _keys(model: ModelConfig, tokens: int, tp: int) -> int:
     return model.num_hidden_layers * 2 * tokens * model.head_dim * (model.num_key_value_heads // tp)
 
 
-def zero_payloads(parameters: int, stage: int, precision: Precision, head: int) -> tuple[Payload, Payload]:
-    """What DeepSpeed 0.19 moves for one micro batch, and what once a step.
+def zero_payloads(
+    parameters: int, stage: int, precision: Precision, head: int, reduced: int = 4
+) -> tuple[Payload, Payload]:
+    """What DeepSpeed 0.19 moves for one micro batch, and what once a step; gradients in numbers of `reduced` bytes.
 
     Stage 3 for a model larger than its limit of live parameters; below it, parameters stay gathered for backward, as
     the `head` elements of the last module always do.
     """
-    size = parameters * BYTES[precision]
+    size, gradients = parameters * BYTES[precision], parameters * reduced
     if stage == 0:
-        return Payload(), Payload(all_reduced=4 * parameters)
+        return Payload(), Payload(all_reduced=gradients)
     if stage == 1:
-        return Payload(), Payload(all_reduced=size, all_gathered=size)
+        return Payload(), Payload(all_reduced=gradients, all_gathered=size)
     if stage == 2:
-        return Payload(all_reduced=size), Payload(all_gathered=size)
-    return Payload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=size), Payload()
+        return Payload(all_reduced=gradients), Payload(all_gathered=size)
+    return Payload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=gradients), Payload()
 
 
 def table() -> str:

@@ -24,7 +24,8 @@ from parallel.ring import RingAttention
 from parallel.tensor import TensorShard, apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
 from parallel.transport import SymmetricTransport, Transport, make_transport
 from parallel.ulysses import UlyssesAttention
-from parallel.zero import Precision, ZeroEngine, ZeroSettings, partitioner
+from parallel.zero import ZeroEngine, partitioner
+from parallel.zero_config import Precision, ZeroSettings
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -41,6 +42,10 @@ def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroS
         micro_batch_size=job.training.micro_batch_size,
         accumulation_steps=job.accumulation_steps(mesh.shape.world_size),
         gradient_clipping=job.training.gradient_clipping,
+        reduce_dtype=job.parallel.gradient_reduce_dtype,
+        overlap=job.parallel.overlap_communication,
+        offload_optimizer=job.parallel.offload_optimizer,
+        offload_parameters=job.parallel.offload_parameters,
     )
 
 

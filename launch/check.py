@@ -8,9 +8,9 @@ from launch.memory import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
     HEADS_FORMULA,
-    LIVE_PARAMETERS,
     RING_FORMULA,
     Activations,
+    States,
     block_formula,
     estimate_activations,
     estimate_states,
@@ -20,6 +20,7 @@ from launch.parameters import BYTES, Precision, count_parameters
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
+from parallel.zero_config import LIVE_PARAMETERS
 
 _MOST_RANKS_LISTED = 64
 
@@ -100,7 +101,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     tp, stage, precision = mesh.tensor_parallel_size, job.parallel.zero_stage, job.resolve_precision(device)
     zero_size = mesh.data_parallel_size * mesh.context_parallel_size
     local = count_parameters(job.model, tp)
-    states, activations = estimate_states(local, stage, precision, zero_size), _activations(job, mesh, precision)
+    states, activations = _states(job, mesh, precision), _activations(job, mesh, precision)
     rows = [
         ("parameters", states.parameters, _shared(stage >= 3, zero_size)),
         ("gradients", states.gradients, _shared(stage >= 2, zero_size)),
@@ -112,18 +113,31 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         rows.append(("gathered", working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
     elif working:
         rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
-    peak = states.total + working + activations.peak
+    if states.host:
+        rows.append(("offloaded", states.host, "to host memory, not part of the peak"))
+    peak = states.on_device + working + activations.peak
     rows += _activation_rows(job, activations, context_plan(job, mesh, BYTES[precision]))
     unit, unit_name = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
     return [
         f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
         *(f"  {name:<16} {size / unit:>8.2f}   {note}" for name, size, note in rows),
-        f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.total / unit:.2f}) and activations, "
+        f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.on_device / unit:.2f}) and activations, "
         "with the larger of the head's and one block's work",
         f"  t = {_local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
         "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
         "  its scores of t x sequence_length per head.",
     ]
+
+
+def _states(job: JobConfig, mesh: MeshShape, precision: Precision) -> States:
+    return estimate_states(
+        count_parameters(job.model, mesh.tensor_parallel_size),
+        job.parallel.zero_stage,
+        precision,
+        mesh.data_parallel_size * mesh.context_parallel_size,
+        offload_optimizer=job.parallel.offload_optimizer != "none",
+        offload_parameters=job.parallel.offload_parameters != "none",
+    )
 
 
 def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activations:

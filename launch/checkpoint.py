@@ -247,7 +247,7 @@ class Checkpoints:
             load_state(CheckpointFiles(self.storage, name), fragments, engine.shards, self._group)
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} could not be loaded: {_reason(error)}") from error
-        engine.adopt_state(fragments, manifest["optimizer_steps"])
+        engine.adopt_state(manifest["optimizer_steps"])
         engine.loss_scaler_state = manifest["loss_scaler"]
         progress = Progress(**manifest["progress"])
         return Resumed(path, progress, manifest["losses"], manifest["next_batches"], told)

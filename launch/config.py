@@ -69,6 +69,16 @@ class ParallelSection(Section):
     zero_stage: int = Field(default=3, ge=0, le=3)
     """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""
+    gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over data x context; bf16 halves that traffic and rounds each sum."""
+    overlap_communication: bool = True
+    """ZeRO reduces gradients, and at stage 3 fetches parameters, beside computing."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu keeps master weights and moments in host memory and makes the update there (ZeRO-Offload, arXiv:2101.06840);
+    needs zero_stage 2 or 3."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """cpu keeps this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
+    arXiv:2104.07857); needs zero_stage 3 and offload_optimizer."""
 
 
 class BlendedCorpus(Section):

@@ -46,7 +46,7 @@ def load_weights(engine: ZeroEngine, folder: Path, step: int | None = None) -> s
     for rank, said in enumerate(failures):
         if said:
             raise WeightsError(f"rank {rank}: {said}")
-    engine.adopt_state(fragments, step_count=0)
+    engine.adopt_state(step_count=0)
     return origin
 
 

@@ -13,9 +13,7 @@ from launch.parameters import BYTES, Precision
 from model.config import ModelConfig
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.vocab import padded_vocabulary
-
-LIVE_PARAMETERS = 1_000_000_000
-"""Elements that DeepSpeed may keep gathered at stage 3 (its stage3_max_live_parameters)."""
+from parallel.zero_config import LIVE_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,27 @@ class States:
     gradients: int
     master_weights: int
     moments: int
+    host: int = 0
+    """Of these, in host memory."""
 
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.master_weights + self.moments
 
+    @property
+    def on_device(self) -> int:
+        return self.total - self.host
 
-def estimate_states(parameters: int, zero_stage: int, precision: Precision, zero_size: int) -> States:
+
+def estimate_states(
+    parameters: int,
+    zero_stage: int,
+    precision: Precision,
+    zero_size: int,
+    *,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> States:
     """The states of `parameters` elements that `zero_size` = dp x cp ranks hold, as DeepSpeed 0.19 keeps them.
 
     Exact but for the padding to whole partitions. Moments and master weights are fp32, gradients accumulate in fp32.
@@ -41,10 +53,22 @@ def estimate_states(parameters: int, zero_stage: int, precision: Precision, zero
     - Stages 1 to 3: fp32 masters are kept beside the parameters, fp32 ones too, and shared out with the moments.
     - Stage 1, bf16: the backward pass writes bf16 gradients, which are added to whole fp32 ones: 6 bytes.
     - Stage 2 shares gradients out, stage 3 parameters too.
+    - An offloaded optimizer keeps in host memory masters, moments, two copies of the share of fp32 gradients (one
+      accumulates, one is what the update reads) and, below stage 3, the updated share in the parameters' type.
     """
     share = -(-parameters // zero_size)
     if zero_stage == 0:
         return States(4 * parameters, 4 * parameters, 0, 8 * parameters)
+    if offload_optimizer:
+        width = BYTES[precision]
+        updated = width * share if zero_stage < 3 else 0
+        return States(
+            parameters=width * (share if zero_stage == 3 else parameters),
+            gradients=8 * share,
+            master_weights=4 * share + updated,
+            moments=8 * share,
+            host=20 * share + updated + (width * share if offload_parameters else 0),
+        )
     gradient_bytes = 6 if zero_stage == 1 and precision == "bf16" else 4
     return States(
         parameters=BYTES[precision] * (share if zero_stage == 3 else parameters),

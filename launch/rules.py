@@ -252,6 +252,28 @@ def _bytes_fit_the_vocabulary(job: Job) -> None:
         )
 
 
+@_rule("parallel.offload_optimizer", "parallel.zero_stage")
+def _offloaded_states_are_shared(job: Job) -> None:
+    if job.parallel.offload_optimizer != "none" and job.parallel.zero_stage < 2:
+        raise ValueError(
+            f"offload_optimizer is {job.parallel.offload_optimizer}, which needs zero_stage 2 or 3 (here "
+            f"{job.parallel.zero_stage}): whole gradients would stay on the device; set parallel.zero_stage=2 or "
+            "parallel.offload_optimizer=none"
+        )
+
+
+@_rule("parallel.offload_parameters", "parallel.offload_optimizer", "parallel.zero_stage")
+def _offloaded_parameters_are_partitioned(job: Job) -> None:
+    if job.parallel.offload_parameters == "none":
+        return
+    if job.parallel.zero_stage < 3 or job.parallel.offload_optimizer == "none":
+        raise ValueError(
+            f"offload_parameters is {job.parallel.offload_parameters}, which needs zero_stage 3 (here "
+            f"{job.parallel.zero_stage}) and offload_optimizer cpu (here {job.parallel.offload_optimizer}); set both, "
+            "or parallel.offload_parameters=none"
+        )
+
+
 @_rule("parallel.zero_stage", "training.precision")
 def _fp16_has_master_weights(job: Job) -> None:
     if job.training.precision == "fp16" and job.parallel.zero_stage == 0:

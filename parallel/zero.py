@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
@@ -24,24 +24,10 @@ from torch import Tensor, nn
 from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
 from parallel.tensor import TensorShard
+from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
 
-Precision = Literal["fp32", "bf16", "fp16"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two states of each parameter, by torch's names."""
-
-_LARGEST_BUCKET = 100_000_000
-"""Elements of the largest buffer in which gradients are reduced together."""
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What ZeRO needs to know of a job. `gradient_clipping` 0 means off."""
-
-    stage: int
-    precision: Precision
-    micro_batch_size: int
-    accumulation_steps: int
-    gradient_clipping: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +72,7 @@ def partitioner(mesh: ParallelMesh, settings: ZeroSettings) -> Callable[[nn.Modu
     """A function that keeps only this rank's share of a module's own parameters; below stage 3 it keeps all."""
     if settings.stage < 3:
         return lambda module: None
-    config, mpu = _deepspeed_config(settings, parameters=0), _ModelParallelUnit(mesh)
+    config, mpu = deepspeed_config(settings), ModelParallelUnit(mesh)
 
     def partition(module: nn.Module) -> None:
         # The group must be named: without it, tensor-parallel shards of rank 0 would be broadcast to all ranks.
@@ -132,12 +118,18 @@ class ZeroEngine:
         )
         for unit in units:
             set_z3_leaf_module(unit, settings.stage == 3)
-        parameters = sum(math.prod(shard.sizes) for shard in shards.values())
+        sizes = ModelSizes(
+            total=sum(math.prod(shard.sizes) for shard in shards.values()),
+            largest_unit=max(
+                (sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in unit.parameters()) for unit in units),
+                default=0,
+            ),
+        )
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            mpu=_ModelParallelUnit(mesh),
-            config=_deepspeed_config(settings, parameters),
+            mpu=ModelParallelUnit(mesh),
+            config=deepspeed_config(settings, sizes),
             dist_init_required=False,
         )
         self._create_moments()
@@ -195,13 +187,8 @@ class ZeroEngine:
             fragments = [replace(one, tensors={kind: next(copies) for kind in one.tensors}) for one in fragments]
         return Snapshot(fragments, self.step_count, self.loss_scaler_state, self._host_copies.wait)
 
-    def adopt_state(self, fragments: Iterator[StateFragment] | list[StateFragment], step_count: int) -> None:
-        """Takes written fragments (of `fragments()`) as the model's state, after `step_count` updates."""
-        written = {fragment.name: fragment for fragment in fragments}
-        for name, parameter in self.model.named_parameters():
-            fragment = written.get(name)
-            if fragment is not None and self.settings.stage == 3:
-                self._store_stage3(parameter, fragment)
+    def adopt_state(self, step_count: int) -> None:
+        """Takes what was written into the tensors of `fragments()` as the model's state after `step_count` updates."""
         for state in self._base_optimizer_state():
             state["step"].fill_(step_count)
         self._refresh_working_copies()
@@ -263,10 +250,9 @@ class ZeroEngine:
 
     def _create_moments(self) -> None:
         """AdamW makes its moments at its first step; made now, memory is known and a checkpoint can be loaded."""
-        device = self.device if self.device.type == "cuda" else torch.device("cpu")
         for master in self._flat_masters():
             self.optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
         link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -290,24 +276,21 @@ class ZeroEngine:
             tensors = {"parameter": mapping.get_hp_fragment()}
             tensors |= {moment: mapping.get_hp_fragment(moment) for moment in MOMENTS}
             return StateFragment(name, mapping.lp_fragment_address.start, tensors)
-        partition = deepspeed.utils.safe_get_local_fp32_param(parameter)
+        partition = self._stage3_partition(parameter)
         start = self.mesh.zero_rank * partition.numel()
         numel = min(partition.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
         if numel <= 0:
             return None  # only padding here
         tensors = {"parameter": partition}
-        tensors |= {m: deepspeed.utils.safe_get_local_optimizer_state(parameter, m) for m in MOMENTS}
+        tensors |= {moment: self._stage3_partition(parameter, moment) for moment in MOMENTS}
         return StateFragment(name, start, {key: tensor[:numel] for key, tensor in tensors.items()})
 
-    def _store_stage3(self, parameter: nn.Parameter, fragment: StateFragment) -> None:
-        """Stage 3 hands out views where the state lives on the compute device, and copies where it is offloaded."""
-        whole = deepspeed.utils.safe_get_local_fp32_param(parameter)
-        padding = whole.numel() - fragment.numel
-        pad = torch.nn.functional.pad
-        deepspeed.utils.safe_set_local_fp32_param(parameter, pad(fragment.tensors["parameter"], (0, padding)))
-        for moment in MOMENTS:
-            value = pad(fragment.tensors[moment], (0, padding))
-            deepspeed.utils.safe_set_local_optimizer_state(parameter, value, moment)
+    def _stage3_partition(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        """A view of this rank's part where it lives; DeepSpeed's public function copies offloaded state to the GPU."""
+        partition, _ = self.engine.optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=True, optim_state_key=moment
+        )
+        return partition
 
     def _refresh_working_copies(self) -> None:
         """Makes the parameters that compute equal to the fp32 state."""
@@ -341,80 +324,3 @@ def _decay_groups(model: nn.Module, shards: Mapping[str, TensorShard], weight_de
     for name, parameter in model.named_parameters():
         (matrices if len(shards[name].full_shape) > 1 else vectors).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def _deepspeed_config(settings: ZeroSettings, parameters: int) -> dict[str, Any]:
-    """`parameters`: elements on this rank before ZeRO, which bound the buckets."""
-    bucket = max(1, min(_LARGEST_BUCKET, parameters))
-    sharded = settings.stage > 0
-    return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.accumulation_steps,
-        "gradient_clipping": settings.gradient_clipping if sharded else 0.0,
-        "zero_optimization": {
-            "stage": settings.stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        },
-        "bf16": {"enabled": sharded and settings.precision == "bf16"},
-        "fp16": {"enabled": settings.precision == "fp16"},
-        # By DeepSpeed's own key: on GPUs its engine turns off an autocast it was not told of.
-        "torch_autocast": {
-            "enabled": settings.precision == "bf16" and not sharded,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # the modules whose gradients would be reduced in bf16
-        },
-        # DeepSpeed accumulates in the parameters' type unless told otherwise
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
-
-
-class _ModelParallelUnit:
-    """The mesh in the words DeepSpeed asks for. It must not define any *sequence_parallel* method."""
-
-    def __init__(self, mesh: ParallelMesh):
-        self._mesh = mesh
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.zero_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.zero_size
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.zero_rank
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._mesh.zero_group)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.tp_group
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.tp_size
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.tp_rank
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.tp_group
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._mesh.tp_size
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._mesh.tp_rank
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return dist.get_global_rank(self._mesh.tp_group, 0)
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return 0

@@ -58,6 +58,8 @@ class Case:
     sequence_parallel: str = "auto"
     recompute: bool = False
     """Whole blocks in the backward pass, and feed-forward layers in tiles."""
+    parallel: str = ""
+    """More keys of the parallel section."""
 
     @property
     def world_size(self) -> int:
@@ -68,12 +70,15 @@ class Case:
         mode = f" {self.mode}" if self.cp > 1 and self.mode != "auto" else ""
         whole = " whole tokens" if self.sequence_parallel == "false" else ""
         tied = "tied" if self.tied else "untied"
+        more = f" {self.parallel}" if self.parallel else ""
         again = " recomputed" if self.recompute else ""
-        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}"
+        return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}{more}"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
-        return replace(self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto", recompute=False)
+        return replace(
+            self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto", recompute=False, parallel=""
+        )
 
     def job(self) -> JobConfig:
         """The case as a job."""
@@ -85,7 +90,7 @@ class Case:
                true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend}}}
             parallel:
               {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage},
-               context_parallel_mode: {self.mode}, sequence_parallel: {self.sequence_parallel}}}
+               context_parallel_mode: {self.mode}, sequence_parallel: {self.sequence_parallel}, {self.parallel}}}
             data: {{source: files, files: [unused], tokenizer: unused}}
             optimizer: {{learning_rate: 0.003, eps: 1.0e-4, schedule: constant}}
             training:
@@ -99,15 +104,20 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, heads, and
-    tensor parallelism without sequence parallelism, once each; recomputation in tiles."""
+    tensor parallelism without sequence parallelism, once each; recomputation in tiles; offload; no overlap."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
     ring = [Case(*layout, 3, False, mode=mode) for layout in LAYOUTS if layout[1] > 1 for mode in ("ring", "heads")]
     whole = [Case(*layout, 2, False, sequence_parallel="false") for layout in LAYOUTS if layout[0] > 1]
     again = [Case(*layout, 3, False, recompute=True) for layout in [(1, 1, 2), (2, 2, 2)]]
+    offloaded = [
+        Case(2, 1, 2, stage, False, parallel="offload_optimizer: cpu" + ", offload_parameters: cpu" * (stage == 3))
+        for stage in (2, 3)
+    ]
+    in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + again + single
+    return grouped + ring + whole + again + offloaded + in_turn + single
 
 
 @dataclass

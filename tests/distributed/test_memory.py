@@ -10,12 +10,16 @@ from torch import nn
 
 from launch.memory import estimate_states
 from launch.parameters import Precision
-from parallel import zero
+from parallel import zero, zero_config
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.tensor import TensorShard
+from parallel.zero_config import Offload
 from tests.distributed.harness import run_distributed
 
-LAYOUTS: list[tuple[int, Precision]] = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+LAYOUTS: list[tuple[int, Precision, Offload]] = [
+    *((stage, precision, "none") for stage in range(4) for precision in ("fp32", "bf16")),
+    *((stage, "bf16", "cpu") for stage in (2, 3)),
+]
 WIDTH, DEPTH = 384, 8  # matrices above the size up to which stage 3 keeps parameters whole (100,000 elements)
 BUFFER = 4 * WIDTH**2
 SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
@@ -23,15 +27,17 @@ SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
 
 def held_bytes() -> list[int]:
     """Bytes of states on this rank, by layout, with gradients of two of three micro batches accumulated."""
-    zero._LARGEST_BUCKET = 1000  # no communication buffer but a matrix that is larger than one
+    zero_config._LARGEST_BUCKET = 1000  # no communication buffer but a matrix that is larger than one
     mesh = ParallelMesh.create(MeshShape(data_parallel_size=2))
-    return [_held_by_one(mesh, stage, precision) for stage, precision in LAYOUTS]
+    return [_held_by_one(mesh, *layout) for layout in LAYOUTS]
 
 
-def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision) -> int:
+def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload) -> int:
     before = _storages()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    settings = zero.ZeroSettings(stage, precision, micro_batch_size=1, accumulation_steps=3, gradient_clipping=1.0)
+    settings = zero_config.ZeroSettings(
+        stage, precision, micro_batch_size=1, accumulation_steps=3, gradient_clipping=1.0, offload_optimizer=offload
+    )
     layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)]
     model = nn.Sequential(*layers).to(dtype if stage > 0 else torch.float32)
     shards = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
@@ -62,7 +68,9 @@ def _storages() -> dict[int, int]:
 def test_states_are_as_estimated() -> None:
     parameters = DEPTH * WIDTH**2
     for rank, held in enumerate(run_distributed(held_bytes, 2)):
-        for (stage, precision), found in zip(LAYOUTS, held, strict=True):
-            expected = estimate_states(parameters, stage, precision, 2).total
-            layout = f"rank {rank}, stage {stage}, {precision}: {found} bytes held, {expected} expected"
+        for (stage, precision, offload), found in zip(LAYOUTS, held, strict=True):
+            expected = estimate_states(parameters, stage, precision, 2, offload_optimizer=offload == "cpu").total
+            layout = (
+                f"rank {rank}, stage {stage}, {precision}, {offload} offloaded: {found} bytes held, {expected} expected"
+            )
             assert 0.995 * expected <= found <= expected + BUFFER, layout

@@ -42,7 +42,7 @@ def test_layout_computes_what_one_process_computes(case: Case) -> None:
 def test_the_cases_cover_what_they_should() -> None:
     cases = all_cases()
     assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
-    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 91
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 100
 
 
 # -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------
@@ -199,6 +199,13 @@ def test_bf16_stays_within_its_rounding(layout: tuple[int, int, int]) -> None:
     cases = [Case(*layout, stage, False, precision="bf16", backend="cpu") for stage in range(4)]
     for case, errors in run_cases(cases, attention_computes_in_bf16).items():
         assert errors.loss < 4e-3 and errors.grad_norm < 2e-2, (case, errors)
+
+
+def test_gradients_summed_in_bf16_stay_within_its_rounding() -> None:
+    """fp32 jobs, in which nothing else is rounded: the norm moves by less than 2^-8, and more than not at all."""
+    cases = [Case(1, 1, 2, stage, False, parallel="gradient_reduce_dtype: bf16") for stage in (1, 2, 3)]
+    for case, errors in run_cases(cases).items():
+        assert errors.loss < 1e-4 and 1e-6 < errors.grad_norm < 4e-3, (case, errors)
 
 
 def test_make_parity_prints_the_table() -> None:

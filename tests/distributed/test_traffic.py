@@ -27,7 +27,16 @@ PERSISTENT = (2 * LAYERS + 1) * HIDDEN
 """The norms: what stage 3 keeps whole, gathered once a step."""
 NEGLIGIBLE = 64  # bytes: flags and norms
 CASES: list[tuple[Precision, str]] = [("fp32", "none"), ("fp32", "full"), ("bf16", "none"), ("bf16", "full")]
-ZERO_CASES: list[tuple[int, Precision]] = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+ZERO_CASES: list[tuple[int, Precision, str]] = [
+    (stage, precision, reduced)
+    for stage in (
+        3,
+        2,
+        1,
+        0,
+    )  # once stage 0 has turned on DeepSpeed's autocast, it takes the types of all engines from it
+    for precision, reduced in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+]
 
 
 def job_of(
@@ -39,13 +48,14 @@ def job_of(
     mode: str = "auto",
     sequence_parallel: str = "auto",
     tile: int | None = None,
+    reduce_dtype: str = "fp32",
 ) -> JobConfig:
     replicas = 2 // (tp * cp)
     return JobConfig.from_yaml(f"""
 model: {{vocab_size: {VOCABULARY}, hidden_size: {HIDDEN}, intermediate_size: 512, num_hidden_layers: {LAYERS},
   num_attention_heads: 4, num_key_value_heads: 2}}
 parallel: {{tensor_parallel_size: {tp}, context_parallel_size: {cp}, context_parallel_mode: {mode},
-  zero_stage: {stage}, sequence_parallel: {sequence_parallel}}}
+  zero_stage: {stage}, sequence_parallel: {sequence_parallel}, gradient_reduce_dtype: {reduce_dtype}}}
 data: {{source: python_stdlib}}
 optimizer: {{learning_rate: 1e-3}}
 training: {{sequence_length: {LENGTH}, global_batch_size: {ACCUMULATION * replicas}, max_steps: 3,
@@ -116,7 +126,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def zero_traffic() -> list[tuple[Counter[str], int]]:
-    ours = zero._deepspeed_config
+    ours = zero.deepspeed_config
 
     def without_reuse(*args: Any, **kwargs: Any) -> dict[str, Any]:
         """As for a model above the limit of live parameters: nothing stays gathered from forward to backward."""
@@ -124,24 +134,24 @@ def zero_traffic() -> list[tuple[Counter[str], int]]:
         config["zero_optimization"] |= {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 1}
         return config
 
-    with mock.patch.object(zero, "_deepspeed_config", without_reuse):
-        jobs = [job_of(1, 1, stage, precision) for stage, precision in ZERO_CASES]
+    with mock.patch.object(zero, "deepspeed_config", without_reuse):
+        jobs = [job_of(1, 1, stage, precision, reduce_dtype=reduced) for stage, precision, reduced in ZERO_CASES]
         return [traffic_of_a_step(job) for job in [*jobs, job_of(1, 1, 3, "fp32", tile=LENGTH // 8)]]
 
 
 @pytest.fixture(scope="module")
-def zero_measured() -> dict[tuple[int, Precision | str], tuple[Counter[str], int]]:
-    return dict(zip([*ZERO_CASES, (3, "tiled")], run_distributed(zero_traffic, 2)[0], strict=True))
+def zero_measured() -> dict[tuple[int, Precision, str], tuple[Counter[str], int]]:
+    return dict(zip([*ZERO_CASES, (3, "fp32", "tiled")], run_distributed(zero_traffic, 2)[0], strict=True))
 
 
 def test_tiles_gather_no_weight_twice(zero_measured: dict) -> None:
-    assert zero_measured[3, "tiled"] == zero_measured[3, "fp32"]
+    assert zero_measured[3, "fp32", "tiled"] == zero_measured[3, "fp32", "fp32"]
 
 
-@pytest.mark.parametrize(("stage", "precision"), ZERO_CASES)
-def test_zero(stage: int, precision: Precision, zero_measured: dict) -> None:
-    found, elements = zero_measured[stage, precision]
-    each, once = zero_payloads(elements, stage, precision, head=HIDDEN * VOCABULARY)
+@pytest.mark.parametrize(("stage", "precision", "reduced"), ZERO_CASES)
+def test_zero(stage: int, precision: Precision, reduced: Precision, zero_measured: dict) -> None:
+    found, elements = zero_measured[stage, precision, reduced]
+    each, once = zero_payloads(elements, stage, precision, head=HIDDEN * VOCABULARY, reduced=BYTES[reduced])
     # Only the once-a-step gathering of the norms is stage 3's exception to "for one micro batch".
     norms = (2 * ACCUMULATION - 1) * PERSISTENT * BYTES[precision] if stage == 3 else 0
     wanted = {

@@ -167,6 +167,19 @@ def test_sequence_parallelism(tmp_path: Path, asked: str, length: int, tp: int, 
     assert job.sequence_parallel is split
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("zero_stage=1 offload_optimizer=cpu", "needs zero_stage 2 or 3 (here 1)"),
+        ("zero_stage=2 offload_optimizer=cpu offload_parameters=cpu", "needs zero_stage 3 (here 2)"),
+        ("zero_stage=3 offload_parameters=cpu", "and offload_optimizer cpu (here none); set both"),
+    ],
+)
+def test_what_can_be_offloaded(tmp_path: Path, keys: str, message: str) -> None:
+    assert message in report(tmp_path, *(f"parallel.{key}" for key in keys.split()))
+    assert load(tmp_path, "parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu")
+
+
 def test_the_rule_of_sequence_parallelism_in_full(tmp_path: Path) -> None:
     sizes = ["parallel.tensor_parallel_size=4", "parallel.context_parallel_size=2", "training.sequence_length=68"]
     assert report(tmp_path, *sizes, "parallel.sequence_parallel=true") == (

@@ -1,0 +1,136 @@
+"""ZeRO's settings, and the same in DeepSpeed's words: its configuration and its view of the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from parallel.mesh import ParallelMesh
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Offload = Literal["none", "cpu"]
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that stage 3 may keep gathered, at least: a smaller model stays gathered from forward to backward."""
+_LARGEST_BUCKET = 100_000_000
+"""Elements of the largest buffer in which gradients are reduced together."""
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What ZeRO needs to know of a job. `gradient_clipping` 0 means off."""
+
+    stage: int
+    precision: Precision
+    micro_batch_size: int
+    accumulation_steps: int
+    gradient_clipping: float
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over dp x cp."""
+    overlap: bool = True
+    """Communicate beside computing."""
+    offload_optimizer: Offload = "none"
+    """Where master weights and moments live and are updated."""
+    offload_parameters: Offload = "none"
+    """Where the partitioned parameters of stage 3 live while they are not gathered."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Elements on this rank before ZeRO; what buffers are made for."""
+
+    total: int = 0
+    largest_unit: int = 0
+    """Of the modules that stage 3 gathers as one."""
+
+
+def live_parameters(largest_unit: int) -> int:
+    """Elements that stage 3 may keep gathered: no less than a unit that computes and the next, which is fetched."""
+    return max(LIVE_PARAMETERS, 2 * largest_unit)
+
+
+def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -> dict[str, Any]:  # noqa: B008 (frozen)
+    """DeepSpeed's configuration."""
+    bucket = max(1, min(_LARGEST_BUCKET, sizes.total))
+    sharded = settings.stage > 0
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.accumulation_steps,
+        "gradient_clipping": settings.gradient_clipping if sharded else 0.0,
+        "zero_optimization": {
+            "stage": settings.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "contiguous_gradients": True,
+            "overlap_comm": settings.overlap,
+            # A unit is fetched while the one before it computes.
+            "stage3_prefetch_bucket_size": max(bucket, sizes.largest_unit),
+            "stage3_max_live_parameters": live_parameters(sizes.largest_unit),
+            "stage3_max_reuse_distance": live_parameters(sizes.largest_unit),
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "offload_optimizer": {"device": settings.offload_optimizer},
+            "offload_param": {"device": settings.offload_parameters},
+        },
+        "bf16": {"enabled": sharded and settings.precision == "bf16"},
+        "fp16": {"enabled": settings.precision == "fp16"},
+        # By DeepSpeed's own key: on GPUs its engine turns off an autocast it was not told of.
+        "torch_autocast": {
+            "enabled": settings.precision == "bf16" and not sharded,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # the modules whose gradients would be reduced in bf16
+        },
+        # DeepSpeed reduces and accumulates in the parameters' type unless told otherwise.
+        "communication_data_type": settings.reduce_dtype,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+class ModelParallelUnit:
+    """The mesh in the words DeepSpeed asks for. It must not define any *sequence_parallel* method."""
+
+    def __init__(self, mesh: ParallelMesh):
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.zero_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.zero_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.zero_rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._mesh.zero_group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tp_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.tp_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_global_rank(self._mesh.tp_group, 0)
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
