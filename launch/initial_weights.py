@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launch.config import JobConfig
+from launch.config import BYTES, JobConfig
 from launch.stored_model import COMPANION_FOLDER, WeightsError, stored_model
 from launch.weights import Part, open_weights
 from parallel.state import rectangles
@@ -25,7 +25,7 @@ def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     origin = load_weights(engine, folder)
     if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
         shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
-    return f"weights of {origin}{_differences(job, folder)}"
+    return f"weights of {origin}{_differences(job, folder)}{_unused_tokenizer(job, folder)}"
 
 
 def load_weights(engine: ZeroEngine, folder: Path, step: int | None = None) -> str:
@@ -62,3 +62,10 @@ def _differences(job: JobConfig, folder: Path) -> str:
     stored, here = stored_model(folder).model_dump(), job.model.model_dump()
     changed = [key for key in here if key not in ("attention_backend", "init_from") and here[key] != stored[key]]
     return f", with another {', '.join(changed)}" if changed else ""
+
+
+def _unused_tokenizer(job: JobConfig, folder: Path) -> str:
+    tokenizer = folder / COMPANION_FOLDER / "tokenizer.json"
+    if job.data.tokenizer != BYTES or not tokenizer.is_file():
+        return ""
+    return f"; WARNING: they come with {tokenizer}, but data.tokenizer is {BYTES}"

@@ -20,7 +20,7 @@ from launch.continuity import settings
 from launch.convert import to_hf
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler
-from launch.initial_weights import load_initial_weights
+from launch.initial_weights import _parts, load_initial_weights
 from launch.safetensors_folder import SINGLE, ShardWriter
 from launch.storage import storage_at
 from launch.stored_model import WeightsError, parameter_shapes, write_model
@@ -100,14 +100,15 @@ def job_for(root: Path, tp: int, cp: int, stage: int, precision: str) -> JobConf
     return load_job(path, [f"{key}={value}" for key, value in overrides.items()], 4)
 
 
-def start(root: Path) -> list[float]:
-    """The loss of each layout's model on the whole batch, and a checkpoint of each."""
-    losses = []
+def start(root: Path) -> list[tuple[float, int]]:
+    """The loss of each layout's model on the whole batch, and the elements read for it; a checkpoint of each."""
+    found = []
     for layout in LAYOUTS:
         job = job_for(root, *layout)
         mesh = ParallelMesh.create(job.mesh_shape(4))
         engine, _ = build_engine(job, mesh, torch.device("cpu"))
         load_initial_weights(job, engine)
+        elements = sum(part.tensor.numel() for one in engine.fragments() for part in _parts(one, engine))
         engine.eval()
         rows = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
         local = (
@@ -117,7 +118,7 @@ def start(root: Path) -> list[float]:
         with torch.no_grad():
             loss = engine(*local)[0].float()
         dist.all_reduce(loss, group=mesh.zero_group)
-        losses.append(loss.item())
+        found.append((loss.item(), elements))
         if dist.get_rank() == 0:
             job.run_path.mkdir()
             (job.run_path / "config.yaml").write_text(job.to_yaml())
@@ -129,16 +130,19 @@ def start(root: Path) -> list[float]:
         checkpoints.save(engine, Progress(), Batches(SequenceSampler(corpus, 8, 0), 1, 1, 1, 0))
         saved = checkpoints.outcome(wait=True)
         assert saved is not None and saved.error is None
-    return losses
+    return found
 
 
 def test_every_layout_starts_from_the_weights(tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "weights")
     (tmp_path / "tokenizer.json").write_text("{}")
     expected = expected_loss(weights)
-    for losses in run_distributed(start, 4, tmp_path):
-        for layout, loss in zip(LAYOUTS, losses, strict=True):
+    size = sum(tensor.numel() for tensor in weights.values())
+    for found in run_distributed(start, 4, tmp_path):
+        for layout, (loss, elements) in zip(LAYOUTS, found, strict=True):
             assert loss == pytest.approx(expected, rel=1e-5 if layout[3] == "fp32" else 1e-2), layout
+            if layout[2]:  # stage 0 keeps the whole model on one rank of dp x cp
+                assert elements < 0.3 * size, "a rank reads its quarter, and what all keep"
     for layout in LAYOUTS:
         run = tmp_path / "-".join(map(str, layout))
         stored = open_weights(run)

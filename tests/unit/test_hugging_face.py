@@ -23,8 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from launch.config import JobConfig
 from launch.convert import from_hf, main, to_hf
 from launch.hugging_face import UnsupportedModel, config_for, model_from
+from launch.initial_weights import _unused_tokenizer
 from launch.safetensors_folder import INDEX, SINGLE
 from launch.stored_model import WeightsError, parameter_shapes, stored_model, write_model
 from launch.weights import Part, open_weights
@@ -331,12 +333,25 @@ def test_folders_of_another_kind_are_named(sharded: Path, tmp_path: Path) -> Non
         open_weights(tmp_path / "out")
 
 
+def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
+    job = JobConfig.from_yaml(
+        "{model: {vocab_size: 300, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
+        "num_key_value_heads: 1}, data: {source: python_stdlib}, optimizer: {learning_rate: 0.1}, "
+        "training: {sequence_length: 8, global_batch_size: 1, max_steps: 1}}"
+    )
+    assert _unused_tokenizer(job, tmp_path) == ""
+    (tmp_path / "hugging_face").mkdir()
+    write_tokenizer(tmp_path / "hugging_face" / "tokenizer.json")
+    assert _unused_tokenizer(job, tmp_path).endswith("tokenizer.json, but data.tokenizer is bytes")
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 MEASURED = """
 import sys
 from pathlib import Path
 import launch.weights
+from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
 
 def megabytes(line):
