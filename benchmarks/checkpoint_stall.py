@@ -92,7 +92,6 @@ def main() -> None:
                 storage_at(str(Path(folder) / str(asynchronous))),
                 Retention(keep_last=1),
                 settings=continuity.settings(wanted),
-                data_fingerprint="0",
                 asynchronous=asynchronous,
             )
             stalls, wholes, steps = [], [], []

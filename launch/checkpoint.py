@@ -103,13 +103,12 @@ class Checkpoints:
         retention: Retention,
         *,
         settings: Settings,
-        data_fingerprint: str,
         asynchronous: bool = False,
         accept_changes: tuple[str, ...] = (),
     ):
-        """`settings` and `data_fingerprint` are stored with each checkpoint and compared at a resume."""
+        """`settings` are stored with each checkpoint and compared at a resume."""
         self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
-        self.settings, self.data_fingerprint, self.accept_changes = settings, data_fingerprint, accept_changes
+        self.settings, self.accept_changes = settings, accept_changes
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")  # the training thread's
         self._writers = dist.new_group(backend="gloo")  # the writing thread's, or the training thread's in its place
@@ -188,7 +187,6 @@ class Checkpoints:
                 "optimizer_steps": snapshot.step_count,
                 "loss_scaler": snapshot.loss_scaler,
                 "settings": self.settings,
-                "data_fingerprint": self.data_fingerprint,
                 "next_batches": {at: digest for _, hashes in parts for at, digest in hashes.items()},
                 "torch": torch.__version__,
                 "files": {file: entry for sums, _ in parts for file, entry in sums.items()},
@@ -275,15 +273,6 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {path} is of another {kind}: {'; '.join(refused)}; give this {kind} another job.name, or, "
                 "if the change is meant, name the keys in checkpoint.accept_changes"
-            )
-        there, here = manifest["data_fingerprint"][:12], self.data_fingerprint[:12]
-        if there != here and continuity.DATA in self.accept_changes:
-            told.append(f"the data's fingerprint is {there} there and {here} here")
-        elif there != here:
-            raise CheckpointError(
-                f"checkpoint {path} was trained on other data (fingerprint {there}, here {here}): the corpus, its "
-                "tokenizer or the split changed; restore it, or choose another job.name, or, if the change is meant, "
-                f"name {continuity.DATA} in checkpoint.accept_changes"
             )
         return told
 

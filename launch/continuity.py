@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from launch.cursor import ACCEPT_DATA
 from launch.data import Batches
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ NEXT_BATCHES = 20
 LAST_LOSSES = 20
 """Losses before a checkpoint that it remembers."""
 
-DATA = "data"
+DATA = ACCEPT_DATA
 """The key under which the tokens themselves are compared and accepted."""
 _FIXED = (
     "job.seed",

@@ -6,12 +6,13 @@ Shapes: T tokens and D documents of a shard, N tokens and R runs of a corpus.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from launch.sorted_search import search_left
 
 Int64 = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.integer]
@@ -65,8 +66,11 @@ class Shard:
 
     def document_at(self, position: int) -> int:
         """The first document that begins at `position` of `tokens` or later; D where none does."""
-        sequence = bisect_left(self.pointers, position * self.tokens.itemsize)
-        return bisect_left(self.documents, sequence, hi=self.num_documents)
+        sequence, documents = search_left(self.pointers, position * self.tokens.itemsize), self.documents
+        last = min(sequence, self.num_documents)
+        if documents[last] == sequence and (not last or documents[last - 1] < sequence):
+            return last  # as many documents as sequences up to here: mostly one of each
+        return min(search_left(documents, sequence), self.num_documents)
 
     def document_starts(self, start: int, stop: int) -> Int64:
         """The positions p of `tokens`, start <= p < stop, at which a document begins, ascending; each once."""

@@ -12,7 +12,7 @@ follows from the history. So the weights may change at a resume, and every corpu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -24,6 +24,8 @@ from launch.corpus import CorpusError, Int64
 from launch.data import Sample, SequenceSampler
 
 FORMAT = 1
+ACCEPT_DATA = "data"
+"""What checkpoint.accept_changes calls a change of the data itself."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class DataCursor:
     corpora: dict[str, str]
     """Fingerprint of each corpus that the run has drawn from, by name."""
     history: tuple[Segment, ...]
-    """Ascending; the first is of step 0."""
+    """Ascending; the first is of the step at which the data began: 0, unless a change of the data was accepted."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -66,27 +68,35 @@ class DataCursor:
         """Plain JSON."""
         return {"format": FORMAT, **asdict(self), "history": [asdict(segment) for segment in self.history]}
 
-    def continued(self, step: int, now: DataCursor) -> DataCursor:
+    def continued(self, step: int, now: DataCursor, accepted: Collection[str] = ()) -> DataCursor:
         """This cursor, saved after `step` steps, going on as the fresh cursor `now` says.
 
         Weights, corpora and global batch size may differ. Raises CorpusError where seed, sequence length, packing or
-        the content of a corpus do, since that would repeat some documents and lose others.
+        the content of a corpus do, since that would repeat some documents and lose others; where the key, or "data", is
+        among the `accepted`, the data begins anew with `step` instead.
         """
+        [segment] = now.history
+        anew = replace(now, history=(replace(segment, step=step),))
         for key, name in _FIXED.items():
             before, after = getattr(self, key), getattr(now, key)
+            if before != after and not {name, ACCEPT_DATA}.isdisjoint(accepted):
+                return anew
             if before != after:
                 raise CorpusError(
                     f"{name} was {before} up to step {step} and is {after} now; documents would be repeated and lost: "
-                    f"set {name}={before}, or choose another job.name"
+                    f"set {name}={before}, choose another job.name, or, to begin the data anew, name {ACCEPT_DATA} in "
+                    "checkpoint.accept_changes"
                 )
         for name, fingerprint in now.corpora.items():
             if (known := self.corpora.get(name, fingerprint)) != fingerprint:
+                if ACCEPT_DATA in accepted:
+                    return anew
                 raise CorpusError(
                     f"the run was trained on other data (corpus {name}: fingerprint {known[:12]}, here "
                     f"{fingerprint[:12]}): the corpus, its tokenizer or the split changed; restore it, give the new "
-                    "one another name in data.blend, or choose another job.name"
+                    "one another name in data.blend, choose another job.name, or, to begin the data anew, name "
+                    f"{ACCEPT_DATA} in checkpoint.accept_changes"
                 )
-        [segment] = now.history
         kept = tuple(one for one in self.history if one.step < step)
         if not kept or replace(segment, step=kept[-1].step) != kept[-1]:
             kept += (replace(segment, step=step),)

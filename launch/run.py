@@ -72,7 +72,7 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
     mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
     corpora = corpora_on_all_ranks(job)
     engine, attention_note = build_engine(job, mesh, device)
-    checkpoints = _checkpoints(job, corpora)
+    checkpoints = _checkpoints(job)
     resumed = _resume(job, checkpoints, engine)
     progress = resumed.progress if resumed else None
     cursor = _cursor(job, corpora, progress)
@@ -144,7 +144,9 @@ class _UnreadableStep(CorpusError):
 def _cursor(job: JobConfig, corpora: Corpora, progress: Progress | None) -> DataCursor:
     """Where the run stands in its data. Raises CorpusError where a resume would repeat or lose some of it."""
     fresh = fresh_cursor(corpora, job)
-    return DataCursor.from_record(progress.data).continued(progress.step, fresh) if progress is not None else fresh
+    if progress is None:
+        return fresh
+    return DataCursor.from_record(progress.data).continued(progress.step, fresh, job.checkpoint.accept_changes)
 
 
 def _data_log(
@@ -161,13 +163,12 @@ def _data_log(
     return log
 
 
-def _checkpoints(job: JobConfig, corpora: Corpora) -> Checkpoints:
+def _checkpoints(job: JobConfig) -> Checkpoints:
     wanted = job.checkpoint
     return Checkpoints(
         storage_at(job.checkpoint_location),
         Retention(wanted.keep_last, wanted.keep_every),
         settings=continuity.settings(job),
-        data_fingerprint=corpora.fingerprint,
         asynchronous=wanted.asynchronous,
         accept_changes=wanted.accept_changes,
     )

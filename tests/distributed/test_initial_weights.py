@@ -123,9 +123,7 @@ def start(root: Path) -> list[tuple[float, int]]:
             job.run_path.mkdir()
             (job.run_path / "config.yaml").write_text(job.to_yaml())
         dist.barrier()
-        checkpoints = Checkpoints(
-            storage_at(job.checkpoint_location), Retention(1), settings=settings(job), data_fingerprint=""
-        )
+        checkpoints = Checkpoints(storage_at(job.checkpoint_location), Retention(1), settings=settings(job))
         corpus = Corpus.from_documents("training", np.zeros(100, np.uint8), [100], "")
         checkpoints.save(engine, Progress(), Batches(SequenceSampler(corpus, 8, 0), 1, 1, 1, 0))
         saved = checkpoints.outcome(wait=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 import warnings
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch import indexed
 from launch.corpora import open_corpus
 from launch.corpus import Corpus, CorpusError
 from launch.indexed import HEADER, IndexedWriter, fingerprint, open_indexed
+from launch.sorted_search import search_left
 from launch.split import GROUPS, split_corpus
 
 with warnings.catch_warnings():
@@ -132,6 +136,19 @@ def test_documents_beyond_the_groups_are_split_by_document_too(tmp_path: Path) -
             begins = tokens[[0, *part.document_starts(0, len(part)).tolist()]]
             assert set(begins.tolist()) <= set(starts.tolist())
             assert sum(lengths[np.searchsorted(starts, begins)]) == len(part)
+
+
+@given(
+    st.lists(st.integers(0, 300), max_size=60), st.integers(0, 4), st.integers(-5, 20_000), st.integers(0, 2**32 - 1)
+)
+def test_search_finds_what_bisection_finds(runs: list[int], power: int, value: int, seed: int) -> None:
+    """In arrays that grow evenly, in jumps, and hardly at all."""
+    rng = np.random.default_rng(seed)
+    steps = np.concatenate([np.zeros(0, np.int64), *(rng.integers(0, 2, run) * 7**power for run in runs)])
+    array = np.cumsum(np.concatenate([np.full(900, seed % 2), steps, np.zeros(600, np.int64)]))
+    found = rng.choice(array)
+    for wanted in (value, int(found), int(found) + 1, int(array[0]), int(array[-1]), int(array[-1]) + 1):
+        assert search_left(array, wanted) == bisect_left(array, wanted)
 
 
 # --- bad files ---

@@ -1,0 +1,69 @@
+"""Blended corpora under the real command: killed and moved, steered at the resume, damaged while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import audit_data
+from launch.indexed import IndexedWriter
+from tests.faults.launched import TinyJob
+
+pytestmark = pytest.mark.faults
+
+
+def corpora(folder: Path) -> None:
+    for seed, name in enumerate(("web", "code")):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 90, 80)
+        writer = IndexedWriter(folder / name, np.dtype("<u2"))
+        writer.write(rng.integers(0, 256, lengths.sum()), lengths)
+        writer.finish()
+
+
+def blended(folder: Path, web: float, code: float) -> list[str]:
+    entries = ", ".join(
+        f"{{path: {folder / name}, weight: {weight}}}" for name, weight in (("web", web), ("code", code))
+    )
+    return ["data.source=indexed", "data.files=[]", f"data.blend=[{entries}]", "data.document_mask=true"]
+
+
+def test_killed_and_moved_with_other_weights_nothing_is_repeated_or_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpora(tmp_path)
+    tiny = TinyJob(tmp_path, max_steps=40)
+    with tiny.launch(2, *blended(tmp_path, 0.7, 0.3)) as job:
+        job.until(lambda: tiny.logged() >= 9)
+        for pid in job.ranks().values():
+            job.kill(pid)
+    said = tiny.finish(2, *blended(tmp_path, 0.1, 0.9), "parallel.tensor_parallel_size=2")
+    assert "resumed from step " in said and "corpus code: " in said
+    capsys.readouterr()
+    status = audit_data.main([str(tiny.run)])
+    told = capsys.readouterr().out
+    assert status == 0, told
+    assert "steps 1 to 40: 160 samples" in told and told.count("from step ") == 2
+    assert "1 epochs of " in told or "2 epochs of " in told  # the steps saw a corpus whole, and began it again
+
+
+def test_a_corpus_that_is_damaged(tmp_path: Path) -> None:
+    corpora(tmp_path)
+    tiny = TinyJob(tmp_path, max_steps=2000, checkpoint={"save_interval": 0})
+    with tiny.launch(2, *blended(tmp_path, 0.7, 0.3)) as job:
+        job.until(lambda: tiny.logged() >= 2)
+        with open(tmp_path / "web.bin", "r+b") as file:
+            file.write(b"\xff" * (tmp_path / "web.bin").stat().st_size)
+        assert job.wait() == 1, job.output[-8000:]
+        said = job.output
+    assert (
+        f"error: {tmp_path}/web, token " in said and "the token id 65535 is beyond model.vocab_size (256); set" in said
+    )
+    assert "Traceback" not in said and said.count("error: ") <= 2, said[-8000:]  # two replicas, which read apart
+    with open(tmp_path / "code.bin", "r+b") as file:
+        file.truncate(1000)
+    with tiny.alone(*blended(tmp_path, 0, 1)) as job:
+        assert job.wait() == 1, job.output[-8000:]
+        assert job.output.count("error: ") == 1 and "Traceback" not in job.output
