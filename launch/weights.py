@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,8 @@ class _CheckpointWeights(Weights):
 
     def __init__(self, storage: Storage, name: str):
         self.origin, self._reader = f"{storage.location}/{name}", reader(CheckpointFiles(storage, name))
+        # torch asks again at every read, and that of a run on many ranks is long.
+        self._reader.read_metadata = functools.cache(self._reader.read_metadata)  # type: ignore[method-assign]
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for key, entry in self._reader.read_metadata().state_dict_metadata.items():
