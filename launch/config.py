@@ -221,6 +221,14 @@ class MonitorSection(Section):
     """Write TensorBoard events."""
 
 
+class ProfileSection(Section):
+    """A trace of a few steps (docs/performance.md)."""
+
+    steps: Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None, Field(strict=False)] = None
+    """First and last step to trace, counted from 1; null traces none. Each rank writes its trace into the run
+    directory, and rank 0 says where the time went."""
+
+
 class SlurmSection(Section):
     """What to ask Slurm for."""
 
@@ -249,6 +257,7 @@ class JobConfig(Section):
     training: TrainingSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     monitor: MonitorSection = Field(default_factory=MonitorSection)
+    profile: ProfileSection = Field(default_factory=ProfileSection)
     slurm: SlurmSection = Field(default_factory=SlurmSection)
 
     @field_validator("*", mode="before")

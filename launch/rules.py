@@ -252,6 +252,24 @@ def _bytes_fit_the_vocabulary(job: Job) -> None:
         )
 
 
+@_rule(
+    "profile.steps",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.global_batch_size",
+    "training.sequence_length",
+)
+def _traced_steps_are_made(job: Job) -> None:
+    if job.profile.steps is None or (job.training.max_steps is None and job.training.max_tokens is None):
+        return
+    (first, last), total = job.profile.steps, total_steps(job.training)
+    if not first <= last <= total:
+        raise ValueError(
+            f"profile.steps ([{first}, {last}]) must be a first and a last step in order, within the job's steps "
+            f"({total}); give for example [{max(1, total - 2)}, {total}]"
+        )
+
+
 @_rule("parallel.offload_optimizer", "parallel.zero_stage")
 def _offloaded_states_are_shared(job: Job) -> None:
     if job.parallel.offload_optimizer != "none" and job.parallel.zero_stage < 2:

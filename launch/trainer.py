@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from launch.checkpoint import Checkpoints, Progress, Saved
 from launch.config import JobConfig
@@ -21,6 +22,7 @@ from launch.monitor import Monitor, StepRecord
 from launch.prefetch import Prefetcher
 from launch.schedule import learning_rate_at
 from launch.timing import StepTimer
+from launch.tracing import DATA, OPTIMIZER, StepTracer
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine
 
@@ -63,6 +65,7 @@ class Trainer:
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints = monitor, checkpoints
         self.timer = StepTimer(engine.device)
+        self.tracer = StepTracer(job.profile.steps, job.run_path / "trace", dist.get_rank())
         self._losses: dict[str, float] = {}
         self._expected: dict[str, float] | None = None
 
@@ -79,10 +82,15 @@ class Trainer:
         logged_at, logged_step = time.perf_counter(), start
         with Prefetcher(self._load, stop=total) as batches:
             for step in range(start, total):
+                self.tracer.before(step + 1)
                 self.timer.start()
-                micro_batches = batches.get(step)
+                with record_function(DATA):
+                    micro_batches = batches.get(step)
                 self.timer.mark("data")
                 outcome = self.train_step(step, micro_batches)
+                traced = self.tracer.after(outcome.step)
+                if traced:
+                    self.monitor.message(traced)
                 # Checked one step late: by then the values are there, and reading them does not hold up the device.
                 if unchecked is not None:
                     self._check_finite(unchecked)
@@ -126,7 +134,8 @@ class Trainer:
             engine.backward(loss_sum * scale)
             local_loss += loss_sum.detach()
         self.timer.mark("compute")
-        applied = engine.step(self._learning_rate(step))
+        with record_function(OPTIMIZER):
+            applied = engine.step(self._learning_rate(step))
         self.timer.mark("optimizer")
         loss = local_loss.clone()
         dist.all_reduce(loss, group=group)

@@ -132,7 +132,7 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         "      duplicate key, first given on line 2; keep one of the two\n"
         "  command line: monitr\n"
         "      unknown section; did you mean monitor? Sections: job, model, parallel, data, optimizer, training, "
-        "checkpoint, monitor, slurm\n"
+        "checkpoint, monitor, profile, slurm\n"
         "  job.yaml:14: optimizer.learning_rate = -1.0\n"
         "      must be greater than 0; give number > 0\n"
         "  job.yaml:18: training.max_steps = ten\n"
@@ -165,6 +165,13 @@ def test_sequence_parallelism(tmp_path: Path, asked: str, length: int, tp: int, 
     sizes = [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
     job = load(tmp_path, *sizes, f"parallel.sequence_parallel={asked}", f"training.sequence_length={length}")
     assert job.sequence_parallel is split
+
+
+@pytest.mark.parametrize("steps", ["[5, 4]", "[9, 11]"])
+def test_traced_steps_lie_in_the_run(tmp_path: Path, steps: str) -> None:
+    message = f"profile.steps ({steps}) must be a first and a last step in order, within the job's steps (10); give"
+    assert message in report(tmp_path, f"profile.steps={steps}")
+    assert load(tmp_path, "profile.steps=[9, 10]").profile.steps == (9, 10)
 
 
 @pytest.mark.parametrize(
