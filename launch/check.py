@@ -14,6 +14,7 @@ from launch.memory import (
     block_formula,
     estimate_activations,
     estimate_states,
+    host_copies,
     working_copies,
 )
 from launch.parameters import BYTES, Precision, count_parameters
@@ -117,12 +118,22 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         rows.append(("offloaded", states.host, "to host memory, not part of the peak"))
     peak = states.on_device + working + activations.peak
     rows += _activation_rows(job, activations, context_plan(job, mesh, BYTES[precision]))
+    copies, on_gpus = host_copies(local, stage, zero_size) * job.checkpoint.asynchronous, device != "cpu"
+    saving = ("host copies", copies, _copies_note(stage, zero_size))
+    if copies and not on_gpus:
+        rows.append(saving)
+        peak += copies
     unit, unit_name = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
+
+    def row(name: str, size: int, note: str) -> str:
+        return f"  {name:<16} {size / unit:>8.2f}   {note}"
+
     return [
         f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
-        *(f"  {name:<16} {size / unit:>8.2f}   {note}" for name, size, note in rows),
+        *(row(*one) for one in rows),
         f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.on_device / unit:.2f}) and activations, "
         "with the larger of the head's and one block's work",
+        *([row(*saving) + "; not on the GPU"] if copies and on_gpus else []),
         f"  t = {_local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
         "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
         "  its scores of t x sequence_length per head.",
@@ -207,6 +218,11 @@ def _attention_note(job: JobConfig, mesh: MeshShape, device: str) -> str:
     if context is not None:
         extras.append(f"{context.mode}: {context.reason}")
     return "; ".join([kernel, *extras])
+
+
+def _copies_note(stage: int, zero_size: int) -> str:
+    where = " on the first rank of dp x cp" if stage == 0 and zero_size > 1 else ""
+    return f"host memory of asynchronous saves{where}: fp32 weights and moments"
 
 
 def _shared(shared: bool, zero_size: int) -> str:

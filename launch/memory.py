@@ -86,6 +86,12 @@ def working_copies(parameters: int, zero_stage: int, precision: Precision) -> in
     return 2 * parameters if zero_stage == 0 and precision == "bf16" else 0
 
 
+def host_copies(parameters: int, zero_stage: int, zero_size: int) -> int:
+    """Bytes of host memory that a rank keeps from its first asynchronous save on: fp32 weights and both moments of what
+    it saves. At stage 0 that is all of them on one of the `zero_size` ranks, and nothing on the others."""
+    return 12 * (parameters if zero_stage == 0 else -(-parameters // zero_size))
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes of one micro batch, at the end of its forward pass."""

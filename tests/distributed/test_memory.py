@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from launch.memory import estimate_states
+from launch.memory import estimate_states, host_copies
 from launch.parameters import Precision
 from parallel import zero, zero_config
 from parallel.mesh import MeshShape, ParallelMesh
@@ -25,14 +25,15 @@ BUFFER = 4 * WIDTH**2
 SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
 
 
-def held_bytes() -> list[int]:
-    """Bytes of states on this rank, by layout, with gradients of two of three micro batches accumulated."""
+def held_bytes() -> list[tuple[int, int]]:
+    """Bytes on this rank, by layout, with gradients of two of three micro batches accumulated: of the states, and of
+    what a snapshot for an asynchronous save then adds."""
     zero_config._LARGEST_BUCKET = 1000  # no communication buffer but a matrix that is larger than one
     mesh = ParallelMesh.create(MeshShape(data_parallel_size=2))
     return [_held_by_one(mesh, *layout) for layout in LAYOUTS]
 
 
-def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload) -> int:
+def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload) -> tuple[int, int]:
     before = _storages()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     settings = zero_config.ZeroSettings(
@@ -50,9 +51,13 @@ def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: 
     for _ in range(2):
         inputs = torch.randn(1, WIDTH, dtype=dtype if stage > 0 else torch.float32)
         engine.backward(engine(inputs).float().square().mean())
-    held = sum(size for address, size in _storages().items() if address not in before and size >= SMALL)
+    states = {address: size for address, size in _storages().items() if address not in before and size >= SMALL}
+    snapshot = engine.snapshot(copy=True)
+    parts = [part.untyped_storage() for fragment in snapshot.fragments for part in fragment.tensors.values()]
+    copies = {storage.data_ptr(): storage.nbytes() for storage in parts}
+    assert not copies.keys() & states.keys()
     engine.engine.destroy()
-    return held
+    return sum(states.values()), sum(copies.values())
 
 
 def _storages() -> dict[int, int]:
@@ -65,12 +70,14 @@ def _storages() -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def test_states_are_as_estimated() -> None:
+def test_states_and_host_copies_are_as_estimated() -> None:
     parameters = DEPTH * WIDTH**2
     for rank, held in enumerate(run_distributed(held_bytes, 2)):
-        for (stage, precision, offload), found in zip(LAYOUTS, held, strict=True):
+        for (stage, precision, offload), (found, copies) in zip(LAYOUTS, held, strict=True):
             expected = estimate_states(parameters, stage, precision, 2, offload_optimizer=offload == "cpu").total
             layout = (
                 f"rank {rank}, stage {stage}, {precision}, {offload} offloaded: {found} bytes held, {expected} expected"
             )
             assert 0.995 * expected <= found <= expected + BUFFER, layout
+            saved = 0 if stage == 0 and rank else host_copies(parameters, stage, 2)
+            assert copies == saved, f"rank {rank}, stage {stage}: {copies} bytes copied, not {saved}"

@@ -74,6 +74,19 @@ def test_precision_follows_the_device() -> None:
     assert "memory of one rank, fp32, ZeRO-3" in layout_report(job, 4, "cpu")
 
 
+@pytest.mark.parametrize(("device", "beside"), [("cpu", ""), ("cuda", "; not on the GPU")])
+def test_asynchronous_saves_take_host_memory(device: str, beside: str) -> None:
+    """On CPUs that is the memory that the peak counts; on GPUs it is another. 8,030,261,248 x 12 bytes over 8 ranks."""
+    peaks = []
+    for asynchronous in ("true", "false"):
+        job = load_job(CONFIGS / "llama3-8b-8k.yaml", [f"checkpoint.asynchronous={asynchronous}"], 8)
+        rows = {line[2:18].strip(): line[18:].strip() for line in layout_report(job, 8, device).splitlines()}
+        copies = f"11.22   host memory of asynchronous saves: fp32 weights and moments{beside}"
+        assert rows.get("host copies") == (copies if asynchronous == "true" else None)
+        peaks.append(float(rows["peak"].split()[0]))
+    assert peaks[0] - peaks[1] == pytest.approx(11.22 if device == "cpu" else 0, abs=0.02)
+
+
 def test_a_world_that_does_not_fit_is_refused() -> None:
     job = load_job(CONFIGS / "quickstart.yaml", [], None)
     with pytest.raises(ValueError, match=r"world size \(6\)"):

@@ -317,6 +317,20 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
             "missing (Path of its .bin and .idx without either ending",
         ),
         (["data.source=indexed", "data.blend=[{path: web, weigth: 1}]"], "did you mean data.blend[0].weight?"),
+        (
+            ["checkpoint.keep_every=70", "checkpoint.save_interval=20"],
+            "keep_every (70) must be a multiple of save_interval (20), or no checkpoint would be at its steps; "
+            "nearest valid: 80",
+        ),
+        (["checkpoint.keep_every=7", "checkpoint.save_interval=20"], "nearest valid: 20"),
+        (["checkpoint.keep_every=70"], "a multiple of save_interval (0), or no checkpoint would be at its steps"),
+        (["checkpoint.keep_every=-1"], "must be greater than or equal to 0"),
+        (["checkpoint.directory=nosuch://a/{name}"], "nothing here reads nosuch://a/{name} (Protocol not known"),
+        (["checkpoint.directory=''"], "must have at least 1 character"),
+        (
+            ["checkpoint.accept_changes=[data, optimizer.learning_rate]"],
+            "optimizer.learning_rate is no key that a resume refuses; those are data, model.KEY, job.seed",
+        ),
         (["training.max_steps=null"], "max_steps and max_tokens are both missing"),
         (["training.precision=fp16", "parallel.zero_stage=0"], "zero_stage (0) must be 1 or more with precision fp16"),
         (["optimizer.warmup_steps=11"], "warmup_steps (11) must not exceed the job's steps (10)"),
@@ -339,6 +353,15 @@ def test_keys_that_do_not_agree(tmp_path: Path, overrides: list[str], message: s
     text = report(tmp_path, *overrides)
     assert message in text
     assert "1 error in" in text
+
+
+def test_checkpoint_rules_let_sound_keys_pass(tmp_path: Path) -> None:
+    overrides = ["save_interval=20", "keep_every=60", "accept_changes=[data, model.qk_norm, optimizer.betas]"]
+    job = load(tmp_path, *(f"checkpoint.{override}" for override in overrides))
+    assert job.checkpoint.keep_every == 60 and job.checkpoint.accept_changes[1] == "model.qk_norm"
+    assert job.checkpoint_location == str(job.run_path / "checkpoints")
+    for place in ("memory://runs/{name}", "shared/{name}/steps"):
+        assert load(tmp_path, f"checkpoint.directory={place}").checkpoint_location == place.replace("{name}", "test")
 
 
 def test_named_kernels_need_not_be_here(tmp_path: Path) -> None:
