@@ -18,7 +18,15 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_PRELOADED = ["torch", "torch.distributed.checkpoint", "deepspeed", "parallel.zero", "model.gpt"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # deepspeed.initialize would: with it, most of torch's compiler
+    "parallel.zero",
+    "model.gpt",
+]
+"""What the server imports, which every rank would otherwise do by itself."""
 
 
 class RankFailed(RuntimeError):
@@ -38,7 +46,7 @@ def run_distributed(
         context: Any = multiprocessing.get_context("spawn")
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,34 @@ PATIENCE = 240.0
 """Seconds that a tiny job may take, start included."""
 
 
-class Launched:
+class Started(ABC):
+    """A job that was started: what it says, and waiting for its moments."""
+
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether no moment is to be expected any more."""
+
+    def until(self, condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
+        """The condition's first true value. Raises AssertionError if the job ends first or time runs out."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if value := condition():
+                return value
+            assert not self.ended(), f"ended before the moment came:\n{self.output[-8000:]}"
+            time.sleep(0.002)
+        raise AssertionError(f"the moment did not come in {timeout} s:\n{self.output[-8000:]}")
+
+    def until_said(self, words: str) -> None:
+        self.until(lambda: words in self.output)
+
+
+class Launched(Started):
     """One started command; use as a context manager: no process of it outlives the block.
 
     Processes are known by a variable in their environment, which they inherit, so that orphans are found too.
@@ -33,7 +61,7 @@ class Launched:
 
     def __init__(self, command: list[str], cwd: Path, environment: Mapping[str, str] | None = None):
         self.mark = uuid.uuid4().hex
-        self._log = cwd / f"log-{self.mark}"
+        self.log = cwd / f"log-{self.mark}"
         inherited = {key: value for key, value in os.environ.items() if key not in {"WORLD_SIZE", "RANK", "FAULT"}}
         settings = {
             "DS_ACCELERATOR": "cpu",
@@ -41,7 +69,7 @@ class Launched:
             "PYTHONPATH": f"{INJECTED}:{ROOT}",
             MARK: self.mark,
         }
-        with open(self._log, "wb") as log:
+        with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -66,9 +94,8 @@ class Launched:
                 self._process.wait(timeout=0.1)
         self._process.wait()
 
-    @property
-    def output(self) -> str:
-        return self._log.read_text(errors="replace")
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def alive(self) -> list[int]:
         """Every living process of the job: launchers, ranks, and what those started."""
@@ -81,40 +108,12 @@ class Launched:
                         found.append(int(folder.name))
         return found
 
-    def ranks(self) -> dict[int, int]:
-        """Rank -> pid of the living ranks."""
-        found = {}
-        for pid in self.alive():
-            with suppress(OSError):
-                environ = dict(
-                    line.partition(b"=")[::2] for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                )
-                if b"RANK" in environ and TRAIN.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found[int(environ[b"RANK"])] = pid
-        return found
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-
     def wait(self, timeout: float = PATIENCE) -> int:
         """The exit status. Raises AssertionError with the output if the job does not end in time."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.output[-8000:]}") from None
-
-    def until(self, condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-        """The condition's first true value. Raises AssertionError if the job ends first or time runs out."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if value := condition():
-                return value
-            assert self._process.poll() is None, f"ended before the moment came:\n{self.output[-8000:]}"
-            time.sleep(0.002)
-        raise AssertionError(f"the moment did not come in {timeout} s:\n{self.output[-8000:]}")
-
-    def until_said(self, words: str) -> None:
-        self.until(lambda: words in self.output)
 
     def seconds_to_die(self) -> float:
         """How long it takes until no process of the job is left."""
@@ -168,8 +167,8 @@ class TinyJob:
     def launch(self, processes: int, *overrides: str, fault: Mapping[str, Any] | None = None) -> Launched:
         """The real command on `processes` ranks; `fault` as `injected/sitecustomize.py` describes it."""
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
-        command += ["--master_port", str(_free_port()), str(TRAIN), "--config", str(self.config), *overrides]
-        return Launched(command, self.folder, {"FAULT": json.dumps(fault)} if fault else {})
+        command += ["--master_port", str(free_port()), str(TRAIN), "--config", str(self.config), *overrides]
+        return Launched(command, self.folder, fault_variable(fault))
 
     def alone(self, *overrides: str) -> Launched:
         """`python launch/train.py`, without a launcher: a world of one."""
@@ -206,7 +205,13 @@ class TinyJob:
         return [(entry["step"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
 
 
-def _free_port() -> int:
+def fault_variable(fault: Mapping[str, Any] | None) -> dict[str, str]:
+    """What `injected/sitecustomize.py` reads."""
+    return {"FAULT": json.dumps(fault)} if fault else {}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
