@@ -64,8 +64,8 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
         command = [*script, "--input", str(folder / f"{name}.jsonl"), "--output", str(folder / name)]
         subprocess.run(command, check=True, capture_output=True)
 
-    def library() -> None:
-        tokenizer.encode_batch_fast(documents)
+    def library() -> None:  # a fresh one, as each of ours is: it remembers the words that it has met
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_fast(documents)
 
     best: dict[str, tuple[float, float]] = {}
     for _ in range(rounds):  # in turns, so that what else the machine does falls on all

@@ -9,7 +9,6 @@ import queue
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import cycle
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -104,17 +103,14 @@ def _field(line: bytes, name: str) -> object:
 class TokenisingProcesses:
     """Worker processes that tokenise blocks, each in one thread; results come in the order of the blocks."""
 
-    DEPTH = 2
-    """Blocks with each worker: one that it works on and one that waits, which bounds the memory."""
+    DEPTH = 4
+    """Blocks under way for each worker, finished ones that wait for their turn included: this bounds the memory."""
 
     def __init__(self, workers: int, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
         context = multiprocessing.get_context("spawn")
-        self._inboxes = [context.Queue() for _ in range(workers)]
-        self._outboxes = [context.Queue() for _ in range(workers)]
-        self._processes = [
-            context.Process(target=_work, args=(*boxes, tokenizer, field_name, end_of_document), daemon=True)
-            for boxes in zip(self._inboxes, self._outboxes, strict=True)
-        ]
+        self._inbox, self._outbox = context.Queue(), context.Queue()
+        arguments = (self._inbox, self._outbox, tokenizer, field_name, end_of_document)
+        self._processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> Self:
         for process in self._processes:
@@ -131,36 +127,40 @@ class TokenisingProcesses:
 
         Raises RuntimeError where a worker dies.
         """
-        waiting: deque[tuple[T, int | None]] = deque()
-        turn = cycle(range(len(self._processes)))
-        for label, block in blocks:
-            worker = None if block is None else next(turn)
-            if worker is not None:
-                self._inboxes[worker].put(block)
-            waiting.append((label, worker))
-            if len(waiting) >= self.DEPTH * len(self._processes):
-                yield self._next(waiting)
+        waiting: deque[T] = deque()
+        ready: dict[int, TokenisedBlock | None] = {}
+        given = 0
+        for number, (label, block) in enumerate(blocks):
+            waiting.append(label)
+            if block is None:
+                ready[number] = None
+            else:
+                self._inbox.put((number, block))
+            while waiting and (given in ready or len(waiting) >= self.DEPTH * len(self._processes)):
+                yield waiting.popleft(), self._take(given, ready)
+                given += 1
         while waiting:
-            yield self._next(waiting)
+            yield waiting.popleft(), self._take(given, ready)
+            given += 1
 
-    def _next(self, waiting: deque[tuple[T, int | None]]) -> tuple[T, TokenisedBlock | None]:
-        label, worker = waiting.popleft()
-        if worker is None:
-            return label, None
-        while True:
+    def _take(self, number: int, ready: dict[int, TokenisedBlock | None]) -> TokenisedBlock | None:
+        while number not in ready:
             try:
-                return label, self._outboxes[worker].get(timeout=1)
+                done, result = self._outbox.get(timeout=1)
+                ready[done] = result
             except queue.Empty:
-                if not self._processes[worker].is_alive():
-                    status = self._processes[worker].exitcode
+                dead = [process for process in self._processes if not process.is_alive()]
+                if dead:
                     raise RuntimeError(
-                        f"tokenising process {worker} ended with status {status}; where memory ran out, lower "
+                        f"a tokenising process ended with status {dead[0].exitcode}; where memory ran out, lower "
                         "--workers; the same command goes on where this one stopped"
                     ) from None
+        return ready.pop(number)
 
 
 def _work(inbox: Any, outbox: Any, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
     tokenise = BlockTokeniser(tokenizer, field_name, end_of_document)
     while True:
-        outbox.put(tokenise(inbox.get()))
+        number, block = inbox.get()
+        outbox.put((number, tokenise(block)))

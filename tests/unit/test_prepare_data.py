@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from launch import prepare_data, text_inputs
 from launch.corpora import open_corpus
 from launch.text_inputs import BadInput, Block, blocks
+from launch.text_tokens import TokenisingProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -297,3 +298,15 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         list(blocks(tmp_path / "in.parquet", "text"))
     with pytest.raises(BadInput, match="has no column 'body'; its columns are id, text"):
         list(blocks(tmp_path / "in.parquet", "body"))
+
+
+def test_a_tokenising_process_that_dies_is_told(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(texts(500)))
+    with TokenisingProcesses(1, str(tokenizer), "text", None) as processes:
+        results = processes.map((None, block) for block in blocks(tmp_path / "in.jsonl", "text"))
+        next(results)
+        processes._processes[0].kill()
+        with pytest.raises(
+            RuntimeError, match="a tokenising process ended with status -9; where memory ran out, lower"
+        ):
+            list(results)
