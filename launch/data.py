@@ -34,10 +34,10 @@ class Sample:
     """Positions p, 0 < p < S, at which another document, or the padding, begins; ascending."""
 
     def digest(self, index: int) -> int:
-        """64 bits of BLAKE2 of all three and of `index`, the global sample that it is."""
+        """64 bits of BLAKE2 of all three (in 32 bits each) and of `index`, the global sample that it is."""
         said = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
         for part in (self.input_ids, self.labels, self.document_starts):
-            said.update(part.data)
+            said.update(part.astype("<i4").data)
         return int.from_bytes(said.digest(), "little")
 
 
