@@ -28,6 +28,17 @@ def test_fp32(layout: tuple[int, int, int]) -> None:
         assert errors.largest < FP32, (case, errors)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    ["overlap_communication: false", "offload_optimizer: cpu", "offload_optimizer: cpu, offload_parameters: cpu"],
+)
+def test_zero_options(keys: str) -> None:
+    stages = (3,) if "parameters" in keys else (2, 3)
+    cases = [Case(1, 1, 2, stage, tied=False, head_dim=64, parallel=keys) for stage in stages]
+    for case, errors in run_cases(cases, device_type="cuda").items():
+        assert errors.largest < FP32, (case, errors)
+
+
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_2", "torch_flash"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 def test_bf16(layout: tuple[int, int, int], backend: str) -> None:
