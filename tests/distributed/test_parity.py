@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import deepspeed
 import numpy as np
@@ -21,8 +22,8 @@ import parallel.collectives
 import parallel.exchange
 import parallel.ring
 import parallel.tensor
+import parallel.transport
 from model.kernels.cpu import CpuKernel
-from parallel.exchange_plan import ExchangePlan
 from parallel.tensor import TensorShard
 from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, run_cases
 
@@ -94,27 +95,28 @@ def ring_keeps_its_own_keys() -> None:
 
 
 def exchange_fetches_nothing() -> None:
-    """The places of the peers' keys hold zeros."""
+    """What peers send, keys and their gradients, arrives as zeros."""
+    exchange = parallel.transport.MessageTransport.exchange
 
-    def gather(attention: object, plan: ExchangePlan, buffer: torch.Tensor) -> list:
-        for pieces in plan.receives.values():
-            for piece in pieces:
-                buffer[piece.receiver_index : piece.receiver_index + piece.length] = 0
-        return []
+    def empty(self: Any, slot: torch.Tensor, rows: Any, place: Any, *rest: Any) -> Any:
+        def nothing(stage: int, owner: int, pieces: list[torch.Tensor]) -> None:
+            place(stage, owner, [torch.zeros_like(piece) for piece in pieces])
 
-    parallel.exchange._gather = gather  # type: ignore[assignment]
+        return exchange(self, slot, rows, nothing, *rest)
+
+    parallel.transport.MessageTransport.exchange = empty  # type: ignore[method-assign]
 
 
 def key_gradients_stay_away() -> None:
     """An owner adds up its own shares of dK and dV only."""
     collect = parallel.exchange._KeyGradients.collect
 
-    def forgetful(self: parallel.exchange._KeyGradients) -> torch.Tensor:
-        for work in self.works or []:
-            work.wait()
-        self.works = []  # gloo's work waits once
+    def forgetful(self: parallel.exchange._KeyGradients, *gradients: torch.Tensor) -> None:
+        assert self.arrival is not None
+        self.arrival.wait()
+        self.arrival = Mock()
         self.incoming.clear()
-        return collect(self)
+        collect(self, *gradients)
 
     parallel.exchange._KeyGradients.collect = forgetful  # type: ignore[method-assign]
 
