@@ -13,7 +13,6 @@ and the one that writes.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,14 +26,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch import continuity
+from launch.checkpoint_names import complete_steps, step_name
 from launch.continuity import Settings
 from launch.data import Batches
 from launch.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
 from launch.storage import Storage
 from parallel.state import load_state, save_state
 from parallel.zero import Snapshot, ZeroEngine
-
-_COMPLETE = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(ValueError):
@@ -168,7 +166,7 @@ class Checkpoints:
     ) -> Saved:
         """The whole of a save, but for the copy. Collective over the writers."""
         step = facts["progress"]["step"]
-        name, path = _name(step), self.path(step)
+        name, path = step_name(step), self.path(step)
         files = CheckpointFiles(self.storage, name)
 
         def finish(complete: bool, error: CheckpointError | None) -> Saved:
@@ -209,14 +207,14 @@ class Checkpoints:
         self.storage.complete(name, encode(manifest))
 
     def _remove_old(self) -> None:
-        for step in self.retention.removable(self._steps_here()):
-            self.storage.remove(_name(step))
+        for step in self.retention.removable(complete_steps(self.storage)):
+            self.storage.remove(step_name(step))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first (as rank 0 sees them)."""
-        found = self._everywhere(lambda: self._steps_here() if self._rank == 0 else [], self._group)
+        found = self._everywhere(lambda: complete_steps(self.storage) if self._rank == 0 else [], self._group)
         return found[0]
 
     def load_latest(self, engine: ZeroEngine) -> Resumed | None:
@@ -227,13 +225,13 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        name, path = _name(steps[-1]), self.path(steps[-1])
+        name, path = step_name(steps[-1]), self.path(steps[-1])
         found = self._damage(steps[-1])
         if found:
             sound = next((step for step in steps[-2::-1] if not self._damage(step)), -1)
-            newer = ", ".join(_name(step) for step in steps if step > sound)
+            newer = ", ".join(step_name(step) for step in steps if step > sound)
             offer = (
-                f"the newest sound one is {_name(sound)}: move {newer} away to continue from there"
+                f"the newest sound one is {step_name(sound)}: move {newer} away to continue from there"
                 if sound >= 0
                 else f"there is no sound one; move {newer} away to start again"
             )
@@ -278,18 +276,15 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a complete checkpoint's files, or None. The ranks share the reading."""
-        found = self._everywhere(lambda: damage(self.storage, _name(step), self._rank, self._world_size), self._group)
+        name = step_name(step)
+        found = self._everywhere(lambda: damage(self.storage, name, self._rank, self._world_size), self._group)
         return next((fault for fault in found if fault), None)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def path(self, step: int) -> str:
         """What a user calls the checkpoint of `step`."""
-        return f"{self.storage.location}/{_name(step)}"
-
-    def _steps_here(self) -> list[int]:
-        matches = (_COMPLETE.fullmatch(name) for name in self.storage.names())
-        return sorted(int(match.group(1)) for match in matches if match)
+        return f"{self.storage.location}/{step_name(step)}"
 
     def _on_first(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0; every writer waits, and raises CheckpointError if it failed."""
@@ -317,23 +312,19 @@ def newest_checkpoint(storage: Storage, step: int | None = None, *, verify: bool
 
     `verify` reads all of its files and compares their checksums. Needs no process group. Raises CheckpointError.
     """
-    found = {int(match.group(1)): name for name in storage.names() if (match := _COMPLETE.fullmatch(name))}
+    found = complete_steps(storage)
     if not found:
         raise CheckpointError(f"{storage.location} holds no complete checkpoint; train the run until it saves one")
     if step is not None and step not in found:
-        steps = ", ".join(map(str, sorted(found)))
+        steps = ", ".join(map(str, found))
         raise CheckpointError(f"{storage.location} holds no checkpoint of step {step}; there are those of {steps}")
-    name = found[max(found) if step is None else step]
+    name = step_name(found[-1] if step is None else step)
     fault = damage(storage, name, 0, 1) if verify else None
     if fault:
         raise CheckpointError(
             f"checkpoint {name} in {storage.location} is damaged: {fault}; give --step to take another"
         )
     return name
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _words(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.processes import die_with_parent
+
 _FIRST_WORD_SECONDS = 20.0
 """How long rank 0 has to report a fault. The launcher looks once a second and ends all ranks once one has failed."""
 
@@ -33,7 +35,10 @@ class Place:
 
 
 def place_in_world() -> Place:
-    """Reads the launcher's variables; sets those of a world of one where there is no launcher."""
+    """Reads the launcher's variables; sets those of a world of one where there is no launcher.
+
+    A launcher takes this process with it, even if it is killed and cannot pass that on.
+    """
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -41,6 +46,8 @@ def place_in_world() -> Place:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+    else:
+        die_with_parent()
     read = os.environ
     local_size = read.get("LOCAL_SIZE") or read.get("LOCAL_WORLD_SIZE") or "1"
     return Place(int(read["RANK"]), int(read["LOCAL_RANK"]), int(read["WORLD_SIZE"]), int(local_size))

@@ -22,6 +22,8 @@ def describe_type(annotation: Any) -> str:
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} x "
         return f"list of {count}{describe_type(arguments[0])}"
+    if origin is dict:
+        return f"group of names, each with {describe_type(arguments[1])}"
     if origin is Annotated:
         return describe_field(FieldInfo.from_annotation(annotation))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -57,6 +59,8 @@ def yaml_scalar(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return value if value and value == value.strip() else f'"{value}"'
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {yaml_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(yaml_scalar, value))}]"
     return str(value)

@@ -77,6 +77,17 @@ def total_steps(training: TrainingSection) -> int:
     return min(limits)
 
 
+def slurm_seconds(limit: str) -> int:
+    """Seconds of a time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
     """Whether hidden states are split over tensor-parallel ranks too."""
     if parallel.sequence_parallel != "auto":
@@ -221,6 +232,18 @@ def _what_is_kept_is_saved(job: Job) -> None:
         raise ValueError(
             f"keep_every ({every}) must be a multiple of save_interval ({interval}), or no checkpoint would be at its "
             f"steps; nearest valid: {max(1, round(every / interval)) * interval if interval else 'save_interval > 0'}"
+        )
+
+
+@_rule("slurm.stop_seconds", "slurm.time")
+def _a_slice_has_time_to_train(job: Job) -> None:
+    if job.slurm.time is None:
+        return
+    limit, lead = slurm_seconds(job.slurm.time), job.slurm.stop_seconds
+    if 0 < limit <= lead:
+        raise ValueError(
+            f"stop_seconds ({lead}) must be less than the time limit ({job.slurm.time}, {limit} s), or the job is told "
+            "to stop as it starts; raise slurm.time or lower slurm.stop_seconds"
         )
 
 

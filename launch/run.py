@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,9 @@ from launch.inference import attention_on_one_device
 from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.quiet import leave_out_what_no_user_can_change
+from launch.run_lock import RunBusy, lock_run
 from launch.sampling import Sampling
+from launch.stopping import STOPPED, StopVote
 from launch.storage import storage_at
 from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
@@ -41,21 +44,25 @@ _ENTROPY_TOKENS = 1 << 24
 """Validation tokens that the bigram entropy is counted on, at most."""
 
 
-def run(job: JobConfig, place: Place, device: torch.device, device_note: str) -> int:
-    """Trains `job` on this rank; returns the exit status."""
+def run(job: JobConfig, place: Place, device: torch.device, device_note: str, stop: Callable[[], bool]) -> int:
+    """Trains `job` on this rank; returns the exit status. `stop()` says whether this rank was asked to stop early."""
     leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
     try:
-        _train(_resolved(job), place, device, device_note)
+        job = _resolved(job)
+        lock = _lock(job, place)
+        complete = _train(job, place, device, device_note, StopVote(stop))
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, WeightsError) as error:
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, RunBusy, WeightsError) as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
+    if lock is not None:
+        lock.close()
     dist.destroy_process_group()
-    return 0
+    return 0 if complete else STOPPED
 
 
 def _resolved(job: JobConfig) -> JobConfig:
@@ -65,7 +72,22 @@ def _resolved(job: JobConfig) -> JobConfig:
     return JobConfig.from_yaml(box[0])
 
 
-def _train(job: JobConfig, place: Place, device: torch.device, device_note: str) -> None:
+def _lock(job: JobConfig, place: Place) -> BinaryIO | None:
+    """The run directory's lock, held by rank 0. Raises RunBusy on every rank."""
+    lock, busy = None, [""]
+    if place.rank == 0:
+        try:
+            lock = lock_run(job.run_path)
+        except RunBusy as error:
+            busy = [str(error)]
+    dist.broadcast_object_list(busy, src=0)
+    if busy[0]:
+        raise RunBusy(busy[0])
+    return lock
+
+
+def _train(job: JobConfig, place: Place, device: torch.device, device_note: str, stop: StopVote) -> bool:
+    """Whether the run is complete; it is not where it was stopped."""
     if job.training.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(job.job.seed)
@@ -119,10 +141,14 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         monitor,
         checkpoints,
         {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
+        stop,
     )
     try:
-        trainer.run(replace(progress or Progress(), data=cursor.record()), resumed.losses if resumed else None)
-        if job.training.sample_tokens:
+        reached = trainer.run(
+            replace(progress or Progress(), data=cursor.record()), resumed.losses if resumed else None
+        )
+        complete = reached.step >= job.total_steps
+        if complete and job.training.sample_tokens:
             monitor.message(_sample(job, mesh, engine, validation))
     except CorpusError as error:
         raise _UnreadableStep(str(error), leads=not mesh.tp_rank and not mesh.cp_rank) from error
@@ -130,6 +156,7 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str)
         if data_log is not None:
             data_log.close()
         monitor.close()
+    return complete
 
 
 class _UnreadableStep(CorpusError):

@@ -4,7 +4,7 @@
     --check                say whether the job is valid and how it would be laid out, and stop; needs no GPU
     --world_size N         processes to check for; without it, the size that the slurm section asks for, else tp x cp
 
-Exit status: 0 done, 1 failed, 2 the configuration is wrong.
+Exit status: 0 done, 1 failed, 2 the configuration is wrong, 75 stopped by SIGUSR2 or SIGTERM with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
+from launch.stopping import StopRequests
 from launch.violations import ConfigError
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return _check(path, options.overrides, options.world_size)
     place = place_in_world()
+    stop = StopRequests(place)
     try:
         # Every rank looks, so that all of them stop before any waits for another; rank 0's reading is what counts.
         job = load_job(path, options.overrides, place.world_size)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from launch.run import run  # DeepSpeed looks for its accelerator when imported; choose_device has just named it
 
-    return run(job, place, device, device_note)
+    return run(job, place, device, device_note, stop)
 
 
 def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:

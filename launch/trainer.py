@@ -59,18 +59,23 @@ class Trainer:
         monitor: Monitor,
         checkpoints: Checkpoints,
         validation_facts: dict[str, float],
+        stop: Callable[[], bool] = lambda: False,
     ):
-        """`validation()` yields the same micro-batches at every call; `validation_facts` are logged beside its loss."""
+        """`validation()` yields the same micro-batches at every call; `validation_facts` are logged beside its loss.
+
+        `stop()` is asked once a step, and answers the same on every rank: save and return early.
+        """
         self.job, self.mesh, self.engine = job, mesh, engine
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
-        self.monitor, self.checkpoints = monitor, checkpoints
+        self.monitor, self.checkpoints, self.stop = monitor, checkpoints, stop
         self.timer = StepTimer(engine.device)
         self.tracer = StepTracer(job.profile.steps, job.run_path / "trace", dist.get_rank())
         self._losses: dict[str, float] = {}
         self._expected: dict[str, float] | None = None
 
     def run(self, progress: Progress, losses: Mapping[str, float] | None = None) -> Progress:
-        """Trains from `progress` to the end; evaluates and saves at the configured intervals and at the end.
+        """Trains from `progress` to the end; evaluates and saves at the configured intervals and at the end, and saves
+        where it is told to stop. Returns how far it came.
 
         `losses` are the last ones before a resume: step -> loss. Raises NonFiniteLoss, and CheckpointError if the last
         save fails (an earlier one does as checkpoint.on_save_error says).
@@ -98,6 +103,7 @@ class Trainer:
                 progress = replace(progress, step=outcome.step, tokens=progress.tokens + self.job.tokens_per_step)
                 self.monitor.advance(outcome.step)
                 last = outcome.step == total
+                stopping = self.stop() and not last
                 if outcome.step % self.job.monitor.log_interval == 0 or last:
                     self._check_finite(outcome)
                     parts = self.timer.collect()
@@ -109,12 +115,15 @@ class Trainer:
                 if last or (evaluation and outcome.step % evaluation == 0):
                     self._check_finite(outcome)
                     self._log_validation(outcome.step)
-                if last or (saving and outcome.step % saving == 0):
+                if last or stopping or (saving and outcome.step % saving == 0):
                     self._check_finite(outcome)
                     self.timer.mark("")
-                    self._save(progress, last=last)
+                    self._save(progress, last=last or stopping)
                     self.timer.mark("checkpoint")
                 logged_at += time.perf_counter() - interrupted  # evaluating and saving are not part of a step's time
+                if stopping:
+                    self.monitor.message(f"stopped after step {outcome.step} of {total}, as asked by a signal")
+                    break
         if start >= total:
             self.monitor.message(f"step {start} of {total}: this run is already complete")
             self._log_validation(start)

@@ -1,0 +1,47 @@
+"""What Linux tells of other processes of this node, and of a parent's death."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that some other one started and has not yet asked about."""
+
+    pid: int
+    alive: bool
+    status: int
+    """Of a dead one: what its parent will read, positive as an exit status, negative as a signal."""
+    environment: dict[str, str]
+    """Empty for a dead one."""
+
+
+def children(pid: int) -> Iterator[Child]:
+    """The children of process `pid`; none if it is gone."""
+    try:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in map(int, listed):
+        try:
+            # The name, in parentheses, may contain anything; what follows the last one does not.
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            alive = fields[0] not in "ZX"
+            pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if alive else []
+        except OSError:  # gone meanwhile
+            continue
+        environment = dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs if pair)
+        yield Child(child, alive, os.waitstatus_to_exitcode(int(fields[-1])), environment)
+
+
+def die_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

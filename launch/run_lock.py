@@ -1,0 +1,57 @@
+"""A run directory has one writer: two jobs in it would mix their checkpoints and metrics."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+LOCK = "lock"
+_PATIENCE = 10.0
+"""Seconds in which a run that is just ending may let go."""
+
+
+class RunBusy(ValueError):
+    """Another process has the run directory."""
+
+
+def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
+    """Takes the directory, made if needed, for as long as the returned file is open, or this process lives.
+
+    None where the file system has no locks. Raises RunBusy, naming the holder, after `patience` seconds.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / LOCK, "a+b")  # noqa: SIM115 (open while locked)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                file.close()
+                return None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "another process"
+                file.close()
+                raise RunBusy(
+                    f"run directory {run} is in use by {holder}; wait for it or end it, or give this run another "
+                    "job.name"
+                ) from None
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(_holder().encode())
+    file.flush()
+    return file
+
+
+def _holder() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{f'job {job}, ' if job else ''}process {os.getpid()} on {socket.gethostname()}"

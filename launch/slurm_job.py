@@ -1,0 +1,128 @@
+"""What the job script becomes, on the first node: `slurm_job.py SUBMISSION [--followed]`.
+
+It starts one launcher on each node (`launch/slurm_node.py`), passes Slurm's warning on to the ranks, which save and
+end, and then queues the job again, at most slurm.max_restarts times and only while it makes progress. A job that failed
+is not queued again. Imports no torch: it is there within a second of the job's start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.submission import Submission, point_latest
+
+_SECONDS_TO_BE_KILLED = 120
+"""How long Slurm may take to end this process after it has queued the job again."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="slurm_job.py")
+    parser.add_argument("submission", type=Path)
+    parser.add_argument("--followed", action="store_true", help="another job goes on where this one is stopped")
+    options = parser.parse_args(arguments)
+    return Slice(Submission.read(options.submission)).run(followed=options.followed)
+
+
+class Slice:
+    """One start of a job, to the moment when it ends or is queued again."""
+
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
+        self.job_id, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._asked_to_stop = False
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+
+    def run(self, *, followed: bool) -> int:
+        """The job's exit status. Where the job is queued again, Slurm ends this process instead."""
+        nodes = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        started_from = self.submission.saved_step()
+        self.submission.note_start(job=self.job_id, restart=self.restart, step=started_from, nodes=nodes)
+        _say(f"job {self.job_id}, restart {self.restart}, from step {started_from} on {' '.join(nodes)}")
+        status = 0 if self._asked_to_stop else self._train(nodes)
+        step, total = self.submission.saved_step(), self.submission.total_steps
+        if status:
+            _say(f"job {self.job_id} failed, exit status {status}; last checkpoint: step {step}")
+            return status
+        if step >= total:
+            _say(f"job {self.job_id} is done: step {step} of {total}")
+            return 0
+        _say(f"job {self.job_id} was stopped at step {step} of {total}")
+        return 0 if followed else self._queue_again(step)
+
+    def _train(self, nodes: list[str]) -> int:
+        submission = self.submission
+        logs = submission.folder / f"{self.job_id}-{self.restart}"
+        logs.mkdir(exist_ok=True)
+        point_latest(logs)
+        # srun hands a step one CPU unless told (since Slurm 22.05), and may bind all ranks of a node to it.
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+        command = [
+            "srun",
+            f"--nodes={len(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            *([f"--cpus-per-task={cpus}"] if cpus else []),
+            "--cpu-bind=none",
+            "--export=ALL",
+            "--kill-on-bad-exit=1",
+            *submission.srun_options,
+            *submission.container,
+            *(submission.python, "-u", submission.node_script),
+            *("--nodes", ",".join(nodes), "--processes", str(submission.processes_per_node)),
+            *("--port", str(_port(int(self.job_id), self.restart)), "--logs", str(logs)),
+            *("--", submission.train_script, "--config", str(submission.config)),
+        ]
+        return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self._asked_to_stop = True
+        _say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
+        subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False)  # the job's steps, not this process
+
+    def _queue_again(self, step: int) -> int:
+        """Only returns if the job is not queued again."""
+        limit, idle = self.submission.max_restarts, self.submission.idle_slices(step)
+        state = re.search(r"\bJobState=(\w+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
+        if state is None or state[1] != "RUNNING":
+            _say(f"not queued again: Slurm has it as {state[1] if state else 'unknown'}")
+        elif self.restart >= limit:
+            _say(f"not queued again: restarted {self.restart} times of slurm.max_restarts ({limit}); submit it again")
+        elif idle >= self.submission.max_idle_slices:
+            _say(
+                f"not queued again: {idle} starts from step {step} brought no new checkpoint (slurm.max_idle_slices is "
+                f"{self.submission.max_idle_slices}); raise slurm.time, or lower checkpoint.save_interval"
+            )
+        else:
+            _say(f"queueing job {self.job_id} again")
+            requeued = subprocess.run(["scontrol", "requeue", self.job_id], check=False)
+            if requeued.returncode == 0:
+                time.sleep(_SECONDS_TO_BE_KILLED)
+            _say("Slurm did not queue the job again; submit it again")
+        return 1
+
+
+def _port(job_id: int, restart: int) -> int:
+    """A port for the ranks to meet at, below those that the kernel gives away: no two jobs of a node share one."""
+    return 12000 + (job_id * 8 + restart % 8) % 20000
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""One node of a Slurm job: starts DeepSpeed's launcher on it, shows rank 0's output, and tells how a rank died.
+
+`deepspeed --no_ssh` would start the same launcher, but it numbers a node's GPUs from 0 whichever Slurm gave, and ends
+with 0 when the launcher is killed. Signals that stop a run are for the ranks: this process and the launcher block
+them, for the launcher would pass SIGTERM on to one rank at a time, 30 seconds apart, and die of SIGUSR2. When a rank
+dies, all others of the step are killed at once. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launch.processes import children, die_with_parent
+
+_STOPPED = 75
+"""`launch.stopping.STOPPED`, which torch stands before."""
+_STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_LOOK_SECONDS = 0.1
+_WAIT_FOR_THE_CULPRIT = 3.0
+"""A rank that ended by itself may only have lost its peer on another node, which then speaks first."""
+_LAST_LINES = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 also where the run was stopped and has saved."""
+    parser = argparse.ArgumentParser(prog="slurm_node.py")
+    parser.add_argument("--nodes", required=True, help="names, in the order of their ranks")
+    parser.add_argument("--processes", required=True, type=int, help="ranks of each node")
+    parser.add_argument("--port", required=True, type=int)
+    parser.add_argument("--logs", required=True, type=Path)
+    parser.add_argument("train", nargs=argparse.REMAINDER, help="-- TRAIN.PY ARGUMENTS")
+    options = parser.parse_args(arguments)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    node = Node(options.nodes.split(","), int(os.environ["SLURM_NODEID"]), options.processes, options.logs)
+    return node.run([word for word in options.train if word != "--"], options.port)
+
+
+class Node:
+    """This node's launcher and ranks."""
+
+    def __init__(self, nodes: list[str], number: int, processes: int, logs: Path) -> None:
+        self.nodes, self.number, self.processes, self.logs = nodes, number, processes, logs
+        self._ranks: dict[int, int] = {}  # pid -> rank
+        self._ended: dict[int, int | None] = {}  # rank -> status, in the order of their ends; None: nobody saw it
+        self._shown = 0
+
+    def run(self, train: Sequence[str], port: int) -> int:
+        """Starts the launcher and waits for it."""
+        launcher = subprocess.Popen(self._launcher(train, port), process_group=0, preexec_fn=die_with_parent)
+        try:
+            while (status := launcher.poll()) is None:
+                self._watch(launcher.pid)
+                self._show()
+                time.sleep(_LOOK_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        self._show()
+        if status in (0, _STOPPED):
+            return 0
+        self._tell_and_kill(status)
+        return status if status > 0 else 128 - status
+
+    def _launcher(self, train: Sequence[str], port: int) -> list[str]:
+        """The command that `deepspeed` starts on each node."""
+        given = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        mine = given if len(given) == self.processes else list(range(self.processes))
+        world: dict[str, list[int] | list[str]] = {name: list(range(self.processes)) for name in self.nodes}
+        world[self.nodes[self.number]] = mine
+        return [
+            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+            f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
+            f"--node_rank={self.number}",
+            f"--master_addr={self.nodes[0]}",
+            f"--master_port={port}",
+            f"--enable_each_rank_log={self.logs}",
+            "--log_level=critical",
+            *train,
+        ]
+
+    def _watch(self, launcher: int) -> None:
+        """Notes who ends first: the launcher looks once a second, asks nobody why, and then ends the others."""
+        present = {child.pid: child for child in children(launcher)}
+        for pid, child in present.items():
+            if "RANK" in child.environment:
+                self._ranks.setdefault(pid, int(child.environment["RANK"]))
+        for pid, rank in self._ranks.items():
+            if rank not in self._ended and (pid not in present or not present[pid].alive):
+                self._ended[rank] = present[pid].status if pid in present else None
+
+    def _show(self) -> None:
+        """Passes on what rank 0 has said since."""
+        path = self._log(0) if self.number == 0 else None
+        if path is not None:
+            with open(path, "rb") as log:
+                log.seek(self._shown)
+                said = log.read()
+            self._shown += len(said)
+            sys.stdout.buffer.write(said)
+            sys.stdout.flush()
+
+    def _tell_and_kill(self, status: int) -> None:
+        """Says who died and of what, then ends what is left of the step, on all nodes."""
+        victims = (0, -signal.SIGTERM, 128 + signal.SIGTERM)  # of the launcher clearing up
+        dead = {rank: how for rank, how in self._ended.items() if how not in victims}
+        by_signal: dict[int, int | None] = {rank: how for rank, how in dead.items() if how is not None and how < 0}
+        if not by_signal:
+            time.sleep(_WAIT_FOR_THE_CULPRIT)
+        host = socket.gethostname()
+        culprits = by_signal or dict(list(dead.items())[:1])
+        for rank, how in culprits.items():
+            print(self._obituary(rank, how, host), flush=True)
+        if not culprits:
+            print(f"the launcher of {host} (ranks {self._first} to {self._last}) ended with {status}", flush=True)
+        time.sleep(0.5)  # for srun to have read it
+        step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        with suppress(FileNotFoundError):  # in a container without Slurm; srun ends the others, less quickly
+            subprocess.run(["scancel", "--signal=KILL", step], check=False)
+
+    def _obituary(self, rank: int, how: int | None, host: str) -> str:
+        if how is None:
+            died = "died"
+        elif how < 0:
+            died = f"was killed by signal {-how} ({signal.Signals(-how).name})"
+        else:
+            died = f"ended with exit status {how}"
+        path = self._log(rank)
+        lines = path.read_text(errors="replace").splitlines() if path else []
+        quoted = [f"    {line}" for line in lines[-_LAST_LINES:]] or ["    (nothing)"]
+        return "\n".join([f"rank {rank} on {host} {died}; the last it said, all of it in {path}:", *quoted])
+
+    def _log(self, rank: int) -> Path | None:
+        return next(iter(sorted(self.logs.glob(f"*_rank{rank}.log"))), None)
+
+    @property
+    def _first(self) -> int:
+        return self.number * self.processes
+
+    @property
+    def _last(self) -> int:
+        return self._first + self.processes - 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

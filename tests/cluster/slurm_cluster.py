@@ -1,0 +1,283 @@
+"""A real Slurm cluster on one machine: a controller and two nodes, each with its own network, host name and processes.
+
+The controller's network holds a bridge; node-1 and node-2 hang on it by their eth0. Files are shared, as on a cluster,
+but for /dev/shm. A node's processes live in a namespace of their own, so that killing its first process is a crash.
+
+As in `two_nodes`, all of it hangs on the init of one process namespace, which waits for the end of a pipe that the test
+process holds: when that closes, however it does, the kernel ends everything and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from tests.cluster.two_nodes import MACHINE, NODE, SEARCH_PATH, program
+
+PROGRAMS = {
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+}
+NODES = ("node-1", "node-2")
+CPUS = 4
+"""Of each node, as Slurm counts them: more than the machine has, which only makes the ranks share."""
+
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost=controller(10.78.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={scratch}/munge.sock,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={scratch}/state
+SlurmdSpoolDir={scratch}/spool-%n
+SlurmctldPidFile={scratch}/slurmctld.pid
+SlurmdPidFile={scratch}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=10
+MessageTimeout=5
+KillWait=15
+MinJobAge=3600
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters={parameters}
+SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=100000,batch_sched_delay=0
+NodeName=node-1 NodeAddr=10.78.0.11 CPUs={cpus} RealMemory=4000
+NodeName=node-2 NodeAddr=10.78.0.12 CPUs={cpus} RealMemory=4000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
+"""
+
+CONTROLLER = r"""
+hostname controller
+mount --bind "$0/hosts" /etc/hosts
+ip link set lo up
+ip link add bridge0 type bridge
+ip addr add 10.78.0.1/24 dev bridge0
+ip link set bridge0 up
+munged --foreground --force --key-file="$0/munge.key" --socket="$0/munge.sock" --pid-file="$0/munged.pid" \
+    --log-file="$0/munged.log" --seed-file="$0/munge.seed" &
+until [ -S "$0/munge.sock" ]; do sleep 0.05; done
+exec slurmctld -D -f "$0/slurm.conf"
+"""
+
+COMPUTE = r"""
+hostname "$1"
+mount --bind "$0/hosts" /etc/hosts
+mount -t tmpfs shm /dev/shm
+ip link set lo up
+until ip link show eth0 >/dev/null 2>&1 && [ -S "$0/munge.sock" ]; do sleep 0.05; done
+slurmd -D -N "$1" -f "$0/slurm.conf" &
+wait
+"""
+
+
+def what_is_missing() -> str | None:
+    """The system program or permission without which no cluster can be made here, or None."""
+    missing = [f"{name} (Debian package {package})" for name, package in PROGRAMS.items() if not program(name)]
+    if missing:
+        return f"missing system programs: {', '.join(missing)}"
+    if os.geteuid() != 0:
+        return f"slurmctld and namespaces need root here, and this is uid {os.geteuid()}"
+    link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
+    probe = subprocess.run([*MACHINE, *NODE, *link], capture_output=True, text=True, env={"PATH": SEARCH_PATH})
+    if probe.returncode:
+        return f"this system does not let root make namespaces joined by veth: {probe.stderr.strip()}"
+    return None
+
+
+class SlurmCluster:
+    """Up for as long as the `with` block lasts. `scratch` is an empty folder with a short path."""
+
+    def __init__(self, scratch: Path, parameters: str = "preempt_send_user_signal") -> None:
+        self.scratch = scratch
+        self._parameters = parameters
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._write_files()
+            self._machine = self._start([*MACHINE, "bash", "-c", "read -r _"], "machine", stdin=subprocess.PIPE)
+            inside = ["nsenter", f"--target={self._machine}", "--pid", "--mount"]
+            self._controller = self._start(
+                [*inside, *NODE, "bash", "-euc", CONTROLLER, str(self.scratch)], "controller"
+            )
+            for number, name in enumerate(NODES, start=1):
+                script = ["bash", "-euc", COMPUTE, str(self.scratch), name]
+                own = ["--pid", "--fork", "--kill-child", "--mount-proc"]
+                node = self._start([*inside, *NODE, *own, *script], name)
+                self._join(number, node)
+            self.until(
+                lambda: self.command("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D", check=False) == "2", 30
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process of the cluster; the kernel takes the namespaces and mounts back by itself."""
+        for process in self._started:
+            if process.stdin:
+                process.stdin.close()
+        for process in self._started:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._started.clear()
+
+    # -- what a user does ----------------------------------------------------------------------------------------------
+
+    def run(
+        self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command on the controller, as on a login node; nothing of the environment is inherited."""
+        enter = [
+            "nsenter",
+            f"--target={self._controller}",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--wd=" + str(cwd or "/"),
+        ]
+        variables = {
+            "PATH": SEARCH_PATH,
+            "SLURM_CONF": f"{self.scratch}/slurm.conf",
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+        }
+        return subprocess.run(
+            [*enter, *command], capture_output=True, text=True, env=variables | dict(environment or {}), timeout=60
+        )
+
+    def command(self, *command: str, check: bool = True) -> str:
+        """A command's standard output, stripped."""
+        ended = self.run(*command)
+        assert not check or ended.returncode == 0, ended.stderr
+        return ended.stdout.strip()
+
+    def facts(self, job: int) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", "--oneliner", str(job))))
+
+    def state(self, job: int) -> str:
+        return self.facts(job)["JobState"]
+
+    def end(self, job: int, timeout: float = 120) -> str:
+        """Waits until the job is over; its last state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.until(lambda: self.state(job) in over, timeout)
+        return self.state(job)
+
+    def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
+        """The condition's first true value. Raises AssertionError when time runs out."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if value := condition():
+                return value
+            time.sleep(0.1)
+        raise AssertionError(f"the moment did not come in {timeout} s; {self.command('squeue', '-l', check=False)}")
+
+    # -- what only a test can do ---------------------------------------------------------------------------------------
+
+    def processes(self, job: int) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+        """Every living process that inherited the job's environment, with that."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                mine = environment.get("SLURM_CONF") == f"{self.scratch}/slurm.conf"
+                if mine and environment.get("SLURM_JOB_ID") == str(job) and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process, environment
+
+    def ranks(self, job: int) -> dict[int, psutil.Process]:
+        """Rank -> process of the living ranks."""
+        return {int(found["RANK"]): process for process, found in self.processes(job) if "RANK" in found}
+
+    def launchers(self, job: int) -> list[psutil.Process]:
+        """DeepSpeed's, one for each node."""
+        found = []
+        for process, environment in self.processes(job):
+            with suppress(psutil.Error):
+                if "RANK" not in environment and "deepspeed.launcher.launch" in process.cmdline():
+                    found.append(process)
+        return found
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _write_files(self) -> None:
+        (self.scratch / "state").mkdir()
+        for name in NODES:
+            (self.scratch / f"spool-{name}").mkdir()
+        key = self.scratch / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        hosts = "127.0.0.1 localhost\n10.78.0.1 controller\n10.78.0.11 node-1\n10.78.0.12 node-2\n"
+        (self.scratch / "hosts").write_text(hosts)
+        text = CONFIGURATION.format(scratch=self.scratch, cpus=CPUS, parameters=self._parameters)
+        (self.scratch / "slurm.conf").write_text(text.replace("SlurmctldParameters=\n", ""))
+
+    def _start(self, command: list[str], name: str, stdin: int = subprocess.DEVNULL) -> int:
+        """Start a process that forks into the process namespace; the child's id, once it is there."""
+        with (self.scratch / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=log, stderr=log, env={"PATH": SEARCH_PATH}, start_new_session=True
+            )
+        self._started.append(process)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and process.poll() is None:
+            # Until it has become the program asked for, the child has not entered all its namespaces.
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if child.name() == "bash":
+                        return child.pid
+            time.sleep(0.02)
+        raise RuntimeError(f"{name} did not start: {(self.scratch / f'{name}.log').read_text()}")
+
+    def _join(self, number: int, node: int) -> None:
+        port, address = f"port{number}", f"10.78.0.{10 + number}/24"
+        inside = ["nsenter", f"--target={self._controller}", "--net", "ip", "link"]
+        commands = [
+            [*inside, "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(node)],
+            ["nsenter", f"--target={node}", "--net", "ip", "addr", "add", address, "dev", "eth0"],
+            ["nsenter", f"--target={node}", "--net", "ip", "link", "set", "eth0", "up"],
+            [*inside, "set", port, "master", "bridge0", "up"],
+        ]
+        for command in commands:
+            deadline = time.monotonic() + 10
+            # The bridge is the controller's to make, at its own pace.
+            while (
+                ended := subprocess.run(command, capture_output=True, text=True, env={"PATH": SEARCH_PATH})
+            ).returncode:
+                assert time.monotonic() < deadline, ended.stderr
+                time.sleep(0.05)

@@ -1,0 +1,234 @@
+"""Jobs under a real Slurm: submitted, preempted, out of time, queued again, killed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.submission import newest_submission
+from tests.cluster.slurm_cluster import NODES, SlurmCluster, what_is_missing
+from tests.faults.launched import TinyJob
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+PROCESSES = 2
+RANKS = PROCESSES * len(NODES)
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "NCCL_DEBUG": "WARN",
+    "NCCL_IB_HCA": "mlx5_0,mlx5_1",  # a comma, which `srun --export=NAME=VALUE` would cut
+}
+PATIENCE = 240.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    scratch = Path(tempfile.mkdtemp(prefix="ringzero-slurm-"))  # a socket's path must be short
+    try:
+        with SlurmCluster(scratch) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(scratch)
+
+
+class SlurmRun:
+    """A small job, submitted as a user would."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, *overrides: str, steps: int = STEPS) -> None:
+        self.cluster = cluster
+        # Large enough that a step takes a moment to interrupt.
+        self.job = TinyJob(folder, tp=2, max_steps=steps, model={"hidden_size": 128, "num_hidden_layers": 4})
+        environment = json.dumps(ENVIRONMENT)
+        self.overrides = [
+            "training.sequence_length=256",
+            "training.global_batch_size=16",
+            "checkpoint.save_interval=0",
+            "monitor.tensorboard=true",
+            f"slurm.nodes={len(NODES)}",
+            f"slurm.gpus_per_node={PROCESSES}",
+            f"slurm.environment={environment}",
+            *overrides,
+        ]
+        self.run = self.job.run
+
+    def submit(self, *overrides: str, code: int = 0) -> str:
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "submit.py"),
+            str(self.job.config),
+            *self.overrides,
+            *overrides,
+        ]
+        variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        ended = self.cluster.run(*command, cwd=self.job.folder, environment=variables)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended.stdout + ended.stderr
+
+    def start(self, *overrides: str) -> int:
+        """Submits; the job's id."""
+        found = re.search(r"^job (\d+), log ", self.submit(*overrides), re.MULTILINE)
+        assert found
+        return int(found[1])
+
+    def log(self, job: int) -> str:
+        path = newest_submission(self.run).log(job)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until_step(self, step: int, job: int) -> None:
+        def there() -> bool:
+            assert self.cluster.state(job) in ("PENDING", "RUNNING", "COMPLETING"), self.log(job)
+            return self.job.logged() >= step
+
+        self.cluster.until(there, PATIENCE)
+
+    def finish(self, job: int, state: str = "COMPLETED") -> None:
+        assert self.cluster.end(job, PATIENCE) == state, self.log(job)
+
+    def tensorboard(self) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(self.run / "tensorboard"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    """A job from submission to its end, which the others are compared with."""
+    run = SlurmRun(cluster, tmp_path_factory.mktemp("undisturbed"))
+    job = run.start()
+    ranks = cluster.until(lambda: len(found := cluster.ranks(job)) == RANKS and found, PATIENCE)
+    for process in ranks.values():
+        environment = process.environ()
+        assert {name: environment[name] for name in ENVIRONMENT} == ENVIRONMENT
+        assert process.cpu_affinity() == psutil.Process().cpu_affinity()
+    run.finish(job)
+    assert not list(cluster.processes(job))
+    return run
+
+
+def assert_same_run(run: SlurmRun, undisturbed: SlurmRun) -> None:
+    """Every loss and norm, and the curve that TensorBoard shows, without a seam."""
+    assert sorted(run.job.curve()) == list(range(1, STEPS + 1))
+    assert run.job.curve() == undisturbed.job.curve()
+    assert run.job.validation() == undisturbed.job.validation()
+    shown = run.tensorboard()
+    assert shown == undisturbed.tensorboard() and [step for step, _ in shown] == list(range(1, STEPS + 1))
+
+
+def test_a_job_from_submission_to_its_end(cluster: SlurmCluster, undisturbed: SlurmRun) -> None:
+    submission = newest_submission(undisturbed.run)
+    (job,) = submission.job_ids
+    log = undisturbed.log(job)
+    assert f"job {job} is done: step {STEPS} of {STEPS}" in log
+    assert f"from step 0 on {' '.join(NODES)}" in log
+    assert f"saved {undisturbed.job.checkpoints}/step-{STEPS:08d}" in log  # what rank 0 says is shown
+    assert (submission.folder / "job.sbatch").read_text().startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n")
+    assert "max_steps: 40" in submission.config.read_text() and (submission.folder / "revision.txt").exists()
+    assert len(list((submission.folder / f"{job}-0").glob("*_rank*.log"))) == RANKS
+    command = [sys.executable, str(ROOT / "launch" / "status.py"), str(undisturbed.run)]
+    told = cluster.run(*command, environment={"PYTHONPATH": str(ROOT)}).stdout
+    assert re.search(rf"^job {job} +COMPLETED, restarts 0", told, re.MULTILINE)
+    assert re.search(rf"^step +{STEPS} of {STEPS}, [\d,]+ tokens/s$", told, re.MULTILINE)
+    assert re.search(rf"^checkpoint +step {STEPS} in ", told, re.MULTILINE)
+
+
+def test_a_job_that_fails_its_check_is_not_submitted(cluster: SlurmCluster, tmp_path: Path) -> None:
+    before = cluster.command("squeue", "-h", "-t", "all", "-o", "%i")
+    run = SlurmRun(cluster, tmp_path)
+    told = run.submit("training.global_batch_size=3", code=2)
+    assert "global_batch_size (3) must be divisible by micro_batch_size x data_parallel_size (1 x 2 = 2)" in told
+    assert "world size (6)" in run.submit("slurm.gpus_per_node=3", "parallel.context_parallel_size=2", code=2)
+    assert cluster.command("squeue", "-h", "-t", "all", "-o", "%i") == before
+    assert not run.run.exists()
+
+
+def test_a_preempted_job_goes_on_where_it_was(cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path) -> None:
+    run = SlurmRun(cluster, tmp_path)
+    job = run.start()
+    run.until_step(8, job)
+    urgent = int(
+        cluster.command("sbatch", "--parsable", "-phigh", "-N2", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
+    )
+    assert cluster.end(urgent) == "COMPLETED"
+    run.finish(job)
+    log = run.log(job)
+    stopped = re.search(rf"stopped after step (\d+) of {STEPS}, as asked by a signal", log)
+    assert stopped and 8 < int(stopped[1]) < STEPS
+    assert f"resumed from step {stopped[1]}" in log and cluster.facts(job)["Restarts"] == "1"
+    assert_same_run(run, undisturbed)
+
+
+def test_requeued_by_an_operator_and_stopped_by_a_plain_sigterm(
+    cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path
+) -> None:
+    """SIGTERM to the steps is what a preemption sends where preempt_send_user_signal is not set."""
+    run = SlurmRun(cluster, tmp_path, "checkpoint.save_interval=4")
+    job = run.start()
+    run.until_step(6, job)
+    cluster.command("scontrol", "requeue", str(job))
+    cluster.until(lambda: cluster.facts(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING")
+    cluster.until(lambda: run.log(job).count("resumed from step") == 1, PATIENCE)
+    after = run.job.logged()
+    run.until_step(after + 3, job)
+    cluster.command("scancel", "--signal=TERM", str(job))
+    run.finish(job)
+    assert cluster.facts(job)["Restarts"] == "2"
+    assert f"queueing job {job} again" in run.log(job)
+    assert_same_run(run, undisturbed)
+
+
+def test_a_time_limit_and_a_cancelled_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run = SlurmRun(cluster, tmp_path, "slurm.time=1", "slurm.stop_seconds=30", steps=100_000)
+    job = run.start()
+    cluster.until(lambda: cluster.facts(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", PATIENCE)
+    saved = newest_submission(run.run).saved_step()
+    assert saved > 0 and f"was stopped at step {saved} of 100000" in run.log(job)
+    run.until_step(saved + 2, job)
+    cluster.command("scancel", str(job))
+    run.finish(job, "CANCELLED")
+    cluster.until(lambda: not list(cluster.processes(job)), 30)
+    assert newest_submission(run.run).saved_step() > saved  # what was done until then is kept
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED"  # and not queued again
+
+
+def test_a_killed_rank_ends_the_job_in_seconds(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run = SlurmRun(cluster, tmp_path, steps=100_000)
+    job = run.start()
+    run.until_step(2, job)
+    cluster.ranks(job)[3].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert cluster.end(job, 30) == "FAILED"
+    cluster.until(lambda: not list(cluster.processes(job)), 30)
+    assert time.monotonic() - killed < 20
+    log = run.log(job)
+    assert "rank 3 on node-2 was killed by signal 9 (SIGKILL); the last it said" in log
+    assert not re.search(r"rank [012] on node-\d", log.partition("rank 3 on node-2")[0])
+    assert f"job {job} failed" in log and cluster.facts(job)["Restarts"] == "0"
+
+
+def test_a_killed_launcher_takes_its_ranks_along(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run = SlurmRun(cluster, tmp_path, steps=100_000)
+    job = run.start()
+    run.until_step(1, job)
+    ranks = list(cluster.ranks(job).values())
+    launcher = cluster.launchers(job)[0]
+    os.kill(launcher.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+    assert cluster.end(job, 30) == "FAILED"
