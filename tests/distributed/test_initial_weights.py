@@ -95,6 +95,8 @@ def job_for(root: Path, tp: int, cp: int, stage: int, precision: str) -> JobConf
         "parallel.context_parallel_size": cp,
         "parallel.zero_stage": stage,
         "training.precision": precision,
+        # Of the first run they lie where its configuration says, of the others in the run's own folder.
+        "checkpoint.directory": f"{root}/elsewhere/{{name}}" if (tp, cp, stage, precision) == LAYOUTS[0] else "null",
         "data.tokenizer": root / "tokenizer.json",
     }
     return load_job(path, [f"{key}={value}" for key, value in overrides.items()], 4)
@@ -143,6 +145,7 @@ def test_every_layout_starts_from_the_weights(tmp_path: Path) -> None:
                 assert elements < 0.3 * size, "a rank reads its quarter, and what all keep"
     for layout in LAYOUTS:
         run = tmp_path / "-".join(map(str, layout))
+        assert (run / "checkpoints").exists() == (layout != LAYOUTS[0])
         stored = open_weights(run)
         for name, tensor in weights.items():
             found = torch.empty(tensor.shape)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 
 
@@ -9,5 +10,6 @@ from tests.faults.launched import TinyJob
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     """Two ranks that split each sequence, ZeRO-3, a checkpoint after each of 9 steps."""
     job = TinyJob(tmp_path_factory.mktemp("uninterrupted"), cp=2, max_steps=9, checkpoint={"keep_last": 2})
-    job.finish(2)
+    with Forked(job, 2) as ranks:
+        assert ranks.wait() == 0, ranks.output[-8000:]
     return job

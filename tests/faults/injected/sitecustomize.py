@@ -2,12 +2,14 @@
 
 FAULT is JSON: {"rank": 1, "event": "os.rename", "path": "00000002.partial", "nth": 1, "action": "kill"}. The audit
 event (docs.python.org/3/library/audit_events.html) is raised before the operation that it announces is done; `path` is
-any part of its first argument. Actions: kill (SIGKILL to itself) and raise (RuntimeError).
+any part of its first argument. Actions: kill (SIGKILL to itself), raise (RuntimeError) and run (a shell's "command",
+after which the operation goes on).
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -26,6 +28,9 @@ def install(fault: dict[str, Any]) -> None:
         print(f"fault: rank {fault['rank']}, {event} {arguments[0]}", file=sys.stderr, flush=True)
         if fault["action"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault["action"] == "run":
+            subprocess.run(["sh", "-c", fault["command"]], check=True)
+            return
         raise RuntimeError("a fault of one rank alone")
 
     sys.addaudithook(hook)
