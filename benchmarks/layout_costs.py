@@ -165,7 +165,7 @@ def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precis
         context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
-        checkpointing=job.training.activation_checkpointing == "full",
+        recompute=job.training.activation_checkpointing,
     ).peak
 
 

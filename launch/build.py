@@ -128,7 +128,7 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
         model = GPT(
             config,
             attend,
-            activation_checkpointing=job.training.activation_checkpointing == "full",
+            recompute=job.training.activation_checkpointing,
             mlp_tile_tokens=job.training.mlp_tile_tokens,
         )
     shards = apply_tensor_parallel(
@@ -147,6 +147,11 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
         partition=partitioner(mesh, settings),
     )
     sum_partial_gradients(model, shards, mesh.tp_group)
+    if job.compiles(device.type):
+        # ZeRO's hooks sit on the call of a block, outside of what is compiled: its parameters are whole in there. A
+        # torch that compiles for each block by itself must not run into its limit.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(model.layers))
+        model.compile_blocks()
     return model, shards, attention_note
 
 

@@ -8,6 +8,7 @@ from launch.memory import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
     HEADS_FORMULA,
+    KEPT_FORMULAS,
     RING_FORMULA,
     Activations,
     States,
@@ -116,7 +117,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
     if states.host:
         rows.append(("offloaded", states.host, "to host memory, not part of the peak"))
-    peak = states.on_device + working + activations.peak
+    peak = peak_memory(job, mesh, device)
     rows += _activation_rows(job, activations, context_plan(job, mesh, BYTES[precision]))
     copies, on_gpus = host_copies(local, stage, zero_size) * job.checkpoint.asynchronous, device != "cpu"
     saving = ("host copies", copies, _copies_note(stage, zero_size))
@@ -140,6 +141,13 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     ]
 
 
+def peak_memory(job: JobConfig, mesh: MeshShape, device: str) -> int:
+    """Bytes of one rank at the fullest moment of a step, by the formulas of `launch.memory`."""
+    precision, stage = job.resolve_precision(device), job.parallel.zero_stage
+    working = working_copies(count_parameters(job.model, mesh.tensor_parallel_size), stage, precision)
+    return _states(job, mesh, precision).on_device + working + _activations(job, mesh, precision).peak
+
+
 def _states(job: JobConfig, mesh: MeshShape, precision: Precision) -> States:
     return estimate_states(
         count_parameters(job.model, mesh.tensor_parallel_size),
@@ -160,7 +168,7 @@ def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activ
         context=context_plan(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=job.parallel.zero_stage == 0 and precision == "bf16",
-        checkpointing=job.training.activation_checkpointing == "full",
+        recompute=job.training.activation_checkpointing,
         mlp_tile_tokens=job.training.mlp_tile_tokens,
     )
 
@@ -172,9 +180,10 @@ def _activation_rows(
         block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0),
         job.model.num_hidden_layers,
     )
-    if job.training.activation_checkpointing == "full":
+    policy = job.training.activation_checkpointing
+    if policy != "none":
         rows = [
-            ("activations", activations.kept, f"{blocks} blocks, each t E b{' / tp' if job.sequence_parallel else ''}"),
+            ("activations", activations.kept, f"{blocks} blocks, each {KEPT_FORMULAS[policy]}"),
             ("recomputation", activations.recomputed, f"one block, {block}"),
         ]
     else:

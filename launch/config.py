@@ -166,8 +166,13 @@ class TrainingSection(Section):
     """auto is bf16 on GPUs and fp32 on CPUs; fp16 brings loss scaling."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full keeps only each block's input and computes the rest again in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "attention", "full"] = "none"
+    """What a block computes again in the backward pass, to keep less. selective: norms, rotation and activation, but no
+    matrix product and no attention. attention: everything but attention (and its messages). full: everything, from the
+    block's input."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without tensor parallelism (whose
+    gradients come out wrong there) and without mlp_tile_tokens."""
     mlp_tile_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
     tensors never exist whole; for very long sequences. null computes all at once."""
@@ -361,6 +366,13 @@ class JobConfig(Section):
     def sequence_parallel(self) -> bool:
         """Whether hidden states are split over tensor-parallel ranks too."""
         return rules.sequence_parallel(self.parallel, self.training)
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether transformer blocks are compiled there."""
+        if self.training.compile != "auto":
+            return self.training.compile
+        plain = self.parallel.tensor_parallel_size > 1 or self.training.mlp_tile_tokens is not None
+        return device_type == "cuda" and not plain
 
     def mesh_shape(self, world_size: int) -> MeshShape:
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""

@@ -12,6 +12,7 @@ from launch.context import ContextPlan
 from launch.parameters import BYTES, Precision
 from model.config import ModelConfig
 from model.kernels.linear_cross_entropy import chunk_tokens
+from model.recompute import Recompute
 from parallel.vocab import padded_vocabulary
 from parallel.zero_config import LIVE_PARAMETERS
 
@@ -99,7 +100,7 @@ class Activations:
     kept: int
     """What all blocks keep for the backward pass."""
     recomputed: int
-    """What one block holds while it is computed again (activation_checkpointing: full)."""
+    """What one block holds while it is computed again (activation_checkpointing)."""
     head: int
     """A chunk of logits and what is made of it, then the gradients of the weight and of the hidden states."""
     context: int
@@ -122,6 +123,13 @@ def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool) -> str:
     return f"t ({inputs} + {heads} D b + {'' if tiled else '4 F b + '}4 H)"
 
 
+KEPT_FORMULAS: dict[Recompute, str] = {
+    "selective": "t ((2 H + 2 K) D b + (3 E + 2 F) b + 4 H)",
+    "attention": "t (E b + H D b + 4 H)",
+    "full": "t E b",
+}
+"""What a block keeps under each policy of activation checkpointing: its input; attention's output and log-sum-exp; q,
+k, v, gate, up, and the outputs of both sublayers. Under sequence parallelism a rank has a part of the input."""
 HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
 """Head: the gradients of the weight, in fp32, and of the hidden states; with them 8 bytes for each logit of a chunk of
 c tokens, later both gradients once more, as the backward pass hands them on."""
@@ -142,7 +150,7 @@ def estimate_activations(
     context: ContextPlan | None,
     precision: Precision,
     autocast: bool,
-    checkpointing: bool,
+    recompute: Recompute,
     mlp_tile_tokens: int | None = None,
 ) -> Activations:
     """Activations of `tokens` tokens (one micro batch on one rank).
@@ -153,7 +161,8 @@ def estimate_activations(
     stream = 4 if autocast else width
     query_heads, kv_heads = model.num_attention_heads // size, model.num_key_value_heads // size
     heads = (3 if model.qk_norm else 2) * (query_heads + kv_heads)
-    inner = 4 * model.intermediate_size // size * width  # bytes of one token
+    inner_width = model.intermediate_size // size
+    inner = 4 * inner_width * width  # bytes of one token
     tile = 0 if mlp_tile_tokens is None or mlp_tile_tokens >= tokens else mlp_tile_tokens
     residual = tokens * model.hidden_size * stream // (size if sequence_parallel else 1)
     block = 2 * residual + tokens * (
@@ -167,12 +176,19 @@ def estimate_activations(
             extra = 2 * (context.fetched_tokens - tokens) * kv_heads * model.head_dim * width
         if context.by_heads > 1:
             extra = 2 * tokens * (query_heads + kv_heads) * model.head_dim * width
-        if checkpointing:
-            extra = 0
-    kept = residual if checkpointing else block + extra
+    attended = tokens * (query_heads * model.head_dim * width + 4 * query_heads) + extra
+    products = (
+        tokens * width * ((query_heads + 2 * kv_heads) * model.head_dim + 2 * model.hidden_size + inner_width * 2)
+    )
+    kept = {
+        "none": block + extra,
+        "selective": residual + attended + products,
+        "attention": residual + attended,
+        "full": residual,
+    }[recompute]
     return Activations(
         kept=model.num_hidden_layers * kept + residual,  # with the last norm's input
-        recomputed=block if checkpointing else 0,
+        recomputed=0 if recompute == "none" else block,
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
         context=transient,
         tile=tile * inner,

@@ -157,6 +157,16 @@ def _tokens_split_evenly(job: Job) -> None:
         )
 
 
+@_rule("training.compile", "parallel.tensor_parallel_size")
+def _compiled_blocks_split_no_heads(job: Job) -> None:
+    size = job.parallel.tensor_parallel_size
+    if job.training.compile is True and size > 1:
+        raise ValueError(
+            f"compile is true with tensor_parallel_size ({size}) above 1, where gradients come out wrong on GPUs; set "
+            "compile to auto or false"
+        )
+
+
 @_rule("parallel.tensor_parallel_size", "parallel.context_parallel_size")
 def _mesh_fits_the_world(job: Job) -> None:
     if job.world_size is not None:

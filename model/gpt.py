@@ -8,28 +8,46 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, AttentionFunction
 from model.config import ModelConfig
 from model.head import Head
 from model.kernels import Documents
 from model.layers import FeedForward, RMSNorm
+from model.recompute import Recompute, recomputed
 from model.rope import rotary_tables
 
 
 class Block(nn.Module):
     """Pre-norm transformer block. [B, S, E] -> [B, S, E]."""
 
-    def __init__(self, config: ModelConfig, attend: AttentionFunction, *, mlp_tile_tokens: int | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        attend: AttentionFunction,
+        *,
+        recompute: Recompute = "none",
+        mlp_tile_tokens: int | None = None,
+    ):
         super().__init__()
+        self.recompute = recompute
+        self.run = Block.recomputed
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config, tile_tokens=mlp_tile_tokens)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        return self.run(self, hidden, rotary, documents)
+
+    def recomputed(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        """The block under its policy: what is compiled, if anything is."""
+        compute = recomputed(self._compute, self.recompute if self.training else "none")
+        return compute(hidden, rotary, documents)
+
+    def _compute(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, documents)
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
@@ -60,14 +78,15 @@ class GPT(nn.Module):
         config: ModelConfig,
         attend: AttentionFunction,
         *,
-        activation_checkpointing: bool = False,
+        recompute: Recompute = "none",
         mlp_tile_tokens: int | None = None,
     ):
         super().__init__()
-        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, attend, mlp_tile_tokens=mlp_tile_tokens) for _ in range(config.num_hidden_layers)
+            Block(config, attend, recompute=recompute, mlp_tile_tokens=mlp_tile_tokens)
+            for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)
@@ -89,11 +108,18 @@ class GPT(nn.Module):
         hidden = self.embed_tokens(input_ids)
         rotary = rotary_tables(position_ids, self.config, hidden.dtype)
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, rotary, documents, use_reentrant=False)
-            else:
-                hidden = layer(hidden, rotary, documents)
+            hidden = layer(hidden, rotary, documents)
         return self.lm_head(self.norm(hidden), labels)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks: one function for all of them, so that it is compiled once.
+
+        Their `forward` stays plain, and with it whatever is hooked to the call of a block.
+        """
+        compiled = torch.compile(Block.recomputed, fullgraph=True)
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.run = compiled
 
     def initial_distribution(self, name: str) -> tuple[float, float]:
         """(mean, standard deviation) of the parameter `name` before training: norms 1, biases 0, matrices normal."""

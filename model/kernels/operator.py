@@ -132,7 +132,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, cu_seqlens: Tensor | None, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     operator = _operators[number]
-    return operator.forward(q, k, v, operator.documents(boundaries, cu_seqlens))
+    out, lse, kept = operator.forward(q, k, v, operator.documents(boundaries, cu_seqlens))
+    return out.contiguous(), lse.contiguous(), kept  # as `_forward_shapes` tells a compiler
 
 
 def _backward(
@@ -148,7 +149,9 @@ def _backward(
     number: int,
 ) -> Gradients:
     operator = _operators[number]
-    return operator.backward(dout, q, k, v, out, lse, kept, operator.documents(boundaries, cu_seqlens))
+    documents = operator.documents(boundaries, cu_seqlens)
+    dq, dk, dv = operator.backward(dout, q, k, v, out, lse, kept, documents)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,6 +60,8 @@ class Case:
     """Whole blocks in the backward pass, and feed-forward layers in tiles."""
     parallel: str = ""
     """More keys of the parallel section."""
+    compiled: bool = False
+    """Blocks compiled, with selective recomputation inside."""
 
     @property
     def world_size(self) -> int:
@@ -71,13 +73,27 @@ class Case:
         whole = " whole tokens" if self.sequence_parallel == "false" else ""
         tied = "tied" if self.tied else "untied"
         more = f" {self.parallel}" if self.parallel else ""
-        again = " recomputed" if self.recompute else ""
+        again = " recomputed" * self.recompute + " compiled" * self.compiled
         return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}{more}"
+
+    @property
+    def policy(self) -> str:
+        """Of activation checkpointing."""
+        return "full" if self.recompute else "selective" if self.compiled else "none"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
         return replace(
-            self, tp=1, cp=1, dp=1, stage=0, mode="auto", sequence_parallel="auto", recompute=False, parallel=""
+            self,
+            tp=1,
+            cp=1,
+            dp=1,
+            stage=0,
+            mode="auto",
+            sequence_parallel="auto",
+            recompute=False,
+            compiled=False,
+            parallel="",
         )
 
     def job(self) -> JobConfig:
@@ -96,15 +112,16 @@ class Case:
             training:
               {{sequence_length: {LENGTH}, global_batch_size: {GLOBAL_BATCH}, precision: {self.precision},
                micro_batch_size: {GLOBAL_BATCH // ACCUMULATION // self.dp}, max_steps: {STEPS},
-               gradient_clipping: 0.5, activation_checkpointing: {"full" if self.recompute else "none"},
-               mlp_tile_tokens: {9 if self.recompute else "null"}}}
+               gradient_clipping: 0.5, mlp_tile_tokens: {9 if self.recompute else "null"},
+               compile: {str(self.compiled).lower()}, activation_checkpointing: {self.policy}}}
             """
         )
 
 
 def all_cases() -> list[Case]:
     """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, heads, and
-    tensor parallelism without sequence parallelism, once each; recomputation in tiles; offload; no overlap."""
+    tensor parallelism without sequence parallelism, once each; recomputation in tiles; compiled blocks; offload; no
+    overlap."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
@@ -116,8 +133,10 @@ def all_cases() -> list[Case]:
         for stage in (2, 3)
     ]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
+    compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
+    compiled += [Case(1, 1, 2, 0, False, compiled=True), Case(1, 2, 1, 3, False, compiled=True)]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + again + offloaded + in_turn + single
+    return grouped + ring + whole + again + compiled + offloaded + in_turn + single
 
 
 @dataclass

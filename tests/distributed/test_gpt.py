@@ -128,7 +128,7 @@ def _compare() -> dict[str, float]:
                     mesh.cp_group, KERNELS["math"], scale=config.head_dim**-0.5, window=config.sliding_window
                 )
             with torch.device("meta"):
-                model = GPT(config, attend, activation_checkpointing=variant.checkpointing)
+                model = GPT(config, attend, recompute="full" if variant.checkpointing else "none")
             shards = apply_tensor_parallel(
                 model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=sequence_parallel
             )

@@ -20,6 +20,8 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.head import Head
 from model.kernels import linear_cross_entropy, select_kernel
+from model.recompute import Recompute
+from model.rope import rotary_tables
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WORLD_SIZES = {"quickstart": 4, "llama3-8b-8k": 8, "llama3-8b-8k-tp2": 16, "llama3-8b-128k": 32}
@@ -129,14 +131,12 @@ def shape(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(values | changes)
 
 
-def build(config: ModelConfig, device: str, checkpointing: bool = False, tile: int | None = None) -> GPT:
+def build(config: ModelConfig, device: str, recompute: Recompute = "none", tile: int | None = None) -> GPT:
     kernel, _ = select_kernel(
         "cpu", device_type="cpu", dtype=torch.float32, head_dim=config.head_dim, window=False, documents=False
     )
     with torch.device(device):
-        return GPT(
-            config, KernelAttention(kernel, config), activation_checkpointing=checkpointing, mlp_tile_tokens=tile
-        )
+        return GPT(config, KernelAttention(kernel, config), recompute=recompute, mlp_tile_tokens=tile)
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_parameters_of_a_tensor_parallel_rank() -> None:
     assert count_parameters(shape(attention_bias="all"), 2) - count_parameters(shape(), 2) == 3 * (48 + 48)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(("qk_norm", "tile"), [(False, None), (True, None), (False, 32), (False, 256)])
-def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, checkpointing: bool) -> None:
+def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, recompute: Recompute) -> None:
     """Bytes that autograd keeps in a real forward pass, the head's gradients apart, against the formula."""
     torch.manual_seed(0)
     config = shape(hidden_size=64, intermediate_size=160, num_hidden_layers=6, qk_norm=qk_norm)
-    model = build(config, "cpu", checkpointing, tile)
+    model = build(config, "cpu", recompute, tile)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -196,16 +196,58 @@ def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, che
         context=None,
         precision="fp32",
         autocast=False,
-        checkpointing=checkpointing,
+        recompute=recompute,
         mlp_tile_tokens=tile,
     )
     # torch has no fused RMSNorm on CPUs: there each norm keeps its normalised input too.
-    normalised = 64 * (1 if checkpointing else 1 + 2 * config.num_hidden_layers)
-    if qk_norm and not checkpointing:
+    normalised = 64 * (1 if recompute == "full" else 1 + 2 * config.num_hidden_layers)
+    if qk_norm and recompute == "none":
         normalised += config.num_hidden_layers * 6 * config.head_dim
     expected = estimate.kept + 4 * 256 * normalised
     assert loss.requires_grad
     assert sum(kept.values()) - head_gradients == pytest.approx(expected, rel=0.03)
+
+
+class Results(TorchDispatchMode):
+    """Bytes that matrix products and attention give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.attention = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default:
+            self.products += result.nbytes
+        elif function is torch.ops.ringzero.attention.default:
+            self.attention += sum(tensor.nbytes for tensor in result)
+        return result
+
+
+def test_what_policies_keep_is_what_blocks_compute() -> None:
+    """A policy names operators: the formula against the sizes of what these give in a real forward pass."""
+    config = shape(hidden_size=64, intermediate_size=160, num_hidden_layers=6)
+    model = build(config, "cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    hidden, positions = torch.randn(2, 128, 64), torch.arange(128).expand(2, -1)
+    rotary = rotary_tables(positions, config, torch.float32)
+    with Results() as found:
+        for layer in model.layers:
+            hidden = layer(hidden, rotary, None)
+    inputs = 7 * hidden.nbytes  # of six blocks, and of the last norm
+    for policy, kept in (("attention", found.attention), ("selective", found.attention + found.products)):
+        estimate = estimate_activations(
+            config,
+            tokens=256,
+            tensor_parallel_size=1,
+            sequence_parallel=False,
+            context=None,
+            precision="fp32",
+            autocast=False,
+            recompute=policy,
+        )
+        assert estimate.kept == inputs + kept
 
 
 class Peak(TorchDispatchMode):
@@ -251,7 +293,7 @@ def test_the_head_takes_what_is_estimated(
         context=None,
         precision=precision,
         autocast=False,
-        checkpointing=False,
+        recompute="none",
     )
     # torch's CPU has no product of bf16 numbers with an fp32 result: for a moment there is a bf16 one.
     slack = 0 if precision == "fp32" else 2 * 4096 * hidden_size

@@ -187,6 +187,14 @@ def test_what_can_be_offloaded(tmp_path: Path, keys: str, message: str) -> None:
     assert load(tmp_path, "parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu")
 
 
+def test_compiled_blocks_split_no_heads(tmp_path: Path) -> None:
+    sizes = "parallel.tensor_parallel_size=2", "training.compile=true"
+    assert "compile is true with tensor_parallel_size (2) above 1" in report(tmp_path, *sizes)
+    assert load(tmp_path, "training.compile=true").compiles("cpu")
+    assert load(tmp_path).compiles("cuda") and not load(tmp_path).compiles("cpu")
+    assert not load(tmp_path, "parallel.tensor_parallel_size=2").compiles("cuda")
+
+
 def test_the_rule_of_sequence_parallelism_in_full(tmp_path: Path) -> None:
     sizes = ["parallel.tensor_parallel_size=4", "parallel.context_parallel_size=2", "training.sequence_length=68"]
     assert report(tmp_path, *sizes, "parallel.sequence_parallel=true") == (
@@ -240,6 +248,11 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "parallel.sequence_parallel=yes",
             "parallel.sequence_parallel = yes",
             "give one of auto, true, false (default: auto)",
+        ),
+        (
+            "training.activation_checkpointing=all",
+            "training.activation_checkpointing = all",
+            "give one of none, selective",
         ),
         ("training.deterministic=1", "training.deterministic = 1", "must be a valid boolean"),
         ("training.precision=fp8", "training.precision = fp8", "give one of auto, fp32, bf16, fp16 (default: auto)"),

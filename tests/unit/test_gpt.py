@@ -22,7 +22,9 @@ from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.head import Head
 from model.kernels import KERNELS, Documents
+from model.kernels.operator import attention_op
 from model.layers import FeedForward, RMSNorm
+from model.recompute import Recompute
 from model.rope import rotary_tables
 
 B, S = 2, 12
@@ -245,19 +247,41 @@ def test_the_model_is_the_one_in_the_papers(case: str, kernel: str) -> None:
             assert relative_error(parameter.grad, expected_gradient) < 1e-12, name
 
 
+@pytest.mark.parametrize("policy", ["selective", "attention", "full"])
 @pytest.mark.parametrize("case", ["gqa", "tied", "documents, window", "all at once"])
-def test_activation_checkpointing_recomputes_every_layer_and_changes_no_bit(case: str) -> None:
+def test_activation_checkpointing_computes_again_what_it_says_and_changes_no_bit(case: str, policy: Recompute) -> None:
     changes, packed = CASES[case]
     config, inputs = config_of(**changes), batch(packed)
-    plain, recomputing = build(config), build(config, activation_checkpointing=True)
-    calls = []
-    for number, model in enumerate((plain, recomputing)):
-        for layer in model.layers:
-            layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-        model(**inputs)[0].backward()
-    assert calls.count(0) == config.num_hidden_layers and calls.count(1) == 2 * config.num_hidden_layers
-    for (name, one), other in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+    counts = {}
+    models = {name: build(config, recompute=name) for name in ("none", policy)}
+    for name, model in models.items():
+        with Calls() as calls:
+            model(**inputs)[0].backward()
+        counts[name] = calls.counts
+    layers, plain, again = config.num_hidden_layers, counts["none"], counts[policy]
+    assert plain["attention"] == layers and again["attention"] == layers * (2 if policy == "full" else 1)
+    assert again["silu"] == 2 * plain["silu"] == 2 * layers
+    if policy == "selective":
+        assert again["products"] == plain["products"]
+    else:
+        assert again["products"] > plain["products"]
+    for (name, one), other in zip(models["none"].named_parameters(), models[policy].parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
+
+
+class Calls(TorchDispatchMode):
+    """How often attention, the activation and matrix products are really computed in a forward and backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(("attention", "silu", "products"), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        names = {attention_op: "attention", aten.silu.default: "silu", aten.mm.default: "products"}
+        if func in names:
+            self.counts[names[func]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Widest(TorchDispatchMode):
@@ -280,7 +304,7 @@ class Widest(TorchDispatchMode):
 def test_a_feed_forward_layer_in_tiles_has_the_same_gradients(tile: int, checkpointing: bool) -> None:
     """24 tokens: tiles that cross rows, that do not divide them, and that leave one token over."""
     config, inputs = config_of(intermediate_size=56), batch(packed=True)
-    plain, tiled = build(config), build(config, activation_checkpointing=checkpointing, mlp_tile_tokens=tile)
+    plain, tiled = build(config), build(config, recompute="full" if checkpointing else "none", mlp_tile_tokens=tile)
     expected, _ = plain(**inputs)
     expected.backward()
     with Widest(56) as widest:
@@ -293,7 +317,7 @@ def test_a_feed_forward_layer_in_tiles_has_the_same_gradients(tile: int, checkpo
 
 
 def test_evaluation_does_not_recompute() -> None:
-    model = build(config_of(), activation_checkpointing=True).eval()
+    model = build(config_of(), recompute="full").eval()
     calls: list[int] = []
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model(**batch(packed=False))[0].backward()
