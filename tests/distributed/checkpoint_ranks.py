@@ -282,6 +282,18 @@ def fail_saves(
     return results
 
 
+def lose_the_connection(layout: Layout, directory: Path) -> str:
+    """What the training thread hears of an error in the writing thread that is none of a checkpoint's own."""
+    rank = Rank(layout)
+    checkpoints = rank.checkpoints(directory, asynchronous=True)
+    with patch.object(Checkpoints, "_write", side_effect=RuntimeError("Connection closed by peer")):
+        checkpoints.save(rank.engine, progress_at(1), rank.batches)
+        try:
+            return f"no error, but {checkpoints.outcome(wait=True)}"
+        except RuntimeError as error:
+            return str(error)
+
+
 def resume(layout: Layout, attempts: Sequence[tuple[Path | str, str]]) -> list[str | int | None]:
     """What checkpoint.resume gives for each run directory: the step, None for a fresh start, or the refusal."""
     rank, got = Rank(layout), list[str | int | None]()

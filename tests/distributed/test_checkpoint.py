@@ -17,6 +17,7 @@ from tests.distributed.checkpoint_ranks import (
     assemble,
     check_working_copies,
     fail_saves,
+    lose_the_connection,
     progress_at,
     read,
     refusals,
@@ -277,3 +278,7 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, a
         assert said.startswith(expected) and "No space left on device" in said, (moment, said)
         assert left == ["step-00000001"], moment
     assert last == ("", ["step-00000001", f"step-{len(faults) + 2:08d}"])
+
+
+def test_an_unforeseen_error_of_the_writing_thread_reaches_the_training_thread(tmp_path: Path) -> None:
+    assert run_distributed(lose_the_connection, 1, Layout(1, 1, 1, 0), tmp_path) == ["Connection closed by peer"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.forked import Forked
 from tests.faults.launched import Launched, TinyJob
 
 pytestmark = pytest.mark.faults
@@ -26,6 +27,8 @@ CHAIN: list[tuple[str, dict[str, Any], list[int]]] = [
     ("while an old one is removed", {"rank": 0, "event": "shutil.rmtree", "path": "step-00000006.partial"}, [7, 8]),
 ]
 """One run is killed again and again: when, where exactly, and the complete checkpoints that this must leave."""
+LAUNCHED = 4
+"""So many are started by the launcher, which has to end the other rank; later it is the same to it where a save is."""
 
 
 def assert_all_ranks_end(job: Launched) -> float:
@@ -44,12 +47,14 @@ def sums(job: TinyJob, step: int) -> dict[str, dict[str, int]]:
 
 def test_killed_at_every_point_of_start_and_save(tmp_path: Path, uninterrupted: TinyJob) -> None:
     tiny = TinyJob(tmp_path, cp=2, max_steps=9, checkpoint={"keep_last": 2})
-    for when, fault, complete in CHAIN:
-        resumed_from = max(tiny.complete(), default=0)
-        with tiny.launch(2, fault=fault | {"action": "kill"}) as job:
+    for number, (when, fault, complete) in enumerate(CHAIN):
+        resumed_from, strike = max(tiny.complete(), default=0), fault | {"action": "kill"}
+        with tiny.launch(2, fault=strike) if number < LAUNCHED else Forked(tiny, 2, fault=strike) as job:
             job.until_said(f"fault: rank {fault['rank']}")
-            seconds = assert_all_ranks_end(job)
-            print(f"{when}: all gone after {seconds:.1f} s")
+            if isinstance(job, Launched):
+                print(f"{when}: all gone after {assert_all_ranks_end(job):.1f} s")
+            else:
+                job.lose([fault["rank"]], noticed_after=0.5)
             if resumed_from:
                 assert f"resumed from step {resumed_from}, " in job.output, when
             assert tiny.complete() == complete, (when, job.output[-4000:])

@@ -91,9 +91,8 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) 
     tiny = TinyJob(tmp_path, max_steps=2)
     assert train(tiny, 1)[0] == 0
     status, said = train(tiny, 1, "model.num_hidden_layers=3", "model.qk_norm=true", "training.max_steps=4")
-    assert status == 1 and f"error: checkpoint {tiny.checkpoints}/step-00000002 is of another model: " in said, said[
-        -8000:
-    ]
+    refusal = f"error: checkpoint {tiny.checkpoints}/step-00000002 is of another model: "
+    assert status == 1 and refusal in said, said[-8000:]
     for difference in ("model.num_hidden_layers is 2 there and 3 here", "model.qk_norm is False there and True here"):
         assert difference in said
     assert "give this model another job.name" in said
