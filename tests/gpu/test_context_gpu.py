@@ -1,0 +1,100 @@
+"""Ways of context parallelism on two GPUs against one kernel call over the whole sequence: output and gradients in
+bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
+from parallel.exchange import ExchangeAttention
+from parallel.recorded import RecordedAttention
+from parallel.ring import RingAttention
+from parallel.sequence import chunk_starts
+from parallel.transport import MessageTransport, SymmetricTransport, make_transport
+from parallel.ulysses import UlyssesAttention
+from tests.distributed.harness import run_distributed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+S, H, K, D = 4096, 32, 8, 128
+MASKS: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "causal": ((), None),
+    "documents": ((0, 100, 1000, 1700, S), None),
+    "window": ((), 700),
+}
+# Kernels round partial results to bf16 (2^-8 each) where keys are cut; whole calls differ by the order of atomics only.
+TOLERANCE = 8e-3
+
+
+def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
+    group, kernel = dist.group.WORLD, KERNELS[backend]
+    device = torch.device("cuda", torch.cuda.current_device())
+    settings = {"scale": D**-0.5, "window": window}
+    whole = KernelOperator(kernel, **settings)
+    memory, other = make_transport(group, device), make_transport(group, device)
+    messages = MessageTransport(group)
+    found: dict[str, AttentionOperator] = {
+        "heads": UlyssesAttention(memory, whole),
+        "heads, two groups": UlyssesAttention(memory, whole, head_groups=2),
+        "heads, four groups, gathered again": UlyssesAttention(memory, whole, head_groups=4, keep=False),
+        "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
+        "exchange": ExchangeAttention(memory, kernel, **settings),
+        "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
+        "exchange by messages": ExchangeAttention(messages, kernel, **settings),
+        "ring": RingAttention(group, kernel, **settings),
+    }
+    if isinstance(memory, SymmetricTransport):
+        by_keys = ExchangeAttention(other, kernel, **settings)
+        found["exchange in CUDA graphs"] = RecordedAttention(found["exchange"], by_keys)
+    return found
+
+
+def _errors(backend: str) -> dict[tuple[str, str], float]:
+    """The largest relative error (2-norm) of out, dq, dk, dv, by mask and operator, over repetitions."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    full = [
+        torch.randn(1, S, heads, D, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (H, K, K, H)
+    ]
+    chunk = S // (2 * dist.get_world_size())
+    starts = chunk_starts(S, dist.get_world_size(), dist.get_rank())
+    mine = torch.cat([torch.arange(start, start + chunk) for start in starts]).cuda()
+    found = {}
+    for mask, (boundaries, window) in MASKS.items():
+        documents = Documents.from_boundaries(boundaries, "cuda") if boundaries else None
+        whole = KernelOperator(KERNELS[backend], scale=D**-0.5, window=window)
+        expected = [tensor[:, mine] for tensor in _run(whole, full, documents)]
+        for name, operator in operators(backend, window).items():
+            local = [tensor[:, mine] for tensor in full]
+            results = [_run(operator, local, documents) for _ in range(3)]
+            found[mask, name] = max(
+                ((one - other).float().norm() / other.float().norm()).item()
+                for result in results
+                for one, other in zip(result, expected, strict=True)
+            )
+    return found
+
+
+def _run(operator: AttentionOperator, tensors: list[Tensor], documents: Documents | None) -> list[Tensor]:
+    """out, dq, dk, dv; a second layer runs in between."""
+    q, k, v = (tensor.clone().requires_grad_() for tensor in tensors[:3])
+    out = operator(q, k, v, documents)
+    between = operator(*(tensor.detach().mul(0.5).requires_grad_() for tensor in (q, k, v)), documents)
+    between.backward(tensors[3])
+    out.backward(tensors[3])
+    assert q.grad is not None and k.grad is not None and v.grad is not None
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_2"])
+def test_equals_one_call_over_the_whole_sequence(backend: str) -> None:
+    missing = KERNELS[backend].availability()
+    if missing:
+        pytest.skip(f"{backend} {missing}")
+    for found in run_distributed(_errors, 2, backend, device_type="cuda"):
+        for key, error in found.items():
+            assert error < TOLERANCE, (key, error)
