@@ -44,7 +44,7 @@ test: $(STAMP)  ## Everything that needs no GPU, no root and no killing (15 minu
 test-gpu: $(STAMP)  ## What needs GPUs
 	$(PYTEST) -m gpu -rs $(ARGS)
 
-test-cluster: $(STAMP)  ## Two nodes, as network namespaces, under sshd and pdsh (root)
+test-cluster: $(STAMP)  ## Two nodes made of namespaces, under sshd and pdsh, and under Slurm (root)
 	$(ON_CPU) $(PYTEST) -m cluster -rs --durations=0 $(ARGS)
 
 test-faults: $(STAMP)  ## kill -9 at bad moments, full disks, damaged files

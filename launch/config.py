@@ -295,10 +295,10 @@ class SlurmSection(Section):
     max_idle_slices: int = Field(default=2, ge=1)
     """Starts in a row from one and the same step, after which a job is not queued again."""
 
-    @property
-    def time_seconds(self) -> int | None:
-        """The time limit in seconds."""
-        return rules.slurm_seconds(self.time) if self.time is not None else None
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
 
 
 class JobConfig(Section):

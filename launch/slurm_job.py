@@ -104,6 +104,7 @@ class Slice:
             )
         else:
             _say(f"queueing job {self.job_id} again")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's way of ending this process; nothing runs any more
             requeued = subprocess.run(["scontrol", "requeue", self.job_id], check=False)
             if requeued.returncode == 0:
                 time.sleep(_SECONDS_TO_BE_KILLED)

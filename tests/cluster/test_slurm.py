@@ -21,9 +21,7 @@ from tests.faults.launched import TinyJob
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
-PROCESSES = 2
-RANKS = PROCESSES * len(NODES)
+STEPS = 24
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -50,10 +48,13 @@ def cluster() -> Iterator[SlurmCluster]:
 class SlurmRun:
     """A small job, submitted as a user would."""
 
-    def __init__(self, cluster: SlurmCluster, folder: Path, *overrides: str, steps: int = STEPS) -> None:
+    def __init__(
+        self, cluster: SlurmCluster, folder: Path, *overrides: str, steps: int = STEPS, processes: int = 1
+    ) -> None:
+        """`processes` of each node."""
         self.cluster = cluster
         # Large enough that a step takes a moment to interrupt.
-        self.job = TinyJob(folder, tp=2, max_steps=steps, model={"hidden_size": 128, "num_hidden_layers": 4})
+        self.job = TinyJob(folder, tp=processes, max_steps=steps, model={"hidden_size": 128, "num_hidden_layers": 4})
         environment = json.dumps(ENVIRONMENT)
         self.overrides = [
             "training.sequence_length=256",
@@ -61,7 +62,7 @@ class SlurmRun:
             "checkpoint.save_interval=0",
             "monitor.tensorboard=true",
             f"slurm.nodes={len(NODES)}",
-            f"slurm.gpus_per_node={PROCESSES}",
+            f"slurm.gpus_per_node={processes}",
             f"slurm.environment={environment}",
             *overrides,
         ]
@@ -111,7 +112,7 @@ def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory)
     """A job from submission to its end, which the others are compared with."""
     run = SlurmRun(cluster, tmp_path_factory.mktemp("undisturbed"))
     job = run.start()
-    ranks = cluster.until(lambda: len(found := cluster.ranks(job)) == RANKS and found, PATIENCE)
+    ranks = cluster.until(lambda: len(found := cluster.ranks(job)) == len(NODES) and found, PATIENCE)
     for process in ranks.values():
         environment = process.environ()
         assert {name: environment[name] for name in ENVIRONMENT} == ENVIRONMENT
@@ -138,8 +139,8 @@ def test_a_job_from_submission_to_its_end(cluster: SlurmCluster, undisturbed: Sl
     assert f"from step 0 on {' '.join(NODES)}" in log
     assert f"saved {undisturbed.job.checkpoints}/step-{STEPS:08d}" in log  # what rank 0 says is shown
     assert (submission.folder / "job.sbatch").read_text().startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n")
-    assert "max_steps: 40" in submission.config.read_text() and (submission.folder / "revision.txt").exists()
-    assert len(list((submission.folder / f"{job}-0").glob("*_rank*.log"))) == RANKS
+    assert f"max_steps: {STEPS}" in submission.config.read_text() and (submission.folder / "revision.txt").exists()
+    assert len(list((submission.folder / f"{job}-0").glob("*_rank*.log"))) == len(NODES)
     command = [sys.executable, str(ROOT / "launch" / "status.py"), str(undisturbed.run)]
     told = cluster.run(*command, environment={"PYTHONPATH": str(ROOT)}).stdout
     assert re.search(rf"^job {job} +COMPLETED, restarts 0", told, re.MULTILINE)
@@ -152,7 +153,7 @@ def test_a_job_that_fails_its_check_is_not_submitted(cluster: SlurmCluster, tmp_
     run = SlurmRun(cluster, tmp_path)
     told = run.submit("training.global_batch_size=3", code=2)
     assert "global_batch_size (3) must be divisible by micro_batch_size x data_parallel_size (1 x 2 = 2)" in told
-    assert "world size (6)" in run.submit("slurm.gpus_per_node=3", "parallel.context_parallel_size=2", code=2)
+    assert "world size (3)" in run.submit("slurm.nodes=3", "parallel.context_parallel_size=2", code=2)
     assert cluster.command("squeue", "-h", "-t", "all", "-o", "%i") == before
     assert not run.run.exists()
 
@@ -160,7 +161,7 @@ def test_a_job_that_fails_its_check_is_not_submitted(cluster: SlurmCluster, tmp_
 def test_a_preempted_job_goes_on_where_it_was(cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path) -> None:
     run = SlurmRun(cluster, tmp_path)
     job = run.start()
-    run.until_step(8, job)
+    run.until_step(6, job)
     urgent = int(
         cluster.command("sbatch", "--parsable", "-phigh", "-N2", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
     )
@@ -168,7 +169,7 @@ def test_a_preempted_job_goes_on_where_it_was(cluster: SlurmCluster, undisturbed
     run.finish(job)
     log = run.log(job)
     stopped = re.search(rf"stopped after step (\d+) of {STEPS}, as asked by a signal", log)
-    assert stopped and 8 < int(stopped[1]) < STEPS
+    assert stopped and 6 < int(stopped[1]) < STEPS
     assert f"resumed from step {stopped[1]}" in log and cluster.facts(job)["Restarts"] == "1"
     assert_same_run(run, undisturbed)
 
@@ -208,7 +209,7 @@ def test_a_time_limit_and_a_cancelled_job(cluster: SlurmCluster, tmp_path: Path)
 
 
 def test_a_killed_rank_ends_the_job_in_seconds(cluster: SlurmCluster, tmp_path: Path) -> None:
-    run = SlurmRun(cluster, tmp_path, steps=100_000)
+    run = SlurmRun(cluster, tmp_path, steps=100_000, processes=2)
     job = run.start()
     run.until_step(2, job)
     cluster.ranks(job)[3].send_signal(signal.SIGKILL)

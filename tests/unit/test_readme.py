@@ -47,7 +47,14 @@ def python_strings(path: str) -> str:
 @pytest.mark.parametrize("command", commands())
 def test_every_command_runs(command: str) -> None:
     words = shlex.split(command)
-    if "--check" in words:
+    if words[:2] in (["python", "launch/submit.py"], ["python", "launch/status.py"]):
+        tested = python_strings("tests/cluster/test_slurm.py")
+        assert words[1].removeprefix("launch/") in tested
+        if words[1] == "launch/submit.py":
+            dry = [sys.executable, *words[1:], *(["--dry-run"] if "--dry-run" not in words else [])]
+            ended = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert ended.returncode == 0 and ended.stdout.startswith("#!/bin/bash"), ended.stderr
+    elif "--check" in words:
         assert words[0] == "python"
         ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr

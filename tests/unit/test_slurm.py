@@ -1,0 +1,254 @@
+"""Slurm without a cluster: what is rendered and refused, when a job is queued again, and who is told of a busy run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import slurm_job, slurm_node, status, stopping, submit
+from launch.batch_script import render
+from launch.config import load_job
+from launch.rules import slurm_seconds
+from launch.run_lock import RunBusy, lock_run
+from launch.submission import Submission
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def script(config: Path, *overrides: str) -> str:
+    job = submit.checked(config, overrides)
+    return render(job, folder=Path("/runs/x/slurm/now"), working_directory=Path("/work dir"), command=["run", "it now"])
+
+
+def directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_jobs_are_rendered(config: Path) -> None:
+    overrides = ["slurm.gpus_per_node=4"] if config.stem == "quickstart" else []
+    text, job = script(config, *overrides), load_job(config, overrides)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
+    lines = directives(text)
+    assert f"--nodes={job.slurm.nodes}" in lines and f"--gres=gpu:{job.slurm.gpus_per_node}" in lines
+    assert {"--ntasks-per-node=1", "--signal=B:USR2@120", "--requeue", "--exclusive", "--mem=0"} <= set(lines)
+    # sbatch stops reading options at the first command
+    assert max(index for index, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")) == len(lines)
+    assert shlex.split(text.splitlines()[-1]) == ["exec", "run", "it now", "$@"]
+
+
+def test_every_key_reaches_the_script() -> None:
+    text = script(
+        CONFIGS[0],
+        *("slurm.nodes=4", "slurm.gpus_per_node=8", "slurm.gres=gpu:h100", "slurm.partition=long", "slurm.account=me"),
+        *("slurm.qos=low", "slurm.reservation=r1", "slurm.time=1-00:00:00", "slurm.constraint=ib&h100"),
+        *("slurm.exclude=node[3,7-9]", "slurm.exclusive=false", "slurm.cpus_per_node=96", "slurm.memory=500G"),
+        *("slurm.environment={NCCL_IB_HCA: 'mlx5_0,mlx5_1', A: \"it's $HOME\"}", "slurm.modules=[cuda/12.8]"),
+        *("slurm.setup=[ulimit -l unlimited]", "slurm.sbatch_options=[--mail-type=END]", "slurm.stop_seconds=300"),
+    )
+    assert set(directives(text)) >= {
+        *("--nodes=4", "--gres=gpu:h100:8", "--partition=long", "--account=me", "--qos=low", "--reservation=r1"),
+        *("--time=1-00:00:00", "--constraint='ib&h100'", "--exclude='node[3,7-9]'", "--cpus-per-task=96"),
+        *("--mem=500G", "--mail-type=END", "--signal=B:USR2@300", "--chdir='/work dir'"),
+    }
+    assert "--exclusive" not in directives(text)
+    setup = text.partition("module load cuda/12.8\n")[2].partition("# Starts one")[0]
+    shown = subprocess.run(["bash", "-c", f'{setup}printf "%s|%s" "$NCCL_IB_HCA" "$A"'], capture_output=True, text=True)
+    assert shown.stdout == "mlx5_0,mlx5_1|it's $HOME"
+    assert "ulimit -l unlimited" in setup
+
+
+def test_a_job_on_cpus_asks_for_no_gpu() -> None:
+    text = script(ROOT / "configs" / "quickstart.yaml", "slurm.gpus_per_node=4", "job.device=cpu")
+    assert "gres" not in text
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    template = tmp_path / "site.sh"
+    template.write_text('#!/bin/bash -l\n{directives}\nx=${HOME}\n{setup}\n{command} "$@"\n')
+    text = script(CONFIGS[0], f"slurm.template={template}", "slurm.nodes=4")
+    assert text.startswith("#!/bin/bash -l\n#SBATCH --job-name=") and "x=${HOME}\n" in text
+    template.write_text("{directives}\n{command}\n")
+    with pytest.raises(ValueError, match="lacks {setup}; it needs all of"):
+        script(CONFIGS[0], f"slurm.template={template}", "slurm.nodes=4")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("4:00:00", 14400), ("2-12", 216000), ("1-00:30", 88200), ("1-02:03:04", 93784)],
+)
+def test_time_limits_read_as_sbatch_does(limit: str, seconds: int) -> None:
+    assert slurm_seconds(limit) == seconds
+
+
+def test_bad_jobs_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quickstart = str(ROOT / "configs" / "quickstart.yaml")
+    assert submit.main([quickstart, "slurm.gpus_per_node=6"]) == 2
+    assert "world size (6) must be a multiple of" in capsys.readouterr().err
+    assert submit.main([quickstart, "slurm.gpus_per_node=4", "slurm.time=2", "slurm.stop_seconds=120"]) == 2
+    assert "stop_seconds (120) must be less than the time limit (2, 120 s)" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit.main([quickstart, "slurm.gpus_per_node=4"]) == 1
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+    assert submit.main([quickstart, "slurm.gpus_per_node=4", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=quickstart\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Stand-ins for Slurm's commands, which note how they were called; sbatch counts up from 7."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    answers = {
+        "sbatch": 'n=$(($(wc -l < "$CALLS") + 6)); [ $n -lt 20 ] || { echo "Invalid account" >&2; exit 1; }; echo $n',
+        "scontrol": 'if [ "$1 $2" = "show job" ]; then echo "JobId=7 JobState=$STATE Reason=None Restarts=2"; '
+        "else echo node-1; fi",
+        "srun": "exit $SRUN_STATUS",
+        "scancel": "true",
+    }
+    for name, answer in answers.items():
+        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{answer}\n')
+        (programs / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.touch()
+    for key, value in {"CALLS": calls, "STATE": "RUNNING", "SRUN_STATUS": 0, "SLURM_JOB_ID": 7}.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node-1")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm_job, "_SECONDS_TO_BE_KILLED", 0)
+    handlers = [signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)]
+    yield calls
+    for number, handler in zip((signal.SIGUSR2, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def submitted(*overrides: str, chain: int = 1) -> Submission:
+    job = submit.checked(ROOT / "configs" / "quickstart.yaml", ["slurm.gpus_per_node=4", *overrides])
+    folder = submit._new_folder(job)
+    return submit.submit(job, folder, submit._script(job, folder), chain)
+
+
+def test_a_submission_is_kept_with_the_run(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = submitted(chain=3)
+    assert made.job_ids == (7, 8, 9) and Submission.read(made.folder) == made
+    first, second, third = slurm.read_text().splitlines()
+    assert first.endswith("job.sbatch --followed") and "--dependency" not in first
+    assert "--dependency=afterok:7 --kill-on-invalid-dep=yes" in second and second.endswith("--followed")
+    assert "--dependency=afterok:8" in third and not third.endswith("--followed")
+    assert load_job(made.config, [], 4).job.name == "quickstart"
+    assert status.main(["runs/quickstart"]) == 0
+    told = capsys.readouterr().out
+    assert "job 7        RUNNING, restarts 2" in told and "step         0 of 200" in told
+    assert status.main(["runs"]) == 2
+
+
+def test_a_refused_submission_leaves_nothing(slurm: Path) -> None:
+    slurm.write_text("x\n" * 12)
+    with pytest.raises(submit.SubmitError, match="sbatch refused the job: Invalid account"):
+        submitted(chain=3)
+    assert "scancel 19" in slurm.read_text()
+    assert not list(Path("runs/quickstart/slurm").iterdir())
+
+
+def slice_of(made: Submission, monkeypatch: pytest.MonkeyPatch, *, restart: int = 0, saves: int = 0) -> int:
+    """One start of a job that saves at step `saves` and then ends."""
+    if saves:
+        (Path(made.working_directory) / made.checkpoint_location / f"step-{saves:08d}").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    return slurm_job.main([str(made.folder)])
+
+
+def test_a_job_is_queued_again_while_it_makes_progress(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = submitted()
+    for restart, (told, requeues) in enumerate([("queueing job 7 again", 1), ("2 starts from step 0", 1)]):
+        slice_of(made, monkeypatch, restart=restart)
+        assert told in capsys.readouterr().out and slurm.read_text().count("scontrol requeue 7") == requeues
+    made.note_start(step=10)
+    slice_of(made, monkeypatch, saves=40)
+    assert slurm.read_text().count("scontrol requeue 7") == 2
+    assert slice_of(made, monkeypatch, restart=20, saves=60) == 1
+    assert "restarted 20 times of slurm.max_restarts (20)" in capsys.readouterr().out
+    assert slice_of(made, monkeypatch, saves=200) == 0
+    assert "job 7 is done: step 200 of 200" in capsys.readouterr().out
+
+
+def test_a_cancelled_and_a_failed_job_are_not_queued_again(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = submitted()
+    monkeypatch.setenv("STATE", "CANCELLED")
+    assert slice_of(made, monkeypatch, saves=5) == 1
+    assert "not queued again: Slurm has it as CANCELLED" in capsys.readouterr().out
+    monkeypatch.setenv("STATE", "RUNNING")
+    monkeypatch.setenv("SRUN_STATUS", "3")
+    assert slice_of(made, monkeypatch, saves=6) == 3
+    assert "requeue" not in slurm.read_text()
+
+
+def test_the_statuses_agree() -> None:
+    assert slurm_node._STOPPED == stopping.STOPPED
+
+
+def test_gpus_are_those_that_slurm_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    node = slurm_node.Node(["a", "b"], 1, 2, tmp_path)
+    (world,) = (word.partition("=")[2] for word in node._launcher([], 1) if word.startswith("--world_info"))
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"a": [0, 1], "b": ["4", "5"]}
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from launch.run_lock import lock_run; f = lock_run(Path({str(tmp_path)!r})); "
+    code += "print('locked', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+    with pytest.raises(RunBusy, match=rf"in use by .*process {holder.pid} on "):
+        lock_run(tmp_path, patience=0.1)
+    holder.kill()
+    holder.wait()
+    held = lock_run(tmp_path, patience=5)
+    assert held is not None and f"process {os.getpid()}" in (tmp_path / "lock").read_text()
+    held.close()
+
+
+def test_a_signal_asks_and_a_forked_child_does_not_hear_it() -> None:
+    code = """
+        import os, signal, time
+        from launch.environment import Place
+        from launch.stopping import StopRequests
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        stop = StopRequests(Place(0, 0, 1, 1))
+        ready, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(tell, b"x")
+            time.sleep(60)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        deadline = time.monotonic() + 10
+        while not stop():
+            assert time.monotonic() < deadline
+        print("asked")
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "asked\n", ended.stderr
