@@ -93,7 +93,7 @@ class Slice:
         """Only returns if the job is not queued again."""
         limit, idle = self.submission.max_restarts, self.submission.idle_slices(step)
         state = re.search(r"\bJobState=(\w+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
-        if state is None or state[1] != "RUNNING":
+        if state is None or state[1] not in ("RUNNING", "SIGNALING"):  # the second, while a warning is on its way
             _say(f"not queued again: Slurm has it as {state[1] if state else 'unknown'}")
         elif self.restart >= limit:
             _say(f"not queued again: restarted {self.restart} times of slurm.max_restarts ({limit}); submit it again")
@@ -104,7 +104,7 @@ class Slice:
             )
         else:
             _say(f"queueing job {self.job_id} again")
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's way of ending this process; nothing runs any more
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how Slurm ends this process, and waits for its end
             requeued = subprocess.run(["scontrol", "requeue", self.job_id], check=False)
             if requeued.returncode == 0:
                 time.sleep(_SECONDS_TO_BE_KILLED)
