@@ -1,0 +1,51 @@
+"""Compiled blocks: compiled once for all blocks, and not again for another step or for other documents."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+from launch.build import build_engine
+from launch.config import JobConfig
+from model.kernels import Documents
+from parallel.mesh import ParallelMesh
+from tests.distributed.harness import run_distributed
+
+LENGTH, LAYERS = 32, 12
+"""More layers than torch compiles anew for by default (8)."""
+
+
+def _compilations() -> tuple[int, int]:
+    """Graphs compiled in the first three steps, and in the three after."""
+    job = JobConfig.from_yaml(f"""
+model: {{vocab_size: 256, hidden_size: 32, intermediate_size: 48, num_hidden_layers: {LAYERS}, num_attention_heads: 4,
+  num_key_value_heads: 2, attention_backend: cpu}}
+parallel: {{context_parallel_size: 2, zero_stage: 3}}
+data: {{source: python_stdlib, document_mask: true}}
+optimizer: {{learning_rate: 0.003, schedule: constant}}
+training: {{sequence_length: {2 * LENGTH}, global_batch_size: 1, max_steps: 9, precision: bf16, compile: true,
+  activation_checkpointing: selective}}
+""")
+    mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
+    engine, _ = build_engine(job, mesh, torch.device("cpu"))
+    ids, positions = torch.zeros(1, LENGTH, dtype=torch.int64), torch.arange(LENGTH)[None]
+
+    def steps(*cuts: tuple[int, ...]) -> int:
+        before = counters["stats"]["unique_graphs"]
+        for inner in cuts:
+            documents = Documents.from_boundaries([0, *inner, 2 * LENGTH], "cpu")
+            loss, _ = engine(ids, positions, ids, documents)
+            engine.backward(loss)
+            engine.step(1e-3)
+        return counters["stats"]["unique_graphs"] - before
+
+    first = steps((9,), (3, 40), (1, 2, 3))
+    torch.compiler.set_stance("fail_on_recompile")
+    return first, steps((5, 6, 7, 8), (31, 33), (2, 4, 6, 8, 10, 12))
+
+
+def test_blocks_are_compiled_once() -> None:
+    for first, later in run_distributed(_compilations, 2):
+        assert 1 <= first <= 2, "a graph for a number of documents, and one for any number"
+        assert later == 0
