@@ -5,7 +5,6 @@ attention can run any of them block by block. Importing this package imports no 
 asking for availability does.
 """
 
-from model.kernels.autograd import attention
 from model.kernels.operator import AttentionOperator, KernelOperator
 from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, KernelUnavailable
 from model.kernels.select import BACKENDS, KERNELS, select_kernel
@@ -20,6 +19,5 @@ __all__ = [
     "Documents",
     "KernelOperator",
     "KernelUnavailable",
-    "attention",
     "select_kernel",
 ]

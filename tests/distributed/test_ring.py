@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import parallel.ring
-from model.kernels import KERNELS, AttentionMask, AttentionOperator, Documents, attention
+from model.kernels import KERNELS, AttentionMask, AttentionOperator, Documents
 from parallel.ring import RingAttention
 from parallel.ring_plan import ring_plan
 from parallel.sequence import shard_sequence
+from tests.differentiable import attention
 from tests.distributed.harness import run_distributed
 
 B, S, D, SCALE = 2, 96, 8, 0.3

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import KERNELS, AttentionKernel, AttentionMask, Documents, attention, select_kernel
+from model.kernels import KERNELS, AttentionKernel, AttentionMask, Documents, select_kernel
 from model.kernels.math_reference import visible_pairs
+from tests.differentiable import attention
 
 pytestmark = pytest.mark.gpu
 

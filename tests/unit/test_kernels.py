@@ -27,12 +27,12 @@ from model.kernels import (
     Capabilities,
     Documents,
     KernelUnavailable,
-    attention,
     select_kernel,
 )
 from model.kernels.banded import visible_block
 from model.kernels.cuda import import_or_reason
 from model.kernels.math_reference import MathKernel, visible_pairs
+from tests.differentiable import attention
 
 B, D, SCALE = 2, 6, 0.37
 

@@ -1,4 +1,4 @@
-"""A kernel as a differentiable function.
+"""A kernel under any mask as a differentiable function.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
 """
