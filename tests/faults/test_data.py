@@ -9,6 +9,7 @@ import pytest
 
 from launch import audit_data
 from launch.indexed import IndexedWriter
+from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 
 pytestmark = pytest.mark.faults
@@ -35,10 +36,9 @@ def test_killed_and_moved_with_other_weights_nothing_is_repeated_or_lost(
 ) -> None:
     corpora(tmp_path)
     tiny = TinyJob(tmp_path, max_steps=40)
-    with tiny.launch(2, *blended(tmp_path, 0.7, 0.3)) as job:
+    with Forked(tiny, 2, *blended(tmp_path, 0.7, 0.3)) as job:
         job.until(lambda: tiny.logged() >= 9)
-        for pid in job.ranks().values():
-            job.kill(pid)
+        job.lose([0, 1], noticed_after=0)
     said = tiny.finish(2, *blended(tmp_path, 0.1, 0.9), "parallel.tensor_parallel_size=2")
     assert "resumed from step " in said and "corpus code: " in said
     capsys.readouterr()
@@ -61,7 +61,8 @@ def test_a_corpus_that_is_damaged(tmp_path: Path) -> None:
     assert (
         f"error: {tmp_path}/web, token " in said and "the token id 65535 is beyond model.vocab_size (256); set" in said
     )
-    assert "Traceback" not in said and said.count("error: ") <= 2, said[-8000:]  # two replicas, which read apart
+    # Two replicas, which read apart: where one has nothing damaged to read, it tells how it lost the other.
+    assert "CorpusError" not in said and 1 <= said.count("error: ") <= 2, said[-8000:]
     with open(tmp_path / "code.bin", "r+b") as file:
         file.truncate(1000)
     with tiny.alone(*blended(tmp_path, 0, 1)) as job:
