@@ -381,7 +381,7 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", MEASURED, *folders], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     peaks = [int(line) for line in ended.stdout.split()]
-    assert megabytes > 180 and len(peaks) == 2 and max(peaks) < 60, (peaks, megabytes)
+    assert megabytes > 180 and len(peaks) == 2 and max(peaks) < 80, (peaks, megabytes)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
 
 
