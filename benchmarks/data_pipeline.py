@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from launch.blend import Blend
 from launch.corpora import open_corpus
 from launch.data import Batches, SequenceSampler
-from launch.indexed import HEADER, MAGIC, IndexedWriter
+from launch.indexed import HEADER, MAGIC
+from launch.indexed_writer import IndexedWriter
 from launch.split import split_corpus
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,7 +32,8 @@ from typing import Any, BinaryIO
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from launch.corpus import CorpusError
-from launch.indexed import IndexedWriter, beside, read_summary
+from launch.indexed import beside, read_summary
+from launch.indexed_writer import IndexedWriter
 from launch.sources import TokenizerEncoder
 from launch.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.text_tokens import Fault, TokenisingProcesses

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from launch.corpus import CorpusError, Shard, Tokens
-from launch.indexed import IndexedWriter, open_indexed, read_summary
+from launch.indexed import open_indexed, read_summary
+from launch.indexed_writer import IndexedWriter
 
 
 def cached_shard(

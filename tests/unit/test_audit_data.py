@@ -14,7 +14,7 @@ from launch.corpora import fresh_cursor, load_corpora, samplers
 from launch.cursor import BlendedSamples, DataCursor
 from launch.data import Batches
 from launch.data_log import DataLog
-from launch.indexed import IndexedWriter
+from launch.indexed_writer import IndexedWriter
 
 JOB = """
 job: {{name: audited, run_directory: {run}}}

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: files of Megatron-Core's own builder, and bad ones."""
+"""Megatron's indexed dataset: files of Megatron-Core's own builder, of GPT-NeoX's, and bad ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import indexed
+from launch import indexed, indexed_writer
 from launch.corpora import open_corpus
 from launch.corpus import Corpus, CorpusError
-from launch.indexed import HEADER, IndexedWriter, fingerprint, open_indexed
+from launch.indexed import HEADER, fingerprint, open_indexed
+from launch.indexed_writer import IndexedWriter
 from launch.sorted_search import search_left
 from launch.split import GROUPS, split_corpus
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron-Core misses packages of NVIDIA's that its data set has no use for
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset as older_megatron
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 
@@ -61,6 +63,42 @@ def test_what_megatron_writes_is_read(tmp_path: Path, dtype: type, pieces: int) 
         assert corpus.document_starts(start, stop).tolist() == sorted(inside)
 
 
+def built_as_by_gpt_neox(prefix: Path, texts: list[np.ndarray], dtype: type, merged: Path | None = None) -> Path:
+    """Written by the builder of the older Megatron-LM that GPT-NeoX carries, in DeepSpeed's copy of it."""
+    builder = older_megatron.MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for text in texts:
+        builder.add_item(torch.from_numpy(text.astype(np.int64)))
+        builder.end_document()
+    if merged is not None:
+        builder.merge_file_(str(merged))
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_what_gpt_neox_writes_is_read(tmp_path: Path, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the layout that GPT-NeoX's own reader takes, stated here once more: offsets into two files."""
+    neox = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float32, 7: np.float64, 8: np.uint16}
+    codes = {code: (numpy_type, None) for code, numpy_type in neox.items()}
+    monkeypatch.setattr(older_megatron, "dtypes", codes)  # DeepSpeed's copy numbers the last three otherwise
+    texts, more = documents(120, 60000), documents(40, 60000, seed=1)
+    second = built_as_by_gpt_neox(tmp_path / "second", more, dtype)
+    prefix = built_as_by_gpt_neox(tmp_path / "text_document", texts, dtype, merged=second)
+    raw, tokens = (prefix.with_suffix(suffix).read_bytes() for suffix in (".idx", ".bin"))
+    assert raw[:9] == b"MMIDIDX\0\0" and struct.unpack_from("<QB", raw, 9) == (1, {np.uint16: 8, np.int32: 4}[dtype])
+    items, entries = struct.unpack_from("<QQ", raw, 18)
+    sizes = struct.unpack_from(f"<{items}i", raw, 34)
+    addresses = struct.unpack_from(f"<{items}q", raw, 34 + 4 * items)
+    document_ends = struct.unpack_from(f"<{entries}q", raw, 34 + 12 * items)
+    assert (items, document_ends, len(raw)) == (160, tuple(range(161)), 34 + 12 * 160 + 8 * 161)
+    read = [np.frombuffer(tokens, dtype, size, at) for size, at in zip(sizes, addresses, strict=True)]
+    assert [one.tolist() for one in read] == [one.tolist() for one in [*texts, *more]]
+    corpus = open_corpus(str(prefix), 60000)
+    assert corpus.read(0, len(corpus)).tolist() == np.concatenate(read).tolist()
+    ends = set(np.cumsum(sizes).tolist()) - {0, len(corpus)}
+    assert corpus.document_starts(0, len(corpus)).tolist() == sorted(ends)
+
+
 @pytest.mark.parametrize("dtype", ["<u2", "<i4"])
 def test_what_we_write_is_what_megatron_writes(tmp_path: Path, dtype: str) -> None:
     texts = [text for text in documents(300, 60000) if len(text)]
@@ -81,7 +119,7 @@ def test_what_we_write_is_what_megatron_writes(tmp_path: Path, dtype: str) -> No
 
 
 def test_a_document_too_long_for_a_sequence_becomes_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexed, "LONGEST_SEQUENCE", 10)
+    monkeypatch.setattr(indexed_writer, "LONGEST_SEQUENCE", 10)
     writer = IndexedWriter(tmp_path / "long", np.dtype("<u2"))
     writer.write(np.arange(37, dtype=np.uint16), np.array([20, 0, 4, 13]), continues=True)
     writer.write(np.arange(37, 43, dtype=np.uint16), np.array([2, 4]))
