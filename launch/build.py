@@ -26,6 +26,7 @@ from parallel.transport import SymmetricTransport, Transport, make_transport
 from parallel.ulysses import UlyssesAttention
 from parallel.zero import ZeroEngine, partitioner
 from parallel.zero_config import Precision, ZeroSettings
+from parallel.zero_inference import InferenceEngine
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -118,8 +119,14 @@ def context_attention(
     return RecordedAttention(attend, operator()[0]), f"{transport.name}, in CUDA graphs"
 
 
-def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[GPT, Mapping[str, TensorShard], str]:
-    """The model, filled and sharded; what this rank holds of each parameter; and the sentence on attention."""
+def build_model(
+    job: JobConfig, mesh: ParallelMesh, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[GPT, Mapping[str, TensorShard], str]:
+    """The model, filled and sharded; what this rank holds of each parameter; and the sentence on attention.
+
+    `dtype` is that of the parameters; None is what training keeps: at stage 0 fp32 masters, computed with under
+    autocast.
+    """
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
     mesh.warm_up(device)
@@ -134,8 +141,8 @@ def build_model(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tup
     shards = apply_tensor_parallel(
         model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=job.sequence_parallel
     )
-    # Stage 0 computes bf16 under autocast: its parameters are their own fp32 masters.
-    dtype = DTYPES[settings.precision] if settings.stage > 0 else torch.float32
+    if dtype is None:
+        dtype = DTYPES[settings.precision] if settings.stage > 0 else torch.float32
     materialize(
         model,
         shards,
@@ -170,3 +177,10 @@ def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tu
         units=list(model.layers),
     )
     return engine, attention_note
+
+
+def build_inference(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> InferenceEngine:
+    """The model alone, on the job's layout, in the type that it computes in."""
+    settings = zero_settings(job, mesh, device.type)
+    model, shards, _ = build_model(job, mesh, device, DTYPES[settings.precision])
+    return InferenceEngine(model, shards, mesh, settings, units=list(model.layers))

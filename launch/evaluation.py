@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.build import build_engine
+from launch.build import build_inference
 from launch.config import JobConfig
 from launch.corpora import corpora_on_all_ranks, validation_sampler
 from launch.data import MicroBatch, validation_batches
 from launch.environment import Place
 from launch.feed import cut
-from launch.initial_weights import load_weights
+from launch.initial_weights import read_weights
 from launch.quiet import leave_out_what_no_user_can_change
 from model.gpt import GPT
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
-from parallel.zero import ZeroEngine, initialize_distributed
+from parallel.zero import initialize_distributed
 
 _RANGES = 7
 """Doubling from sequence_length / 64, as many ranges reach the end."""
@@ -64,8 +64,10 @@ def evaluated(
     """The result, the same on every rank of the job's layout."""
     assert job.model.init_from is not None
     corpora = corpora_on_all_ranks(job)
-    engine, _ = build_engine(job, mesh, device)
-    origin = load_weights(engine, Path(job.model.init_from), step)
+    engine = build_inference(job, mesh, device)
+    origin = read_weights(engine.fragments(), engine.shards, Path(job.model.init_from), step)
+    engine.adopt_state()
+    assert isinstance(engine.model, GPT)
     batches = validation_batches(
         validation_sampler(corpora, job),
         evaluation_batches=job.training.evaluation_batches,
@@ -76,7 +78,7 @@ def evaluated(
         document_mask=job.data.document_mask,
     )
     edges = position_edges(job.training.sequence_length, first_bucket)
-    return {"weights": origin} | summary(loss_by_position(engine, mesh, batches, edges), edges)
+    return {"weights": origin} | summary(loss_by_position(engine, engine.model, mesh, batches, edges, device), edges)
 
 
 def position_edges(sequence_length: int, first: int | None = None) -> list[int]:
@@ -89,24 +91,25 @@ def position_edges(sequence_length: int, first: int | None = None) -> list[int]:
 
 @torch.no_grad()
 def loss_by_position(
-    engine: ZeroEngine, mesh: ParallelMesh, batches: Iterator[list[MicroBatch]], edges: Sequence[int]
+    forward: Callable[..., Any],
+    model: GPT,
+    mesh: ParallelMesh,
+    batches: Iterator[list[MicroBatch]],
+    edges: Sequence[int],
+    device: torch.device,
 ) -> Tensor:
     """[N, 2] fp64, the same on every rank: summed loss (nats) and labels of the tokens in each range of positions.
 
     A token's position is what the model can see before it: it counts from the start of its document under a document
-    mask, else from the start of the sequence.
+    mask, else from the start of the sequence. `forward` runs `model`: the model itself or the engine around it.
     """
-    model = engine.model
-    assert isinstance(model, GPT)
-    inner = torch.tensor(edges[1:-1], device=engine.device)
-    engine.eval()
-    with _head_by_range(model, len(edges) - 1) as head:
+    inner = torch.tensor(edges[1:-1], device=device)
+    with _head_by_range(model, len(edges) - 1, device) as head:
         for micro_batches in batches:
-            for host in (cut(batch, mesh, pin=engine.device.type == "cuda") for batch in micro_batches):
-                batch = host.to(engine.device)
+            for host in (cut(batch, mesh, pin=device.type == "cuda") for batch in micro_batches):
+                batch = host.to(device)
                 head.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
-                engine(*batch.arguments())
-    engine.train()
+                forward(*batch.arguments())
     dist.all_reduce(head.totals, group=mesh.zero_group)
     return head.totals
 
@@ -134,9 +137,8 @@ class _HeadByRange(nn.Module):
 
 
 @contextmanager
-def _head_by_range(model: GPT, count: int) -> Iterator[_HeadByRange]:
+def _head_by_range(model: GPT, count: int, device: torch.device) -> Iterator[_HeadByRange]:
     head = model.lm_head
-    device = next(model.parameters()).device
     try:
         model.lm_head = _HeadByRange(head, count, device)  # type: ignore[assignment]
         yield model.lm_head  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from launch.config import BYTES, JobConfig
 from launch.stored_model import COMPANION_FOLDER, WeightsError, stored_model
 from launch.weights import Part, open_weights
 from parallel.state import rectangles
+from parallel.tensor import TensorShard
 from parallel.zero import StateFragment, ZeroEngine
 
 
@@ -22,23 +24,27 @@ def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     """
     assert job.model.init_from is not None
     folder = Path(job.model.init_from)
-    origin = load_weights(engine, folder)
+    origin = read_weights(engine.fragments(), engine.shards, folder)
+    engine.adopt_state(step_count=0)
     if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
         shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
     return f"weights of {origin}{_differences(job, folder)}{_unused_tokenizer(job, folder)}"
 
 
-def load_weights(engine: ZeroEngine, folder: Path, step: int | None = None) -> str:
-    """Fills `engine` with the weights of a run or a converted model; returns where they lay. Collective.
+def read_weights(
+    fragments: Iterable[StateFragment], shards: Mapping[str, TensorShard], folder: Path, step: int | None = None
+) -> str:
+    """Fills the parameters of `fragments` from a run or a converted model; returns where they lay. Collective.
 
     Every rank reads the rectangles that ZeRO and tensor parallelism leave to it, and no others. Raises WeightsError on
     every rank if any rank fails.
     """
-    fragments, failure, origin = list(engine.fragments()), None, ""
+    parts = [part for fragment in fragments for part in _parts(fragment, shards[fragment.name])]
+    failure, origin = None, ""
     try:
         weights = open_weights(folder, step)
         origin = weights.origin
-        weights.read([part for fragment in fragments for part in _parts(fragment, engine)])
+        weights.read(parts)
     except (WeightsError, OSError) as error:
         failure = str(error)
     failures = [failure] * dist.get_world_size()
@@ -46,14 +52,12 @@ def load_weights(engine: ZeroEngine, folder: Path, step: int | None = None) -> s
     for rank, said in enumerate(failures):
         if said:
             raise WeightsError(f"rank {rank}: {said}")
-    engine.adopt_state(step_count=0)
     return origin
 
 
-def _parts(fragment: StateFragment, engine: ZeroEngine) -> list[Part]:
+def _parts(fragment: StateFragment, shard: TensorShard) -> list[Part]:
     """What the fragment holds of the parameter itself, without the optimizer's moments."""
     weight = replace(fragment, tensors={"parameter": fragment.tensors["parameter"]})
-    shard = engine.shards[fragment.name]
     return [Part(fragment.name, found.offsets, found.tensor) for found in rectangles(weight, shard)]
 
 

@@ -1,4 +1,5 @@
-"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: the only file that speaks DeepSpeed's vocabulary.
+"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: training. With `parallel.zero_inference` and
+`parallel.zero_config` the only files that speak DeepSpeed's vocabulary.
 
 Context parallelism is folded into what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters and
 their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed
@@ -8,7 +9,6 @@ over cp.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,18 +118,11 @@ class ZeroEngine:
         )
         for unit in units:
             set_z3_leaf_module(unit, settings.stage == 3)
-        sizes = ModelSizes(
-            total=sum(math.prod(shard.sizes) for shard in shards.values()),
-            largest_unit=max(
-                (sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in unit.parameters()) for unit in units),
-                default=0,
-            ),
-        )
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
             mpu=ModelParallelUnit(mesh),
-            config=deepspeed_config(settings, sizes),
+            config=deepspeed_config(settings, ModelSizes.of(shards, units)),
             dist_init_required=False,
         )
         self._create_moments()

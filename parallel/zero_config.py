@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.distributed as dist
+from torch import nn
 
 from parallel.mesh import ParallelMesh
+from parallel.tensor import TensorShard
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu"]
@@ -44,6 +48,12 @@ class ModelSizes:
     total: int = 0
     largest_unit: int = 0
     """Of the modules that stage 3 gathers as one."""
+
+    @classmethod
+    def of(cls, shards: Mapping[str, TensorShard], units: Sequence[nn.Module]) -> Self:
+        """`units` may be partitioned already."""
+        whole = [sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in unit.parameters()) for unit in units]
+        return cls(sum(math.prod(shard.sizes) for shard in shards.values()), max(whole, default=0))
 
 
 def live_parameters(largest_unit: int) -> int:

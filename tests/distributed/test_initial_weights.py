@@ -110,7 +110,9 @@ def start(root: Path) -> list[tuple[float, int]]:
         mesh = ParallelMesh.create(job.mesh_shape(4))
         engine, _ = build_engine(job, mesh, torch.device("cpu"))
         load_initial_weights(job, engine)
-        elements = sum(part.tensor.numel() for one in engine.fragments() for part in _parts(one, engine))
+        elements = sum(
+            part.tensor.numel() for one in engine.fragments() for part in _parts(one, engine.shards[one.name])
+        )
         engine.eval()
         rows = slice(mesh.dp_rank * B // mesh.dp_size, (mesh.dp_rank + 1) * B // mesh.dp_size)
         local = (

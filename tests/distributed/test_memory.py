@@ -1,4 +1,4 @@
-"""The states that `--check` promises, against the tensors that two ranks really hold."""
+"""The states that `--check` promises, and those of a model that only computes, against what two ranks hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from parallel import zero, zero_config
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.tensor import TensorShard
 from parallel.zero_config import Offload
+from parallel.zero_inference import InferenceEngine
 from tests.distributed.harness import run_distributed
 
 LAYOUTS: list[tuple[int, Precision, Offload]] = [
@@ -33,18 +34,25 @@ def held_bytes() -> list[tuple[int, int]]:
     return [_held_by_one(mesh, *layout) for layout in LAYOUTS]
 
 
+def _layers(
+    mesh: ParallelMesh, settings: zero_config.ZeroSettings, dtype: torch.dtype
+) -> tuple[nn.Sequential, dict[str, TensorShard]]:
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)]
+    model = nn.Sequential(*layers).to(dtype)
+    shards = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    partition = zero.partitioner(mesh, settings)
+    for layer in layers:
+        partition(layer)
+    return model, shards
+
+
 def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload) -> tuple[int, int]:
     before = _storages()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     settings = zero_config.ZeroSettings(
         stage, precision, micro_batch_size=1, accumulation_steps=3, gradient_clipping=1.0, offload_optimizer=offload
     )
-    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)]
-    model = nn.Sequential(*layers).to(dtype if stage > 0 else torch.float32)
-    shards = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
-    partition = zero.partitioner(mesh, settings)
-    for layer in layers:
-        partition(layer)
+    model, shards = _layers(mesh, settings, dtype if stage > 0 else torch.float32)
     engine = zero.ZeroEngine(
         model, shards, mesh, settings, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device=torch.device("cpu")
     )
@@ -81,3 +89,29 @@ def test_states_and_host_copies_are_as_estimated() -> None:
             assert 0.995 * expected <= found <= expected + BUFFER, layout
             saved = 0 if stage == 0 and rank else host_copies(parameters, stage, 2)
             assert copies == saved, f"rank {rank}, stage {stage}: {copies} bytes copied, not {saved}"
+
+
+def held_to_compute() -> list[int]:
+    """Bytes on this rank after a forward pass, by stage."""
+    mesh, found = ParallelMesh.create(MeshShape(data_parallel_size=2)), []
+    for stage in range(4):
+        before = _storages()
+        settings = zero_config.ZeroSettings(
+            stage, "bf16", micro_batch_size=1, accumulation_steps=1, gradient_clipping=0.0
+        )
+        engine = InferenceEngine(*_layers(mesh, settings, torch.bfloat16), mesh, settings)
+        for fragment in engine.fragments():
+            fragment.tensors["parameter"].fill_(1 / WIDTH)
+        engine.adopt_state()
+        outputs = engine(torch.ones(1, WIDTH, dtype=torch.bfloat16))
+        assert torch.equal(outputs, torch.ones_like(outputs)), "every weight was given to a rank and reached all"
+        held = {address: size for address, size in _storages().items() if address not in before and size >= SMALL}
+        found.append(sum(held.values()))
+    return found
+
+
+def test_a_model_that_only_computes_holds_its_parameters_and_nothing_else() -> None:
+    whole = 2 * DEPTH * WIDTH**2
+    for held in run_distributed(held_to_compute, 2):
+        assert held[:3] == [whole] * 3
+        assert whole / 2 <= held[3] <= whole / 2 + BUFFER
