@@ -1,154 +1,136 @@
-"""Training throughput of the whole system on the GPUs of one node, a process group for each row.
+"""Training throughput of the whole system, and of its peers, on the GPUs of one node; a process group for each row.
 
-    python benchmarks/train_throughput.py --output docs/train_throughput.json [--rows REGEX] [--layers 32] [--again]
+    python benchmarks/train_throughput.py --output docs/throughput.json [--rows REGEX] [--layers 32] [--again]
+    python benchmarks/train_throughput.py --output docs/throughput.json --merge other.json ... [--document docs]
 
 Every row trains the Llama-3-8B shape (`configs/llama3-8b-8k.yaml`) on 131,072 tokens a step in bf16 with fp32 gradient
-accumulation, on the same random tokens, and reports the median of its steady steps, MFU, peak memory beside the check's
-estimate, and the loss of every step. Rows start one after the other through torchrun; a row that the output holds is
-left out, so an interrupted run goes on where it stopped. `--layers` trains a shallower model, for tuning. `--table`
-prints the file's contents as Markdown and measures nothing.
+accumulation, on the same random tokens from the same first weights (`workload.py`), and reports the median of its
+steady steps, MFU, peak memory beside the check's estimate, and the loss of every step. Peers (`peers/`) take part where
+their packages can be imported.
+
+Rows start one after the other through torchrun; a row that the output holds is left out, so an interrupted run goes on
+where it stopped. GPUs differ between machines by several percent, so each machine's rows are a run of their own, its
+first row is the anchor, and rows are compared by their ratio to the anchor of their run. `--layers` and `--set` change
+the job, for tuning; without GPUs rows run in two processes on the CPU. `--merge` adds other files' rows, `--document`
+writes the table and the plot into that folder, and neither measures anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
-import statistics
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from launch.build import build_engine
 from launch.check import peak_memory
-from launch.config import JobConfig, load_job
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
+from launch.config import JobConfig
 from launch.feed import cut
 from launch.monitor import SilentMonitor
-from launch.throughput import Throughput
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 from parallel.zero import initialize_distributed
+from throughput_report import table, write_document
+from workload import device_of, job_of, random_batches, record, timed_steps
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama3-8b-8k.yaml"
-TOKENS_PER_STEP = 131_072
-ROWS: dict[str, list[str]] = {
-    "8k, ZeRO-3, no recomputation": ["training.activation_checkpointing=none"],
-    "8k, ZeRO-3, selective": ["training.activation_checkpointing=selective"],
-    "8k, ZeRO-3, selective, micro-batch 2": [
-        "training.activation_checkpointing=selective",
-        "training.micro_batch_size=2",
-    ],
-    "8k, ZeRO-3, not compiled": ["training.activation_checkpointing=none", "training.compile=false"],
-    "8k, ZeRO-2, no recomputation": ["training.activation_checkpointing=none", "parallel.zero_stage=2"],
-    "8k, ZeRO-2, selective": ["training.activation_checkpointing=selective", "parallel.zero_stage=2"],
-    "8k, TP 2, ZeRO-3": ["training.activation_checkpointing=selective", "parallel.tensor_parallel_size=2"],
-    "64k, CP 2, ZeRO-3, attention": [
-        "training.activation_checkpointing=attention",
-        "training.sequence_length=65536",
-        "parallel.context_parallel_size=2",
-    ],
-    "64k, CP 2, ZeRO-3, selective": [
-        "training.activation_checkpointing=selective",
-        "training.sequence_length=65536",
-        "parallel.context_parallel_size=2",
-    ],
+
+@dataclass(frozen=True)
+class Row:
+    system: str
+    """ringzero, torchtitan or huggingface."""
+    settings: Sequence[str]
+    """Overrides of the configuration, in our words for every system."""
+
+
+def _ours(*settings: str) -> Row:
+    return Row("ringzero", settings)
+
+
+def _titan(*settings: str) -> Row:
+    return Row("torchtitan", settings)
+
+
+def _hugging_face(*settings: str) -> Row:
+    return Row("huggingface", settings)
+
+
+_NONE = "training.activation_checkpointing=none"
+_SELECTIVE = "training.activation_checkpointing=selective"
+_ATTENTION = "training.activation_checkpointing=attention"
+_FULL = "training.activation_checkpointing=full"
+_TWO = "training.micro_batch_size=2"
+_ZERO_2 = "parallel.zero_stage=2"
+_64K = ("training.sequence_length=65536", "parallel.context_parallel_size=2")
+
+ANCHOR = "8k, ZeRO-3, selective"
+"""The row that every run measures first."""
+ROWS: dict[str, Row] = {
+    ANCHOR: _ours(_SELECTIVE),
+    "8k, ZeRO-3, no recomputation": _ours(_NONE),
+    "8k, ZeRO-3, selective, micro-batch 2": _ours(_SELECTIVE, _TWO),
+    "8k, ZeRO-3, not compiled": _ours(_NONE, "training.compile=false"),
+    "8k, ZeRO-2, no recomputation": _ours(_NONE, _ZERO_2),
+    "8k, ZeRO-2, selective": _ours(_SELECTIVE, _ZERO_2),
+    "8k, TP 2, ZeRO-3": _ours(_SELECTIVE, "parallel.tensor_parallel_size=2"),
+    "64k, CP 2, ZeRO-3, attention": _ours(_ATTENTION, *_64K),
+    "64k, CP 2, ZeRO-3, selective": _ours(_SELECTIVE, *_64K),
+    "torchtitan 8k, selective": _titan(_SELECTIVE),
+    "torchtitan 8k, no recomputation": _titan(_NONE),
+    "torchtitan 8k, selective, micro-batch 2": _titan(_SELECTIVE, _TWO),
+    "torchtitan 8k, selective, not resharded": _titan(_SELECTIVE, _ZERO_2),
+    "torchtitan 64k, CP 2, full": _titan(_FULL, *_64K),
+    "torchtitan 64k, CP 2, selective": _titan(_SELECTIVE, *_64K),
+    "Hugging Face 8k, full": _hugging_face(_FULL),
+    "Hugging Face 8k, full, micro-batch 2": _hugging_face(_FULL, _TWO),
+    "Hugging Face 8k, full, flash-attn 2": _hugging_face(_FULL, "model.attention_backend=flash_attn_2"),
+    "Hugging Face 8k, no recomputation": _hugging_face(_NONE),
 }
-"""Name: overrides of the configuration."""
+_ENVIRONMENT = {
+    # Its own start script sets this.
+    "torchtitan": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+}
 
 
-def job_of(row: str, layers: int) -> JobConfig:
-    """The job of a row: TOKENS_PER_STEP whatever the sequence length."""
-    settings = [f"model.num_hidden_layers={layers}", "data.document_mask=false", *ROWS[row]]
-    length = next((int(s.partition("=")[2]) for s in settings if s.startswith("training.sequence_length=")), 8192)
-    settings += [f"training.global_batch_size={TOKENS_PER_STEP // length}", "optimizer.warmup_steps=0"]
-    return load_job(CONFIG, settings)
-
-
-def random_corpus(job: JobConfig, steps: int) -> Corpus:
-    """Zipf-distributed tokens, the same for every row of a sequence length: the loss has something to fall for."""
-    count = TOKENS_PER_STEP * (steps + 1)
-    tokens = np.random.default_rng(7).zipf(1.2, count) % job.model.vocab_size
-    return Corpus.from_documents("training", tokens.astype(np.uint32), [count], "random")
-
-
-def measure(row: str, layers: int, steps: int) -> dict[str, Any]:
+def measure(row: Row, job: JobConfig, steps: int) -> dict[str, Any]:
     """One row, on every rank of its world."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    initialize_distributed("cuda")
-    job = job_of(row, layers)
-    started = time.perf_counter()
-    mesh = ParallelMesh.create(job.mesh_shape(world_size))
+    device = device_of(int(os.environ["LOCAL_RANK"]))
+    if row.system == "torchtitan":
+        return importlib.import_module("peers.torchtitan_row").measure(job, steps)
+    if row.system == "huggingface":
+        return importlib.import_module("peers.huggingface_row").measure(job, steps, device)
+    return measure_ours(job, steps, device)
+
+
+def measure_ours(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
+    """A row of this project, through its own trainer."""
+    initialize_distributed(device.type)
+    mesh = ParallelMesh.create(job.mesh_shape(torch.distributed.get_world_size()))
     engine, note = build_engine(job, mesh, device)
-    built = time.perf_counter() - started
-    sampler = SequenceSampler(random_corpus(job, steps), job.training.sequence_length, job.job.seed)
-    training = job.training
-    batches = Batches(
-        sampler, training.global_batch_size, training.micro_batch_size, mesh.dp_size, mesh.dp_rank, document_mask=False
-    )
+    batches = random_batches(job, steps, mesh.dp_size, mesh.dp_rank)
+    made = [
+        [cut(batch, mesh, pin=device.type == "cuda") for batch in batches.micro_batches(step)] for step in range(steps)
+    ]
     trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})  # type: ignore[arg-type]
-    seconds, losses, norms = [], [], []
-    for step in range(steps):
-        micro_batches = [cut(batch, mesh, pin=True) for batch in batches.micro_batches(step)]
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        outcome = trainer.train_step(step, micro_batches)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(outcome.loss))
-        norms.append(float(outcome.grad_norm))
-        if rank == 0:
-            print(f"step {step + 1}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}, norm {norms[-1]:.4f}", flush=True)
-    steady = statistics.median(seconds[2:])
-    throughput = Throughput.of_job(
-        job.model,
-        sequence_length=training.sequence_length,
-        global_batch_size=training.global_batch_size,
-        devices=world_size,
-        device_name=torch.cuda.get_device_name(),
-        precision="bf16",
-    )
-    return {
-        "row": row,
-        "layers": layers,
-        "gpus": world_size,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "attention": note,
-        "seconds": steady,
-        **throughput.rates(steady),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "estimated_gib": peak_memory(job, job.mesh_shape(world_size), "cuda") / 2**30,
-        "build_seconds": built,
-        "first_step_seconds": seconds[0],
-        "losses": losses,
-        "gradient_norms": norms,
-    }
 
+    def train_step(step: int) -> tuple[float, float]:
+        outcome = trainer.train_step(step, made[step])
+        return float(outcome.loss), float(outcome.grad_norm)
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = ["| row | layers | tokens/s/GPU | MFU, causal | MFU, full | peak GiB | estimate | first and last loss |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in results.values():
-        if "failed" in row:
-            lines.append(f"| {row['row']} | {row['layers']} | {row['failed']} | | | | | |")
-            continue
-        figures = [f"{row['tokens_per_second_per_device']:,.0f}", f"{row['mfu_causal']:.1%}", f"{row['mfu_full']:.1%}"]
-        figures += [f"{row['peak_gib']:.1f}", f"{row['estimated_gib']:.1f}"]
-        figures.append(f"{row['losses'][0]:.4f}, {row['losses'][-1]:.4f}")
-        lines.append(f"| {row['row']} | {row['layers']} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+    found = record(job, timed_steps(train_step, steps))
+    estimate = peak_memory(job, mesh.shape, device.type)
+    return found | {"attention": note, "estimated_gib": estimate / 2**30}
 
 
 def main() -> None:
@@ -157,44 +139,112 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", default="", help="regular expression on row names")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=7, help="the first two are left out")
+    parser.add_argument("--steps", type=int, default=5, help="the first two are left out")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes the job of every row")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that one row may take")
     parser.add_argument("--again", action="store_true", help="measure rows anew that the output file holds")
+    parser.add_argument("--no-anchor", action="store_true", help="do not measure the anchor first")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--document", type=Path, metavar="FOLDER")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = json.loads(options.output.read_text()) if options.output.exists() else {}
+    results = _read(options.output)
     if options.row:
-        found = measure(options.row, options.layers, options.steps)
-        if int(os.environ["RANK"]) == 0:
-            options.output.write_text(json.dumps(results | {f"{options.row} / {options.layers}": found}, indent=1))
-        torch.distributed.destroy_process_group()
-    elif options.table:
-        print(table(results))
+        _measure_row(options)
+    elif options.merge or options.document or options.table:
+        for other in options.merge:
+            results |= _read(other)
+        if options.merge:
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
+        if options.document:
+            write_document(results, ANCHOR, options.document)
+        print(table(results, ANCHOR))
     else:
-        for row in ROWS:
-            key = f"{row} / {options.layers}"
-            if re.search(options.rows, row) and (options.again or key not in results):
-                _run(row, key, options)
-        print(table(json.loads(options.output.read_text())))
+        _drive(options, results)
+        print(table(_read(options.output), ANCHOR))
 
 
-def _run(row: str, key: str, options: argparse.Namespace) -> None:
+def _measure_row(options: argparse.Namespace) -> None:
+    """This process is one rank of a row; rank 0 writes what was found."""
+    row = ROWS[options.row]
+    job = job_of([f"model.num_hidden_layers={options.layers}", *options.set, *row.settings])
+    started = time.perf_counter()
+    found = measure(row, job, options.steps)
+    found["row_seconds"] = time.perf_counter() - started
+    if torch.distributed.get_rank() == 0:
+        _add(options, options.row, found)
+    torch.distributed.destroy_process_group()
+
+
+def _drive(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measures the rows that are asked for and not held yet, the run's anchor first."""
+    held = {row["row"] for row in results.values() if row["layers"] == options.layers}
+    wanted = [row for row in ROWS if re.search(options.rows, row) and (options.again or row not in held)]
+    anchored = options.no_anchor or _key(options, ANCHOR) in results
+    if wanted and not anchored:
+        wanted = [ANCHOR, *(row for row in wanted if row != ANCHOR)]
+    for row in wanted:
+        _start(row, options)
+
+
+def _start(row: str, options: argparse.Namespace) -> None:
     """Starts one row; notes a failure in its place."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(torch.cuda.device_count())]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(torch.cuda.device_count() or 2), "--master-port", "29555"]
     command += [__file__, "--row", row, "--output", str(options.output), "--layers", str(options.layers)]
-    print(f"-- {key}", flush=True)
-    finished = subprocess.run(
-        [*command, "--steps", str(options.steps)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print("\n".join(line for line in finished.stdout.splitlines() if line.startswith("step ")), flush=True)
-    options.output.with_suffix(".log").write_text(finished.stdout)
-    if finished.returncode:
-        errors = [line for line in finished.stdout.splitlines() if "Error" in line]
-        reason = errors[0].strip()[:300] if errors else f"exit status {finished.returncode}"
-        print(f"{reason}; see {options.output.with_suffix('.log')}", flush=True)
-        results = json.loads(options.output.read_text()) if options.output.exists() else {}
-        results[key] = {"row": row, "layers": options.layers, "failed": reason}
-        options.output.write_text(json.dumps(results, indent=1))
+    command += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
+    print(f"-- {row}, {options.layers} layers", flush=True)
+    log = options.output.with_suffix(".log")
+    with log.open("w") as written:
+        environment = os.environ | _ENVIRONMENT.get(ROWS[row].system, {})
+        process = subprocess.Popen(
+            command, stdout=written, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            status: int | str = process.wait(options.timeout)
+        except subprocess.TimeoutExpired:
+            status = f"took longer than {options.timeout:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(line for line in lines if line.startswith("step ")), flush=True)
+    if status:
+        kept = log.with_suffix(f".{re.sub('[^a-z0-9]+', '-', row.lower())}.log")
+        log.rename(kept)
+        reason = _reason(status, lines)
+        print(f"{reason}; see {kept}", flush=True)
+        _add(options, row, {"layers": options.layers, "failed": reason})
+
+
+def _reason(status: int | str, lines: list[str]) -> str:
+    """One line on why a row failed: running out of memory before what follows from it."""
+    if isinstance(status, str):
+        return status
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    memory = [line for line in errors if "OutOfMemory" in line]
+    return [*memory, *errors, f"exit status {status}"][0][:200]
+
+
+def _add(options: argparse.Namespace, row: str, found: dict[str, Any]) -> None:
+    """Writes a row into the output file."""
+    about = {"row": row, "run": _run_id(), "system": ROWS[row].system, "settings": [*options.set, *ROWS[row].settings]}
+    about["measured"] = datetime.now(UTC).isoformat(timespec="seconds")
+    results = _read(options.output) | {_key(options, row): about | found}
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _key(options: argparse.Namespace, row: str) -> str:
+    return f"{_run_id()} / {row} / {options.layers}"
+
+
+def _run_id() -> str:
+    """One start of one machine: its GPUs and their clocks do not change within it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ def materialize(
             if id(parameter) not in filled:
                 name = names[id(parameter)]
                 local = torch.zeros(parameter.shape, dtype=dtype, device=device)
-                _fill(local, shards[name], *initial_distribution(name), seed=seed, name=name)
+                fill(local, shards[name], *initial_distribution(name), seed=seed, name=name)
                 filled[id(parameter)] = nn.Parameter(local)
             module._parameters[key] = filled[id(parameter)]
         partition(module)
 
 
-def _fill(local: Tensor, shard: TensorShard, mean: float, std: float, *, seed: int, name: str) -> None:
+def fill(local: Tensor, shard: TensorShard, mean: float, std: float, *, seed: int, name: str) -> None:
     """Writes this shard's rectangle of the full parameter into `local`; padding beyond it is left as it is."""
     offsets, sizes = shard.offsets, shard.sizes
     target = local[tuple(slice(size) for size in sizes)]

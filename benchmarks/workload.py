@@ -1,0 +1,107 @@
+"""What every system in `train_throughput.py` is given: the same job, the same tokens, the same first weights; and how
+its steps are timed.
+
+A row's job is one `JobConfig` in our words whoever trains it; `peers/` says it in theirs. Initial weights are drawn by
+the parameter's name, so that all systems start from one model and their losses can be compared step by step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from launch.config import JobConfig, load_job
+from launch.corpus import Corpus
+from launch.data import Batches, SequenceSampler
+from launch.throughput import Throughput
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama3-8b-8k.yaml"
+TOKENS_PER_STEP = 131_072
+WARM_UP = 2
+"""Steps left out: compiling, then the allocator's first full step."""
+
+
+def job_of(settings: list[str]) -> JobConfig:
+    """The 8B shape on 8,192 tokens under `settings`, TOKENS_PER_STEP whatever the sequence length."""
+    settings = ["data.document_mask=false", "optimizer.warmup_steps=0", "optimizer.schedule=constant", *settings]
+    job = load_job(CONFIG, settings)
+    if not any(setting.startswith("training.global_batch_size=") for setting in settings):
+        sequences = TOKENS_PER_STEP // job.training.sequence_length
+        job = load_job(CONFIG, [*settings, f"training.global_batch_size={sequences}"])
+    return job
+
+
+def device_of(local_rank: int) -> torch.device:
+    """This rank's GPU, made current; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def random_batches(job: JobConfig, steps: int, dp_size: int, dp_rank: int) -> Batches:
+    """Zipf-distributed tokens, the same for every row of a sequence length: the loss has something to fall for."""
+    count = job.tokens_per_step * (steps + 1)
+    tokens = np.random.default_rng(7).zipf(1.2, count) % job.model.vocab_size
+    corpus = Corpus.from_documents("training", tokens.astype(np.uint32), [count], "random")
+    sampler = SequenceSampler(corpus, job.training.sequence_length, job.job.seed)
+    training = job.training
+    return Batches(sampler, training.global_batch_size, training.micro_batch_size, dp_size, dp_rank)
+
+
+def timed_steps(train_step: Callable[[int], tuple[float, float]], steps: int) -> dict[str, Any]:
+    """Calls `train_step(0)`, ..., which returns loss and gradient norm; seconds between two idle devices."""
+    seconds, losses, norms = [], [], []
+    for step in range(steps):
+        _wait()
+        started = time.perf_counter()
+        loss, norm = train_step(step)
+        _wait()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
+        norms.append(float(norm))
+        if dist.get_rank() == 0:
+            print(f"step {step + 1}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}, norm {norms[-1]:.4f}", flush=True)
+    return {"all_seconds": seconds, "losses": losses, "gradient_norms": norms}
+
+
+def record(job: JobConfig, measured: dict[str, Any]) -> dict[str, Any]:
+    """A row's figures, from what `timed_steps` measured: rates of the median steady step, and memory of this rank."""
+    on_gpu, gib = torch.cuda.is_available(), 2**30
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    steady = statistics.median(measured["all_seconds"][WARM_UP:])
+    throughput = Throughput.of_job(
+        job.model,
+        sequence_length=job.training.sequence_length,
+        global_batch_size=job.training.global_batch_size,
+        devices=dist.get_world_size(),
+        device_name=name,
+        precision=job.resolve_precision("cuda" if on_gpu else "cpu"),
+    )
+    return {
+        "layers": job.model.num_hidden_layers,
+        "sequence_length": job.training.sequence_length,
+        "micro_batch_size": job.training.micro_batch_size,
+        "tokens_per_step": job.tokens_per_step,
+        "gpus": dist.get_world_size(),
+        "gpu": name,
+        "torch": torch.__version__,
+        "seconds": steady,
+        **throughput.rates(steady),
+        "peak_gib": torch.cuda.max_memory_allocated() / gib if on_gpu else 0.0,
+        "reserved_gib": torch.cuda.max_memory_reserved() / gib if on_gpu else 0.0,
+        **measured,
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
