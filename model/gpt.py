@@ -112,10 +112,11 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(hidden), labels)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks: one function for all of them, so that it is compiled once.
+        """Compiles the blocks, one function for all of them so that it is compiled once, and the head's softmax.
 
         Their `forward` stays plain, and with it whatever is hooked to the call of a block.
         """
+        self.lm_head.compiled = True
         compiled = torch.compile(Block.recomputed, fullgraph=True)
         for layer in self.layers:
             assert isinstance(layer, Block)

@@ -24,9 +24,11 @@ class Head(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.compiled = False
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None:
             return functional.linear(hidden, self.weight)
-        loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+        tokens = hidden.flatten(0, 1)
+        loss_sum = linear_cross_entropy(tokens, self.weight, labels.flatten(), compiled=self.compiled)
         return loss_sum, (labels != IGNORED_LABEL).sum()

@@ -26,6 +26,9 @@ from parallel.mesh import ParallelMesh
 from parallel.tensor import TensorShard
 from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
 
+_UNITS_AHEAD = 2
+"""Gathered units that may wait in memory for the device to come to them: enough to hide the host's time."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two states of each parameter, by torch's names."""
 
@@ -118,13 +121,16 @@ class ZeroEngine:
         )
         for unit in units:
             set_z3_leaf_module(unit, settings.stage == 3)
+        sizes = ModelSizes.of(shards, units)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
             mpu=ModelParallelUnit(mesh),
-            config=deepspeed_config(settings, ModelSizes.of(shards, units)),
+            config=deepspeed_config(settings, sizes),
             dist_init_required=False,
         )
+        if settings.stage == 3 and sizes.matrices_of_unit:
+            self._fetch_ahead(_UNITS_AHEAD * sizes.matrices_of_unit)
         self._create_moments()
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
@@ -205,6 +211,17 @@ class ZeroEngine:
                 setattr(scaler, key, value)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _fetch_ahead(self, parameters: int) -> None:
+        """Lets the host issue the gathering of so many parameters before it waits for the device.
+
+        DeepSpeed waits after every second one, which is right for a module of one or two: with a block of seven the
+        host waits for each block to be computed before it can issue the next, and the device idles meanwhile.
+        """
+        coordinator = self.engine.optimizer.parameter_offload.get_param_coordinator()
+        limit = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+        assert hasattr(coordinator, limit), "DeepSpeed names this limit otherwise now; it has no public setting"
+        setattr(coordinator, limit, parameters)
 
     def _loss_scaler(self) -> Any:
         return getattr(self.engine.optimizer, "loss_scaler", None) if self.settings.precision == "fp16" else None

@@ -18,8 +18,9 @@ Offload = Literal["none", "cpu"]
 
 LIVE_PARAMETERS = 1_000_000_000
 """Elements that stage 3 may keep gathered, at least: a smaller model stays gathered from forward to backward."""
-_LARGEST_BUCKET = 100_000_000
-"""Elements of the largest buffer in which gradients are reduced together."""
+_BUCKET = 100_000_000
+"""Elements of the buffer in which gradients are reduced together, where no unit is larger."""
+_LARGEST_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,23 @@ class ModelSizes:
 
     total: int = 0
     largest_unit: int = 0
-    """Of the modules that stage 3 gathers as one."""
+    """The matrices of a module that stage 3 gathers as one."""
+    matrices_of_unit: int = 0
+    """How many these are, at most."""
+    largest_vector: int = 0
+    """Parameters that are no larger (norms, biases) stay whole at stage 3."""
 
     @classmethod
     def of(cls, shards: Mapping[str, TensorShard], units: Sequence[nn.Module]) -> Self:
         """`units` may be partitioned already."""
-        whole = [sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in unit.parameters()) for unit in units]
-        return cls(sum(math.prod(shard.sizes) for shard in shards.values()), max(whole, default=0))
+        shapes = [[getattr(p, "ds_shape", p.shape) for p in unit.parameters()] for unit in units]
+        matrices = [[math.prod(shape) for shape in unit if len(shape) > 1] for unit in shapes]
+        return cls(
+            total=sum(math.prod(shard.sizes) for shard in shards.values()),
+            largest_unit=max(map(sum, matrices), default=0),
+            matrices_of_unit=max(map(len, matrices), default=0),
+            largest_vector=max((shape[0] for unit in shapes for shape in unit if len(shape) == 1), default=0),
+        )
 
 
 def live_parameters(largest_unit: int) -> int:
@@ -63,8 +74,10 @@ def live_parameters(largest_unit: int) -> int:
 
 def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -> dict[str, Any]:  # noqa: B008 (frozen)
     """DeepSpeed's configuration."""
-    bucket = max(1, min(_LARGEST_BUCKET, sizes.total))
     sharded = settings.stage > 0
+    # A compiled unit's gradients come all at once. Where they fill several buckets, computing waits for the first ones
+    # to be reduced; in one bucket with the unit's vectors they have until the next unit's come.
+    bucket = min(max(_BUCKET, sizes.largest_unit + 16 * sizes.largest_vector), _LARGEST_BUCKET, max(1, sizes.total))
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation_steps,
@@ -75,11 +88,14 @@ def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -
             "allgather_bucket_size": bucket,
             "contiguous_gradients": True,
             "overlap_comm": settings.overlap,
-            # A unit is fetched while the one before it computes.
-            "stage3_prefetch_bucket_size": max(bucket, sizes.largest_unit),
+            # A unit is fetched while the one before it computes, and not a part of the one after it.
+            "stage3_prefetch_bucket_size": sizes.largest_unit or bucket,
+            "stage3_param_persistence_threshold": sizes.largest_vector,
             "stage3_max_live_parameters": live_parameters(sizes.largest_unit),
             "stage3_max_reuse_distance": live_parameters(sizes.largest_unit),
             "stage3_gather_16bit_weights_on_model_save": False,
+            # DeepSpeed's replacement of torch's linear is compiled anew for each parameter, and saves nothing here.
+            "memory_efficient_linear": False,
             "offload_optimizer": {"device": settings.offload_optimizer},
             "offload_param": {"device": settings.offload_parameters},
         },

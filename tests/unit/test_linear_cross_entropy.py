@@ -174,11 +174,15 @@ def test_chunks_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(chunks) == math.ceil(tokens / chunk_tokens(vocabulary))
 
 
-def test_what_is_done_to_a_chunk_compiles_whole() -> None:
-    """No graph break between a chunk's logits and its gradient: on a GPU they can become one pass over memory each."""
-    hidden, weight, labels = inputs(128, torch.float32)
-    logits = (hidden @ weight.T).detach()
-    statistics = torch.compile(kernel._statistics, fullgraph=True, backend="aot_eager")(logits, labels, 3)
-    gradient = torch.compile(kernel._gradient, fullgraph=True, backend="aot_eager")(logits, labels, 3, statistics)
-    assert torch.equal(statistics, kernel._statistics(logits, labels, 3))
-    assert torch.equal(gradient, kernel._gradient(logits, labels, 3, statistics))
+def test_the_softmax_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph break in a pass over the logits: on a GPU each becomes one kernel or two."""
+    compiled = [torch.compile(one, fullgraph=True, backend="aot_eager") for one in kernel._PLAIN]
+    monkeypatch.setattr(kernel, "_COMPILED", kernel._Softmax(*compiled))
+    results = []
+    for fused in (False, True):
+        hidden, weight, labels = inputs(128, torch.float32)
+        loss = kernel.linear_cross_entropy(hidden, weight, labels, compiled=fused)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, weight.grad])
+    for plain, fused_result in zip(*results, strict=True):
+        assert torch.equal(plain, fused_result)
