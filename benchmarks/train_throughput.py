@@ -34,16 +34,10 @@ from typing import Any
 
 import torch
 
-from launch.build import build_engine
-from launch.check import peak_memory
+import ringzero_row
 from launch.config import JobConfig
-from launch.feed import cut
-from launch.monitor import SilentMonitor
-from launch.trainer import Trainer
-from parallel.mesh import ParallelMesh
-from parallel.zero import initialize_distributed
 from throughput_report import table, write_document
-from workload import device_of, job_of, random_batches, record, timed_steps
+from workload import device_of, job_of
 
 
 @dataclass(frozen=True)
@@ -110,27 +104,7 @@ def measure(row: Row, job: JobConfig, steps: int) -> dict[str, Any]:
         return importlib.import_module("peers.torchtitan_row").measure(job, steps)
     if row.system == "huggingface":
         return importlib.import_module("peers.huggingface_row").measure(job, steps, device)
-    return measure_ours(job, steps, device)
-
-
-def measure_ours(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
-    """A row of this project, through its own trainer."""
-    initialize_distributed(device.type)
-    mesh = ParallelMesh.create(job.mesh_shape(torch.distributed.get_world_size()))
-    engine, note = build_engine(job, mesh, device)
-    batches = random_batches(job, steps, mesh.dp_size, mesh.dp_rank)
-    made = [
-        [cut(batch, mesh, pin=device.type == "cuda") for batch in batches.micro_batches(step)] for step in range(steps)
-    ]
-    trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})  # type: ignore[arg-type]
-
-    def train_step(step: int) -> tuple[float, float]:
-        outcome = trainer.train_step(step, made[step])
-        return float(outcome.loss), float(outcome.grad_norm)
-
-    found = record(job, timed_steps(train_step, steps))
-    estimate = peak_memory(job, mesh.shape, device.type)
-    return found | {"attention": note, "estimated_gib": estimate / 2**30}
+    return ringzero_row.measure(job, steps, device)
 
 
 def main() -> None:
@@ -190,8 +164,8 @@ def _drive(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def _start(row: str, options: argparse.Namespace) -> None:
     """Starts one row; notes a failure in its place."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", str(torch.cuda.device_count() or 2), "--master-port", "29555"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(torch.cuda.device_count() or 2)]
     command += [__file__, "--row", row, "--output", str(options.output), "--layers", str(options.layers)]
     command += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
     print(f"-- {row}, {options.layers} layers", flush=True)

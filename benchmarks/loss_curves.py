@@ -1,0 +1,201 @@
+"""Loss curves of a 1B model on two GPUs, by layout, against one GPU.
+
+    python benchmarks/loss_curves.py --output docs/loss_curves.json [--curves REGEX] [--again]
+    python benchmarks/loss_curves.py --output docs/loss_curves.json --merge other.json ... [--document docs]
+
+A 0.97-billion-parameter model (Llama-3.2-1B's blocks, bytes for tokens) learns the Python standard library's source for
+200 steps of 16,384 tokens in bf16. All curves start from the same weights and read the same tokens in the same order,
+so that they differ by rounding alone. How far rounding carries them is measured: one GPU runs again with another
+attention kernel, and again with other micro-batches. A layout is within bf16 noise where its root-mean-square
+difference from one GPU is at most twice the largest of those.
+
+Curves run one after the other through torchrun; one that the output holds is left out. `--set` changes the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ringzero_row
+from launch.bigram import conditional_bigram_entropy
+from launch.config import load_job
+from launch.corpora import load_corpora, samplers
+from launch.data import Batches
+from workload import device_of, timed_steps
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+MODEL = [
+    "model.hidden_size=2048",
+    "model.intermediate_size=8192",
+    "model.num_hidden_layers=16",
+    "model.num_attention_heads=32",
+    "model.num_key_value_heads=8",
+    "model.qk_norm=false",
+    "model.tie_word_embeddings=false",
+    "model.rope_theta=500000.0",
+]
+TRAINING = [
+    "optimizer.learning_rate=3e-4",
+    "training.sequence_length=2048",
+    "training.micro_batch_size=4",
+    "training.global_batch_size=8",
+    "training.max_steps=200",
+]
+_ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    processes: int
+    settings: list[str]
+    noise: bool = False
+    """One GPU again, with other rounding."""
+
+
+BASELINE = "one GPU"
+CURVES = {
+    BASELINE: Curve(1, _ONE_RANK),
+    "one GPU, another kernel": Curve(1, [*_ONE_RANK, "model.attention_backend=torch_flash"], noise=True),
+    "one GPU, micro-batch 2": Curve(1, [*_ONE_RANK, "training.micro_batch_size=2"], noise=True),
+    "two GPUs, ZeRO-3": Curve(2, _ONE_RANK),
+    "two GPUs, cp 2": Curve(2, ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=2"]),
+    "two GPUs, tp 2": Curve(2, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=1"]),
+}
+
+
+def main() -> None:
+    """Command line: the driver, or (with --curve) one curve's rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--curves", default="", help="regular expression on the names of curves")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes the job of every curve")
+    parser.add_argument("--again", action="store_true", help="run curves anew that the output file holds")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--document", type=Path, metavar="FOLDER")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--curve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.curve:
+        _run(options)
+        return
+    if options.merge:
+        results = {name: curve for path in [options.output, *options.merge] for name, curve in _read(path).items()}
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+    elif not (options.document or options.table):
+        for name, curve in CURVES.items():
+            if re.search(options.curves, name) and (options.again or name not in _read(options.output)):
+                _start(name, curve.processes, options)
+    results = _read(options.output)
+    print(table(results))
+    if options.document:
+        plot(results, options.document / "loss_curves.svg")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: each curve beside the baseline. Raises ValueError where curves read different corpora."""
+    if len({curve["corpus"] for curve in results.values()}) > 1:
+        raise ValueError("these curves read different corpora; run them with one Python interpreter's library")
+    lines = ["| run | kernel | loss, step 1 | last 20 steps | RMS difference | largest | s/step | |"]
+    lines.append("|" + " --- |" * 8)
+    if BASELINE not in results:
+        return "\n".join([*lines, f"{BASELINE!r} is missing: nothing to compare with"])
+    noise = max((_rms(results, name) for name in results if CURVES[name].noise), default=math.nan)
+    for name in (name for name in CURVES if name in results):
+        curve, rms = results[name], _rms(results, name)
+        largest = max(map(abs, differences(results, name)))
+        verdict = "" if name == BASELINE else "noise" if CURVES[name].noise else f"{rms / noise:.2f} x the noise"
+        figures = [f"{curve['losses'][0]:.5f}", f"{statistics.mean(curve['losses'][-20:]):.4f}", f"{rms:.2e}"]
+        figures += [f"{largest:.2e}", f"{statistics.median(curve['all_seconds']):.3f}", verdict]
+        lines.append(f"| {name} | {curve['kernel']} | {' | '.join(figures)} |")
+    entropy = results[BASELINE]["bigram_entropy"]
+    return "\n".join([*lines, "", f"Bigram entropy of the text: {entropy:.4f} nats per byte."])
+
+
+def differences(results: dict[str, Any], name: str) -> list[float]:
+    """Step by step, from the baseline."""
+    pairs = zip(results[name]["losses"], results[BASELINE]["losses"], strict=True)
+    return [loss - reference for loss, reference in pairs]
+
+
+def _rms(results: dict[str, Any], name: str) -> float:
+    return math.sqrt(statistics.mean(difference**2 for difference in differences(results, name)))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Curves above, differences from the baseline below with the noise as a band."""
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    noise = [differences(results, name) for name in results if CURVES[name].noise]
+    band = [max(map(abs, step)) for step in zip(*noise, strict=True)]
+    steps = range(1, len(band) + 1)
+    for name, curve in results.items():
+        above.plot(steps, curve["losses"], label=name, linewidth=1)
+        if name != BASELINE and not CURVES[name].noise:
+            below.plot(steps, differences(results, name), label=name, linewidth=1)
+    below.fill_between(steps, [-x for x in band], band, alpha=0.3, color="grey", label="one GPU, other rounding")
+    above.set_ylabel("loss, nats per byte")
+    below.set_ylabel("difference from one GPU")
+    below.set_xlabel("step")
+    above.legend(fontsize="small")
+    below.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _start(name: str, processes: int, options: argparse.Namespace) -> None:
+    """Starts one curve; its process writes the result."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [__file__, "--curve", name, "--output", str(options.output)]
+    print(f"-- {name}", flush=True)
+    finished = subprocess.run([*command, *(["--set", *options.set] if options.set else [])])
+    if finished.returncode:
+        print(f"{name} ended with exit status {finished.returncode}", flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """This process is one rank of a curve."""
+    curve = CURVES[options.curve]
+    job = load_job(CONFIG, [*MODEL, *TRAINING, *curve.settings, *options.set])
+    device = device_of(int(os.environ["LOCAL_RANK"]))
+    corpora = load_corpora(job)
+
+    def batches_of(dp_size: int, dp_rank: int) -> Batches:
+        (sampler,) = samplers(corpora, job).values()
+        training = job.training
+        return Batches(sampler, training.global_batch_size, training.micro_batch_size, dp_size, dp_rank)
+
+    train_step, note = ringzero_row.prepared(job, job.total_steps, device, batches_of)
+    found = timed_steps(train_step, job.total_steps)
+    if torch.distributed.get_rank() == 0:
+        validation = corpora.validation
+        about = {
+            "gpus": curve.processes,
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "kernel": re.sub(r".*attention kernel (\w+):.*", r"\1", note),
+            "settings": [*curve.settings, *options.set],
+            "corpus": corpora.fingerprint,
+            "bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), 1 << 20))),
+        }
+        options.output.write_text(json.dumps(_read(options.output) | {options.curve: about | found}, indent=1) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()

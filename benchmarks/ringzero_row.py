@@ -1,0 +1,49 @@
+"""This project on a row's job: its own engine and trainer, without checkpoints and monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.build import build_engine
+from launch.check import peak_memory
+from launch.config import JobConfig
+from launch.data import Batches
+from launch.feed import cut
+from launch.monitor import SilentMonitor
+from launch.trainer import Trainer
+from parallel.mesh import ParallelMesh
+from parallel.zero import initialize_distributed
+from workload import random_batches, record, timed_steps
+
+
+def measure(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
+    """One row, on every rank of its world."""
+    train_step, note = prepared(
+        job, steps, device, lambda dp_size, dp_rank: random_batches(job, steps, dp_size, dp_rank)
+    )
+    found = record(job, timed_steps(train_step, steps))
+    estimate = peak_memory(job, job.mesh_shape(dist.get_world_size()), device.type)
+    return found | {"attention": note, "estimated_gib": estimate / 2**30}
+
+
+def prepared(
+    job: JobConfig, steps: int, device: torch.device, batches_of: Callable[[int, int], Batches]
+) -> tuple[Callable[[int], tuple[float, float]], str]:
+    """A function from a step's number to its loss and gradient norm, with the data of all `steps` made and cut
+    beforehand; and the sentence on attention. `batches_of(dp_size, dp_rank)` says what a rank reads."""
+    initialize_distributed(device.type)
+    mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
+    engine, note = build_engine(job, mesh, device)
+    batches, on_gpu = batches_of(mesh.dp_size, mesh.dp_rank), device.type == "cuda"
+    made = [[cut(batch, mesh, pin=on_gpu) for batch in batches.micro_batches(step)] for step in range(steps)]
+    trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})  # type: ignore[arg-type]
+
+    def train_step(step: int) -> tuple[float, float]:
+        outcome = trainer.train_step(step, made[step])
+        return float(outcome.loss), float(outcome.grad_norm)
+
+    return train_step, note
