@@ -15,15 +15,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from launch import rules
+from launch.encoders import BYTES
 from launch.parameters import Precision, count_parameters
 from launch.stored_model import WeightsError, stored_keys
 from launch.violations import ConfigError, Violation, section_violations, unknown_section
 from launch.yaml_strict import KeyPath, read_yaml, write_yaml
 from model.config import SHAPE_KEYS, ModelConfig
 from parallel.mesh import MeshShape
-
-BYTES = "bytes"
-"""The tokenizer that needs no file: a token is a byte."""
 
 
 class Section(BaseModel):

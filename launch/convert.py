@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from launch.config import BYTES, JobConfig
+from launch.config import JobConfig
+from launch.encoders import BYTES
 from launch.hugging_face import COMPANIONS, UnsupportedModel, config_for, model_from, their_name
 from launch.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
 from launch.stored_model import (

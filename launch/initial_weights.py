@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launch.config import BYTES, JobConfig
+from launch.config import JobConfig
+from launch.encoders import BYTES
 from launch.stored_model import COMPANION_FOLDER, WeightsError, stored_model
 from launch.weights import Part, open_weights
 from parallel.state import rectangles

@@ -3,7 +3,7 @@
     python launch/prepare_data.py --input FILES --tokenizer tokenizer.json --output PREFIX
 
     --input FILES          text (a document each), JSON lines, Parquet, and .gz or .zst of these; globs may be quoted
-    --tokenizer FILE       a Hugging Face tokenizer.json
+    --tokenizer FILE       a Hugging Face tokenizer.json, or: bytes (each byte of UTF-8 is a token)
     --output PREFIX        PREFIX.bin and PREFIX.idx appear when all is done
     --field NAME           field or column that holds the text (default: text)
     --end_of_document TOK  a token of the tokenizer's to put after each document, as "<|endoftext|>"
@@ -32,9 +32,9 @@ from typing import Any, BinaryIO
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from launch.corpus import CorpusError
+from launch.encoders import encoder_of
 from launch.indexed import beside, read_summary
 from launch.indexed_writer import IndexedWriter
-from launch.sources import TokenizerEncoder
 from launch.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.text_tokens import Fault, TokenisingProcesses
 
@@ -68,7 +68,7 @@ class Preparation:
     def __init__(self, options: argparse.Namespace, files: list[Path]) -> None:
         """Raises CorpusError where the tokenizer or PREFIX does not fit this command."""
         self.options, self.files, self.prefix = options, files, Path(options.output)
-        self.encoder = TokenizerEncoder(options.tokenizer)
+        self.encoder = encoder_of(options.tokenizer)
         if options.end_of_document is not None:
             self.encoder.token_id(options.end_of_document)
         inputs = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in files]

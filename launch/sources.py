@@ -1,4 +1,4 @@
-"""From texts to a corpus: which files, which tokenizer, in memory or cached."""
+"""From texts to a corpus when a run starts: which files, in memory or cached."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from launch.corpus import Corpus, CorpusError, Shard, Tokens
-from launch.indexed import fingerprint, token_type
+from launch.encoders import ByteEncoder, Encoder, encoder_of
+from launch.indexed import fingerprint
 from launch.token_cache import cached_shard
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def load_text(
     tokenizer, a token id beyond vocab_size, an unreadable file, tokenizer or cache.
     """
     found = _standard_library() if source == "python_stdlib" else _matching_files(files)
-    encoder: Encoder = ByteEncoder() if tokenizer == "bytes" else TokenizerEncoder(tokenizer)
+    encoder = encoder_of(tokenizer)
     documents = _documents(found, encoder)
     total_bytes = sum(file.size for file in found)
     if isinstance(encoder, ByteEncoder) and total_bytes <= IN_MEMORY_BYTES:
@@ -120,79 +120,6 @@ def _stat(path: Path, label: str) -> TextFile:
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}); leave it out of the corpus") from error
     return TextFile(path, label, status.st_size, status.st_mtime_ns)
-
-
-class Encoder(Protocol):
-    dtype: np.dtype
-    vocab_size: int
-    identity: str
-    """Changes whenever the tokens of a text would."""
-
-    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]: ...
-
-
-class ByteEncoder:
-    """Token = byte; any file will do."""
-
-    dtype: np.dtype = np.dtype("u1")
-    vocab_size = 256
-    identity = "bytes"
-
-    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
-        return [np.frombuffer(content, dtype=np.uint8) for content in contents]
-
-
-class TokenizerEncoder:
-    """A Hugging Face tokenizer.json."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            content = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorpusError(
-                f"data.tokenizer: {path!r} cannot be read ({error}); give `bytes` or the path of a tokenizer.json"
-            ) from error
-        try:
-            self._tokenizer: Any = Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-            raise CorpusError(f"data.tokenizer: {path!r} is no tokenizer.json ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = int(self._tokenizer.get_vocab_size())
-        self.dtype: np.dtype = token_type(self.vocab_size)
-        self.identity = hashlib.sha256(content.encode()).hexdigest()
-
-    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
-        texts = [_decode(path, content) for path, content in zip(paths, contents, strict=True)]
-        return [np.array(ids, dtype=self.dtype) for ids in self.ids(texts)]
-
-    def ids(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of each text; `special` with what the tokenizer's own post-processor puts at a text's ends."""
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
-
-    @property
-    def at_the_ends(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and after a text."""
-        [full], [bare] = self.ids(["a"]), self.ids(["a"], special=False)
-        before = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-        return full[:before], full[before + len(bare) :]
-
-    def token_id(self, token: str) -> int:
-        """Raises CorpusError where the tokenizer has no such token."""
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
-        return int(found)
-
-
-def _decode(path: Path, content: bytes) -> str:
-    remedy = "leave it out of data.files, or use data.tokenizer: bytes"
-    if (position := content.find(b"\0")) >= 0:
-        raise CorpusError(f"{path}: binary, not text (NUL at byte {position}); {remedy}")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text (at byte {error.start}); {remedy}") from error
 
 
 def _documents(files: Sequence[TextFile], encoder: Encoder) -> Iterator[Tokens]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from launch.config import BYTES
+from launch.encoders import BYTES
 
 
 class TextCodec(Protocol):

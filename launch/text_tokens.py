@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from launch.corpus import Int64, Tokens
-from launch.sources import TokenizerEncoder
+from launch.encoders import encoder_of
 from launch.text_inputs import Block
 
 T = TypeVar("T")
@@ -45,29 +46,24 @@ class BlockTokeniser:
 
     def __init__(self, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
         """Raises CorpusError where the tokenizer cannot be read or has no such token."""
-        self._encoder, self._field = TokenizerEncoder(tokenizer), field_name
+        self._encoder, self._field = encoder_of(tokenizer), field_name
         self._end = [] if end_of_document is None else [self._encoder.token_id(end_of_document)]
 
     def __call__(self, block: Block) -> TokenisedBlock:
         faults: list[Fault] = []
         texts = [text for text in _texts(block, self._field, faults) if text]
-        if block.kind == "text" and not (block.first and block.last):
-            documents = [self._stretch(text, block.first, block.last) for text in texts]
-        else:
-            documents = [ids + self._end for ids in self._encoder.ids(texts)]
-        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-        tokens = np.zeros(int(lengths.sum()), self._encoder.dtype)
-        end = 0
-        for ids in documents:
-            begin, end = end, end + len(ids)
-            tokens[begin:end] = ids
+        whole = block.first and block.last
+        # Of a stretch of a document, what the tokenizer puts at a text's ends stands only where the document ends.
+        before, after = ([], []) if whole else self._encoder.at_the_ends()
+        head = self._array(before if block.first else [])
+        tail = self._array([*after, *self._end] if block.last else [])
+        bodies = [self._array(ids) for ids in self._encoder.ids(texts, special=whole)]
+        lengths = np.array([len(head) + len(body) + len(tail) for body in bodies], dtype=np.int64)
+        tokens = np.concatenate([self._array([]), *(part for body in bodies for part in (head, body, tail))])
         return TokenisedBlock(tokens, lengths, not block.last, faults)
 
-    def _stretch(self, text: str, first: bool, last: bool) -> list[int]:
-        """Part of a document: what the tokenizer puts at a text's ends only where the document has its own."""
-        before, after = self._encoder.at_the_ends
-        ids = self._encoder.ids([text], special=False)[0]
-        return (before if first else []) + ids + (after + self._end if last else [])
+    def _array(self, ids: npt.ArrayLike) -> Tokens:
+        return np.asarray(ids, dtype=self._encoder.dtype)
 
 
 def _texts(block: Block, name: str, faults: list[Fault]) -> Iterator[str]:
@@ -103,8 +99,9 @@ def _field(line: bytes, name: str) -> object:
 class TokenisingProcesses:
     """Worker processes that tokenise blocks, each in one thread; results come in the order of the blocks."""
 
-    DEPTH = 4
-    """Blocks under way for each worker, finished ones that wait for their turn included: this bounds the memory."""
+    DEPTH = 16
+    """Blocks under way for each worker, finished ones that wait for their turn included: enough to work on while this
+    process waits for the disk. It bounds the memory."""
 
     def __init__(self, workers: int, tokenizer: str, field_name: str, end_of_document: str | None) -> None:
         context = multiprocessing.get_context("spawn")

@@ -21,6 +21,7 @@ from launch import sources
 from launch.bigram import conditional_bigram_entropy
 from launch.corpus import Corpus, CorpusError, Int64
 from launch.data import IGNORED_LABEL, Batches, MicroBatch, SequenceSampler, validation_batches
+from launch.encoders import TokenizerEncoder
 from launch.prefetch import Prefetcher
 from launch.shuffle import Permutation
 from launch.sources import load_text
@@ -245,15 +246,15 @@ def test_large_byte_corpora_go_through_the_cache(texts: Path, tmp_path: Path, mo
 
 
 def _load_in_process(texts: Path, tokenizer: Path, cache: Path, log: Path, together: Barrier) -> None:
-    encode = sources.TokenizerEncoder.encode
+    encode = TokenizerEncoder.encode
 
-    def recorded(self: sources.TokenizerEncoder, paths: list[Path], contents: list[bytes]) -> list[sources.Tokens]:
+    def recorded(self: TokenizerEncoder, paths: list[Path], contents: list[bytes]) -> list[sources.Tokens]:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.5)
         return encode(self, paths, contents)
 
-    sources.TokenizerEncoder.encode = recorded  # type: ignore[method-assign,assignment]
+    TokenizerEncoder.encode = recorded  # type: ignore[method-assign,assignment]
     together.wait()
     files = [f"{texts}/**/*.txt"]
     corpus = load_text(source="files", files=files, tokenizer=str(tokenizer), vocab_size=6, cache_directory=cache)

@@ -120,6 +120,41 @@ def test_every_kind_gives_the_librarys_own_tokens(tmp_path: Path, tokenizer: Pat
     assert left == ["out.bin", "out.idx", "out.summary.json"]
 
 
+def test_bytes_need_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "".join(text + "\n" for text in texts(80))
+    (tmp_path / "1.txt").write_text(long)
+    (tmp_path / "2.jsonl").write_bytes(jsonl(texts(30, 1)))
+    inputs = [str(tmp_path / name) for name in ("1.txt", "2.jsonl")]
+    command = ["--input", *inputs, "--tokenizer", "bytes", "--workers", "1", "--output", str(tmp_path / "out")]
+    assert prepare_data.main([*command, "--end_of_document", "|"]) == 0
+    documents = [long, *filter(None, texts(30, 1))]
+    corpus = open_corpus(str(tmp_path / "out"), 256)
+    assert bytes(corpus.read(0, len(corpus)).tolist()) == "".join(text + "|" for text in documents).encode()
+    assert corpus.num_documents == len(documents) and corpus.shards[0].tokens.dtype == np.uint8
+    assert prepare_data.main([*command[:-1], str(tmp_path / "new"), "--end_of_document", "<|end|>"]) == 1
+    assert "'<|end|>' is no byte, and with the tokenizer bytes a token is one" in capsys.readouterr().err
+
+
+def test_rows_of_parquet_are_parted_by_their_bytes(tmp_path: Path) -> None:
+    """Whatever a row holds, a block holds little more than one block's bytes, and reading can start at each."""
+    rows = ["a" * size if size % 3 else None for size in (1, 3000, 10, 0, 2500, 700, 800, 600, 5, 2000, 4000, 2)]
+    pq.write_table(pa.table({"body": pa.array(rows, pa.string())}), tmp_path / "in.parquet", row_group_size=9)
+    found = list(blocks(tmp_path / "in.parquet", "body"))
+    assert [text for block in found for text in block.content] == rows
+    assert len(found) > 5
+    for block in found:
+        assert sum(len(text or "") for text in block.content[:-1]) < text_inputs.BLOCK_BYTES  # type: ignore[misc]
+
+
+def test_a_tokenizer_whose_ids_have_holes_gets_a_type_that_holds_them(tmp_path: Path) -> None:
+    sparse = Tokenizer(models.WordLevel({"a": 3, "b": 70_000, "[?]": 0}, unk_token="[?]"))
+    sparse.pre_tokenizer = pre_tokenizers.Whitespace()
+    sparse.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "in.txt").write_text("a b a")
+    prepare(tmp_path / "tokenizer.json", tmp_path / "out", tmp_path / "in.txt")
+    assert open_corpus(str(tmp_path / "out")).read(0, 3).tolist() == [3, 70_000, 3]
+
+
 def test_each_plain_text_is_a_document_whatever_its_length(tmp_path: Path, tokenizer: Path) -> None:
     long = "".join(text + "\n" for text in texts(80))
     assert len(long.encode()) > 5 * text_inputs.BLOCK_BYTES
