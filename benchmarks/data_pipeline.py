@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,25 +64,33 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
         for old in folder.glob(f"{name}.[bis]*"):
             old.unlink()
         command = [*script, "--input", str(folder / f"{name}.jsonl"), "--output", str(folder / name)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def library() -> None:  # a fresh one, as each of ours is: it remembers the words that it has met
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_fast(documents)
 
-    best: dict[str, tuple[float, float]] = {}
+    sides = {"start-up": lambda: prepare("one"), "prepare_data.py": lambda: prepare("texts"), "tokenizers": library}
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    busy = os.getloadavg()[0]
     for _ in range(rounds):  # in turns, so that what else the machine does falls on all
-        for name, action in (("one", lambda: prepare("one")), ("ours", lambda: prepare("texts")), ("theirs", library)):
-            best[name] = tuple(map(min, best.get(name, (1e9, 1e9)), cost(action)))
-    wall, processor = (best["ours"][i] - best["one"][i] for i in (0, 1))
+        for name, action in sides.items():
+            costs[name].append(cost(action))
+    idle = [statistics.median(one[kind] for one in costs["start-up"]) for kind in (0, 1)]
+    costs["prepare_data.py"] = [(wall - idle[0], work - idle[1]) for wall, work in costs["prepare_data.py"]]
     tokens = len(open_corpus(str(folder / "texts")))
     print(f"tokenise: {size / 1e6:,.0f} MB of Python source, {tokens / 1e6:.1f} M tokens, {os.cpu_count()} processors")
-    print(f"  best of {rounds}, less the start-up of {best['one'][0]:.1f} s:        wall       processors   wall rate")
-    for name, (seconds, work) in {
-        "tokenizers' batch encoding": best["theirs"],
-        "prepare_data.py": (wall, processor),
-    }.items():
-        print(f"  {name:28} {seconds:12.2f} s {work:12.2f} s {size / seconds / 1e6:8.2f} MB/s")
-    print(f"  ratio {wall / best['theirs'][0]:35.3f} {processor / best['theirs'][1]:14.3f}")
+    print(f"  load average {busy:.1f} before; {rounds} rounds, less the start-up of {idle[0]:.1f} s; median (all)")
+    for name in ("tokenizers", "prepare_data.py"):
+        walls, works = zip(*costs[name], strict=True)
+        print(f"  {name:16} wall {spread(walls, 's')}   processors {spread(works, 's')}")
+    pairs = list(zip(costs["tokenizers"], costs["prepare_data.py"], strict=True))
+    walls, works = ([theirs[kind] / ours[kind] for theirs, ours in pairs] for kind in (0, 1))
+    print(f"  speed of prepare_data.py over the library's: wall {spread(walls)}   processors {spread(works)}")
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Median, and all in order."""
+    return f"{statistics.median(values):.2f} {unit}".strip() + f" ({' '.join(f'{value:.2f}' for value in values)})"
 
 
 def cost(action: Callable[[], None]) -> tuple[float, float]:
@@ -173,8 +182,8 @@ def trillion(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="*", choices=["tokenise", "batches", "trillion", []])
-    parser.add_argument("--megabytes", type=int, default=64, help="of text to tokenise (default: 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="of tokenising; the best counts (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=24, help="of text to tokenise (default: 24)")
+    parser.add_argument("--rounds", type=int, default=5, help="of tokenising, each side in turn (default: 5)")
     options = parser.parse_args()
     for what in options.what or ["tokenise", "batches", "trillion"]:
         with tempfile.TemporaryDirectory() as folder:
