@@ -1,0 +1,140 @@
+"""Our ways to attend, by name; peers are in `peers.py`.
+
+Shapes: L tokens of this rank, S = P x L tokens of the whole sequence, D = 128.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attention_contest.rows import HEAD_DIM, ONE_GPU, Row
+from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
+from parallel.exchange import ExchangeAttention
+from parallel.mesh import MeshShape, ParallelMesh
+from parallel.recorded import RecordedAttention
+from parallel.ring import RingAttention
+from parallel.sequence import chunk_starts
+from parallel.transport import SymmetricTransport, Transport, make_transport
+from parallel.ulysses import UlyssesAttention
+
+GRAPHS_UP_TO = 8192
+"""Tokens per rank: beyond, the host is faster than the GPU."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to attend: to q [1, L, heads, D], k and v of the tokens at `positions`, inside `context`."""
+
+    positions: Tensor
+    """Which tokens of the whole sequence this rank holds, in its order; on the host."""
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+
+
+Builder = Callable[[], Contestant]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a row is measured: this rank's device, and the row's documents on it."""
+
+    row: Row
+    kernel: str
+    device: torch.device
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.row.local_tokens * self.ranks
+
+    @property
+    def window(self) -> int | None:
+        return self.row.window or None
+
+    def zigzag(self) -> Tensor:
+        """The layout of `parallel.sequence`, which most peers share."""
+        chunk = self.length // (2 * self.ranks) if self.ranks > 1 else self.length
+        starts = chunk_starts(self.length, self.ranks, dist.get_rank())
+        return torch.cat([torch.arange(start, start + chunk) for start in starts])
+
+    def striped(self) -> Tensor:
+        """Every P-th token (arXiv:2311.09431)."""
+        return torch.arange(dist.get_rank(), self.length, self.ranks)
+
+    def contiguous(self) -> Tensor:
+        """One run of tokens a rank."""
+        return torch.arange(self.row.local_tokens) + dist.get_rank() * self.row.local_tokens
+
+
+def our_contestants(stage: Stage) -> dict[str, Builder]:
+    """One GPU on the whole sequence first, then every mode that can share this row's heads."""
+    row, settings = stage.row, {"scale": HEAD_DIM**-0.5, "window": stage.window}
+    kernel = KERNELS[stage.kernel]
+    documents = cache(
+        lambda: Documents.from_boundaries(row.boundaries(stage.ranks), stage.device) if row.documents else None
+    )
+
+    def entry(make: Callable[[], AttentionOperator], whole: bool = False) -> Contestant:
+        operator = make()
+        positions = torch.arange(stage.length) if whole else stage.zigzag()
+        return Contestant(positions, lambda q, k, v: operator(q, k, v, documents()))
+
+    def heads(groups: int, number: int = 0) -> AttentionOperator:
+        memory = transport(stage.device, number)
+        return UlyssesAttention(memory, KernelOperator(kernel, **settings), head_groups=groups)
+
+    def exchange(number: int = 0) -> AttentionOperator:
+        return ExchangeAttention(transport(stage.device, number), kernel, **settings)
+
+    def exchange_within_heads(by_heads: int) -> AttentionOperator:
+        neighbours, across = split_transports(stage.device, by_heads)
+        return UlyssesAttention(neighbours, ExchangeAttention(across, kernel, keep_gathered=False, **settings))
+
+    found = {ONE_GPU: partial(entry, lambda: KernelOperator(kernel, **settings), whole=True)}
+    by_heads = row.key_value_heads % stage.ranks == 0
+    for groups in (1, 2, 4):
+        if row.key_value_heads % (groups * stage.ranks) == 0:
+            name = f"heads, {groups} group{'s' * (groups > 1)}"
+            found[name] = partial(entry, partial(heads, groups))
+    found["exchange"] = partial(entry, exchange)
+    if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):
+        # A graph remembers its transport's memory, so it has one of its own.
+        if by_heads:
+            found["heads, CUDA graphs"] = partial(entry, lambda: RecordedAttention(heads(1), heads(1, 1)))
+        found["exchange, CUDA graphs"] = partial(entry, lambda: RecordedAttention(exchange(), exchange(2)))
+    for inner in range(2, stage.ranks):
+        if stage.ranks % inner == 0 and row.key_value_heads % inner == 0:
+            name = f"exchange over {stage.ranks // inner} within heads over {inner}"
+            found[name] = partial(entry, partial(exchange_within_heads, inner))
+    found["zigzag ring"] = partial(entry, lambda: RingAttention(dist.group.WORLD, kernel, **settings))
+    return found
+
+
+@cache
+def transport(device: torch.device, number: int = 0) -> Transport:
+    """For all rows: its memory grows to the largest."""
+    return make_transport(dist.group.WORLD, device)
+
+
+@cache
+def split_transports(device: torch.device, by_heads: int) -> tuple[Transport, Transport]:
+    """Among `by_heads` neighbours, and among the ranks at one place of each such group."""
+    mesh = ParallelMesh.create(MeshShape(1, dist.get_world_size(), 1))
+    neighbours, across = mesh.split_context(by_heads, device)
+    return make_transport(neighbours, device), make_transport(across, device)
+
+
+def graphs_run(device: torch.device) -> bool:
+    return isinstance(transport(device), SymmetricTransport)

@@ -1,0 +1,211 @@
+"""Times, memory, errors and the kernels' own time of the contestants on one row.
+
+Shapes: S tokens of the whole sequence, L tokens of a contestant on this rank, H query and K key/value heads, D = 128.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attention_contest.contestants import Builder, Contestant, Stage
+from attention_contest.reference import NAMES, sampled_attention
+from attention_contest.rows import HEAD_DIM
+
+ROUNDS = 3
+SAMPLES = 128
+"""Queries whose error is measured."""
+ATTENTION_KERNEL = re.compile("flash|sdpa|flex_attention|fmha", re.IGNORECASE)
+"""Names that GPU kernels of attention have, forward and backward, in all libraries that take part."""
+
+
+class Inputs:
+    """q, k, v [1, S, heads, D] of the whole sequence, the same on every rank, and what the sampled queries give."""
+
+    def __init__(self, stage: Stage):
+        row, length = stage.row, stage.length
+        self.stage = stage
+        generator = torch.Generator(stage.device).manual_seed(17)
+
+        def random(tokens: int, heads: int) -> Tensor:
+            shape = 1, tokens, heads, HEAD_DIM
+            return torch.randn(shape, device=stage.device, dtype=torch.bfloat16, generator=generator)
+
+        self.full = random(length, row.heads), random(length, row.key_value_heads), random(length, row.key_value_heads)
+        self.dense_gradient = random(length, row.heads)
+        chosen = torch.randperm(length, generator=torch.Generator().manual_seed(17))
+        self.samples = chosen[: min(SAMPLES, length)].sort().values
+        self.sampled_gradient = torch.zeros_like(self.dense_gradient)
+        at = self.samples.to(stage.device)
+        self.sampled_gradient[:, at] = self.dense_gradient[:, at]
+        q, k, v = (tensor[0] for tensor in self.full)
+        self.expected = sampled_attention(
+            q[at],
+            k,
+            v,
+            self.dense_gradient[0, at],
+            self.samples,
+            scale=HEAD_DIM**-0.5,
+            window=stage.window,
+            boundaries=row.boundaries(stage.ranks),
+        )
+
+    def squared_errors(self, results: list[Tensor], positions: Tensor) -> Tensor:
+        """[4, 2]: for out, dq, dk, dv of the tokens at `positions`, squares of the error and of what is expected."""
+        rank_of = torch.full((self.stage.length,), -1)
+        rank_of[positions] = torch.arange(len(positions))
+        here = rank_of[self.samples]
+        mine = (here >= 0).nonzero().flatten()
+        queries, samples = here[mine].to(self.stage.device), mine.to(self.stage.device)
+        keys = positions.to(self.stage.device)
+        squares = []
+        for number, (result, expected) in enumerate(zip(results, self.expected, strict=True)):
+            found, wanted = (result[0, queries], expected[samples]) if number < 2 else (result[0], expected[keys])
+            squares.append(torch.stack([(found.float() - wanted).square().sum(), wanted.square().sum()]))
+        return torch.stack(squares).double()
+
+
+class Measurement:
+    """One contestant on its part of the inputs: checked and warmed up, then timed a round at a time."""
+
+    def __init__(self, name: str, contestant: Contestant, inputs: Inputs):
+        self.name, self.contestant, self.device = name, contestant, inputs.stage.device
+        at = contestant.positions.to(self.device)
+        self.q, self.k, self.v = (tensor[:, at].requires_grad_() for tensor in inputs.full)
+        self.rounds: dict[str, list[float]] = {"forward": [], "forward_backward": []}
+        self.gradient = inputs.sampled_gradient[:, at]
+        with contestant.context():
+            out = self.both()
+        results = [out.detach(), self.q.grad, self.k.grad, self.v.grad]
+        self.squares = inputs.squared_errors([result for result in results if result is not None], contestant.positions)
+        del out, results
+        self.gradient = inputs.dense_gradient[:, at]
+        with contestant.context():
+            self.both()
+            with torch.no_grad():
+                self.forward()
+        self.peak_gib, self.kernels = self._peak(), self._kernels()
+
+    def forward(self) -> Tensor:
+        return self.contestant.attend(self.q, self.k, self.v)
+
+    def both(self) -> Tensor:
+        self.q.grad = self.k.grad = self.v.grad = None
+        out = self.forward()
+        out.backward(self.gradient)
+        return out
+
+    def round(self, repetitions: int) -> None:
+        """Adds one round's medians."""
+        with self.contestant.context():
+            with torch.no_grad():
+                self.rounds["forward"].append(median_ms(self.forward, repetitions, self.device))
+            self.rounds["forward_backward"].append(median_ms(self.both, repetitions, self.device))
+
+    def result(self) -> dict[str, Any]:
+        """Of the slowest rank: milliseconds (median over the rounds), GiB beyond the inputs; relative errors."""
+        forward, both = (statistics.median(self.rounds[kind]) for kind in self.rounds)
+        kernels = -1.0 if self.kernels is None else self.kernels
+        slowest = torch.tensor([forward, both, self.peak_gib, kernels, both - kernels], device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(self.squares)
+        forward, both, peak_gib, kernels, exposed = slowest.tolist()
+        errors = (self.squares[:, 0] / self.squares[:, 1]).sqrt().tolist()
+        return {
+            "forward": forward,
+            "forward_backward": both,
+            "peak_gib": peak_gib,
+            "kernels": None if self.kernels is None else kernels,
+            "exposed": None if self.kernels is None else exposed,
+            "errors": dict(zip(NAMES, errors, strict=True)),
+        }
+
+    def _peak(self) -> float:
+        """GiB that forward and backward take at their highest; a transport's own memory is not counted."""
+        if self.device.type != "cuda":
+            return 0.0
+        self.q.grad = self.k.grad = self.v.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self.contestant.context():
+            self.both()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    def _kernels(self) -> float | None:
+        """Milliseconds of one forward + backward in which a kernel of attention runs on this GPU, by the profiler."""
+        if self.device.type != "cuda":
+            return None
+        dist.barrier()
+        torch.cuda.synchronize()
+        repetitions = 2
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            with self.contestant.context():
+                for _ in range(repetitions):
+                    self.both()
+            torch.cuda.synchronize()
+        spans = sorted(
+            (event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and ATTENTION_KERNEL.search(event.name)
+        )
+        return covered(spans) / 1e3 / repetitions if spans else None
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals, sorted by their starts."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def median_ms(action: Callable[[], object], repetitions: int, device: torch.device) -> float:
+    """Of repeated calls, all ranks starting together; the first is not counted."""
+    dist.barrier()
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        for _ in range(repetitions + 1):
+            action()
+            times.append(time.perf_counter())
+        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    torch.cuda.synchronize()
+    for mark in marks:
+        action()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(one.elapsed_time(following) for one, following in itertools.pairwise(marks))
+
+
+def measure_row(
+    stage: Stage, builders: dict[str, Builder], ours: set[str], repetitions: int | None = None
+) -> dict[str, Any]:
+    """{name: result, or {"failed": why}} of all contestants on one shape, in turns: the GPU's clock drifts with its
+    temperature, ratios must not. `repetitions` of a round: by the length of the work where not said."""
+    found: dict[str, Any] = {}
+    running: list[Measurement] = []
+    inputs = Inputs(stage)
+    for name, build in builders.items():
+        try:
+            running.append(Measurement(name, build(), inputs))
+        except Exception as error:  # a peer may fail as it likes; the table says how
+            if name in ours or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    repetitions = repetitions or max(4, min(20, 20 * 32 * 8192 // (stage.row.heads * stage.row.local_tokens)))
+    for _ in range(ROUNDS):
+        for measurement in running:
+            measurement.round(repetitions)
+    for measurement in running:
+        found[measurement.name] = measurement.result() | {"ours": measurement.name in ours}
+    return found

@@ -1,0 +1,185 @@
+"""Other libraries, each at the settings that suit it. One that is not installed fails when it is built, and says so.
+
+On flash_attn_4 rows: torch's context_parallel over cuDNN, the fastest kernel it takes, for plain causal masks, and its
+FlexAttention form for windows and documents. On flash_attn_2 rows: ring-flash-attn and yunchang, which call the same
+flash-attn 2 as we do. Rows that a peer cannot compute are not offered to it: ring-flash-attn's rings pass a window to
+every block unchanged and want each document's length divisible by 2P, so that windows and documents are left to its
+all-gather (llama3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from attention_contest.contestants import Builder, Contestant, Stage
+from attention_contest.rows import HEAD_DIM, RING_FLASH_ATTN, TORCH
+
+
+def peers(stage: Stage) -> dict[str, Builder]:
+    """By name; built only when their turn comes."""
+    masked = bool(stage.row.window or stage.row.documents)
+    if stage.kernel == "flash_attn_2":
+        found = {
+            f"{RING_FLASH_ATTN} llama3, {heads} KV heads at a time": partial(_llama3, stage, heads)
+            for heads in sorted({1, stage.row.key_value_heads})
+        }
+        if masked:
+            return found
+        found[f"{RING_FLASH_ATTN} zigzag"] = partial(_ring_flash_attn, stage, "zigzag")
+        found[f"{RING_FLASH_ATTN} stripe"] = partial(_ring_flash_attn, stage, "stripe")
+        if stage.row.key_value_heads % stage.ranks == 0:
+            found["yunchang, heads"] = partial(_yunchang, stage)
+        return found
+    if stage.kernel != "flash_attn_4":
+        return {}
+    if masked:
+        return {f"{TORCH}, FlexAttention": partial(_flex, stage)}
+    return {f"{TORCH} (cuDNN, {rotation})": partial(_torch, stage, rotation) for rotation in ("allgather", "alltoall")}
+
+
+# -- ring-flash-attn and yunchang -----------------------------------------------------------------------------------
+
+
+@cache
+def _ring_flash_attn_package() -> Any:
+    import transformers.modeling_flash_attention_utils as utilities
+
+    # ring-flash-attn 0.1.8 imports this name, which transformers 5 dropped, for an adapter that is not used here
+    utilities.is_flash_attn_greater_or_equal_2_10 = lambda: True
+    import ring_flash_attn
+
+    return ring_flash_attn
+
+
+def _ring_flash_attn(stage: Stage, which: str) -> Contestant:
+    attend = getattr(_ring_flash_attn_package(), f"{which}_{'ring_' * (which == 'zigzag')}flash_attn_func")
+    positions = stage.zigzag() if which == "zigzag" else stage.striped()
+    return Contestant(positions, partial(attend, causal=True))
+
+
+def _llama3(stage: Stage, heads_at_a_time: int) -> Contestant:
+    package, window = _ring_flash_attn_package(), stage.row.window
+    boundaries = torch.tensor(stage.row.boundaries(stage.ranks), dtype=torch.int32, device=stage.device)
+    queries, keys, longest_q, longest_k, needed = package.llama3_flash_attn_prepare_cu_seqlens(
+        boundaries, causal=True, rank=dist.get_rank(), world_size=stage.ranks
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return package.llama3_flash_attn_varlen_func(
+            q[0],
+            k[0],
+            v[0],
+            queries,
+            keys,
+            longest_q,
+            longest_k,
+            heads_k_stride=heads_at_a_time,
+            local_k_slice=needed,
+            causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1),
+            group=dist.group.WORLD,
+        )[None]
+
+    return Contestant(stage.contiguous(), attend)
+
+
+@cache
+def _yunchang_layer(ranks: int) -> Any:
+    import yunchang
+
+    yunchang.set_seq_parallel_pg(ranks, 1, dist.get_rank(), ranks)
+    return yunchang.LongContextAttention(ring_impl_type="basic")
+
+
+def _yunchang(stage: Stage) -> Contestant:
+    """Its other pure form, a ring over all ranks, is ring-flash-attn's."""
+    return Contestant(stage.contiguous(), partial(_yunchang_layer(stage.ranks), causal=True))
+
+
+# -- torch ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cuda", (dist.get_world_size(),))
+
+
+def _torch(stage: Stage, rotation: str) -> Contestant:
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+    from torch.nn import functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        set_rotate_method(rotation)
+        unused = torch.zeros(2 * stage.ranks, device=stage.device)  # it insists on something to shard
+        with context_parallel(_mesh(), buffers=[unused], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            yield
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # repeating KV by hand was slower at every length
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return attended.transpose(1, 2)
+
+    return Contestant(stage.zigzag(), attend, context)
+
+
+def _flex(stage: Stage) -> Contestant:
+    """All of the keys are gathered; documents are balanced by torch's own measure of a block's work, windows by
+    zigzag. The block mask is made once, as the layers of a model would share it, and not timed."""
+    from torch.distributed.tensor.experimental._context_parallel import (
+        _attention as context_parallel,
+    )
+    from torch.distributed.tensor.experimental._context_parallel._load_balancer import (
+        _HeadTailLoadBalancer,
+        _PTRRLoadBalancer,
+    )
+    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()  # each row compiles its own; the limit on forms of one function is not for this
+    row, length = stage.row, stage.length
+    lengths = torch.diff(torch.tensor(row.boundaries(stage.ranks)))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(stage.device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = query >= key
+        if row.window:
+            seen = seen & (query - key < row.window)
+        if row.documents:
+            seen = seen & (document[query] == document[key])
+        return seen
+
+    if row.documents:
+        whole = torch.compile(create_block_mask, dynamic=False)(visible, 1, 1, length, length, device="cuda")
+        balancer = _PTRRLoadBalancer(whole, stage.ranks)
+    else:
+        balancer = _HeadTailLoadBalancer(length, stage.ranks, "cuda")
+    mask = context_parallel._create_cp_block_mask(visible, 1, 1, length, length, _mesh(), balancer)
+    positions = balancer._generate_indices(restore=False)[0].view(stage.ranks, -1)[dist.get_rank()].cpu().long()
+
+    class Attention(torch.nn.Module):
+        compiled = staticmethod(torch.compile(flex_attention, dynamic=False))
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            grouped = query.shape[1] != key.shape[1]
+            return self.compiled(query, key, value, block_mask=mask, scale=HEAD_DIM**-0.5, enable_gqa=grouped)
+
+    style = context_parallel._ContextParallel(
+        seq_dim=2, attention_type=context_parallel._ContextParallel.AttentionType.FLEX
+    )
+    layer = parallelize_module(Attention(), _mesh(), style)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return layer(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
+
+    return Contestant(positions, attend)

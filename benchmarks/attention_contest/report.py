@@ -1,0 +1,160 @@
+"""Results as Markdown tables and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+from attention_contest.results import Entry, Results, finished, reached, runs_of, share_of_ideal, tflops
+from attention_contest.rows import ANCHOR, IDEAL, ONE_GPU, TORCH, Bar, Row, bars, grid
+
+COLUMNS = [
+    "mode",
+    "forward ms",
+    "forward + backward ms",
+    "TFLOP/s per GPU",
+    "share of the ideal, forward",
+    "share of the ideal",
+    "exposed ms",
+    "peak GiB",
+    "error",
+]
+
+
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    width = lines[0].count(" | ") + 1
+    return "\n".join([lines[0], "|" + " --- |" * width, *lines[1:]])
+
+
+def entry_table(entry: Entry) -> str:
+    """One row of one run: a line for each mode."""
+    lines = [COLUMNS]
+    for name in finished(entry):
+        mode = entry["modes"][name]
+        whole = name == ONE_GPU
+        exposed = None if whole or mode["kernels"] is None else mode["exposed"]
+        lines.append(
+            [
+                name,
+                f"{mode['forward']:.3f}",
+                f"{mode['forward_backward']:.3f}",
+                f"{tflops(entry, name):.0f}",
+                "" if whole else f"{share_of_ideal(entry, name, 'forward'):.1%}",
+                "" if whole else f"{share_of_ideal(entry, name):.1%}",
+                "" if exposed is None else f"{exposed:.3f}",
+                f"{mode['peak_gib']:.2f}",
+                f"{max(mode['errors'].values()):.1e}",
+            ]
+        )
+    failed = [f"- {name}: {mode['failed']}" for name, mode in entry["modes"].items() if "failed" in mode]
+    return "\n".join([_table(lines), *(["", *failed] if failed else [])])
+
+
+def all_tables(results: Results) -> str:
+    """Every row of every run, the bars' rows first."""
+    keys = list(dict.fromkeys([(bar.row, bar.kernel) for bar in bars()]))
+    for entries in results["rows"].values():
+        entry = next(iter(entries.values()))
+        keys.append((Row(**entry["row"]), entry["kernel"]))
+    parts = [runs_table(results)]
+    for row, kernel in dict.fromkeys(keys):
+        for run, entry in runs_of(results, row, kernel):
+            parts.append(f"## {row.name}, {kernel}\n\nRun {run}.\n\n{entry_table(entry)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def runs_table(results: Results) -> str:
+    """What each run ran on, and the anchor row's time on one GPU: how far clocks were apart."""
+    lines = [["run", "on", "torch", f"one GPU, {ANCHOR.name} x 2, forward + backward ms"]]
+    anchors = dict(runs_of(results, ANCHOR, "flash_attn_4"))
+    for run, about in sorted(results["runs"].items()):
+        single = anchors[run]["modes"].get(ONE_GPU, {}).get("forward_backward") if run in anchors else None
+        on = f"{about['gpus']} x {about['gpu']}"
+        lines.append([run, on, about["torch"], "" if single is None else f"{single:.2f}"])
+    return _table(lines)
+
+
+def bars_table(results: Results) -> str:
+    """Each bar in the newest run that measured it, and the range over all runs where there are several."""
+    lines = [["work", "against", "at least", "aim", "reached", "over all runs (median)", "by"]]
+    for bar in bars():
+        found = [(run, one) for run, entry in runs_of(results, bar.row, bar.kernel) if (one := reached(entry, bar))]
+        work = f"{bar.row.name}, {bar.kernel}"
+        if not found:
+            lines.append([work, bar.rival, _ratio(bar, bar.required), _ratio(bar, bar.aim), "not measured", "", ""])
+            continue
+        _, (ratio, ours, rival) = found[0]
+        ratios = [one[0] for _, one in found]
+        spread = f"{_ratio(bar, min(ratios))} to {_ratio(bar, max(ratios))} ({_ratio(bar, median(ratios))})"
+        verdict = "" if ratio >= bar.required else " (missed)"
+        lines.append(
+            [
+                work,
+                rival,
+                "ahead" if bar.required == 1 else _ratio(bar, bar.required),
+                "" if bar.required == 1 else _ratio(bar, bar.aim),
+                f"{_ratio(bar, ratio)}{verdict}",
+                spread if len(found) > 1 else "",
+                ours,
+            ]
+        )
+    return _table(lines)
+
+
+def _ratio(bar: Bar, value: float) -> str:
+    return f"{value:.1%}" if bar.rival == IDEAL else f"{value:.2f} x"
+
+
+def grid_table(results: Results) -> str:
+    """The grid in brief: our fastest mode of the newest run, its share of the ideal, and the fastest peer's."""
+    lines = [["shape", "kernel", "our fastest mode", "share of the ideal", "fastest peer", "its share"]]
+    for row in grid():
+        for kernel in ("flash_attn_4", "flash_attn_2"):
+            for _, entry in runs_of(results, row, kernel)[:1]:
+                ours, peer = (_best(entry, ours=True), _best(entry, ours=False))
+                if ours is None:
+                    continue
+                theirs = ["", ""] if peer is None else [peer, f"{share_of_ideal(entry, peer):.1%}"]
+                lines.append([row.name, kernel, ours, f"{share_of_ideal(entry, ours):.1%}", *theirs])
+    return _table(lines)
+
+
+def _best(entry: Entry, ours: bool) -> str | None:
+    names = [name for name in finished(entry) if name != ONE_GPU and entry["modes"][name]["ours"] == ours]
+    return max(names, key=lambda name: share_of_ideal(entry, name), default=None)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Share of the ideal over tokens per rank, 32/8 heads: our modes and torch's, causal and packed. Needs matplotlib
+    (pip install 'ringzero[bench]')."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same figures give the same file"
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    panels = {"causal": {}, "packed documents, seed 1": {"documents": 1}, "window 4,096": {"window": 4096}}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4.2), sharey=True)
+    for axis, (title, mask) in zip(axes, panels.items(), strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for length in sorted({row.local_tokens for row in grid()}):
+            for _, entry in runs_of(results, Row(32, 8, length, **mask), "flash_attn_4")[:1]:
+                shares = {name: share_of_ideal(entry, name) for name in finished(entry) if name != ONE_GPU}
+                for name, share in shares.items():
+                    lines.setdefault(name, []).append((length, share))
+        for name, points in lines.items():
+            style = "--" if name.startswith(TORCH) else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+        axis.set(title=f"{title}, 32/8 heads", xlabel="tokens per rank", ylim=(0, 1.05))
+        axis.set_xscale("log", base=2)
+        axis.axhline(1, color="grey", linewidth=0.5)
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        if lines:
+            axis.legend(fontsize=7)
+    axes[0].set_ylabel("forward + backward, share of the ideal")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,102 @@
+"""The file of results: one entry for each row, kernel and run. Pure Python.
+
+GPU clocks differ from run to run, so a ratio is taken between times of one run only: an entry holds all contestants
+that took turns on a row, the one GPU among them. Files merge by run, and nothing is averaged over runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from attention_contest.rows import IDEAL, ONE_GPU, Bar, Row
+
+Entry = dict[str, Any]
+"""{"row": Row's fields, "kernel": name, "gpus": P, "modes": {name: what was measured of it, or {"failed": why}}}"""
+Results = dict[str, Any]
+"""{"runs": {run: what it ran on}, "rows": {key: {run: Entry}}}"""
+
+BACKWARD_FLOPS = 2.5
+
+
+def row_key(row: Row, kernel: str) -> str:
+    return f"{row.name} / {kernel}"
+
+
+def load(path: Path) -> Results:
+    """What the file holds; nothing yet, if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": {}}
+
+
+def save(results: Results, path: Path) -> None:
+    """Replaces the file at once: one that is interrupted leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def add(results: Results, run: str, about: dict[str, Any], entry: Entry) -> None:
+    """Enters one row of a run."""
+    results["runs"][run] = about
+    results["rows"].setdefault(row_key(Row(**entry["row"]), entry["kernel"]), {})[run] = entry
+
+
+def merged(files: Iterable[Results]) -> Results:
+    """All runs of all files; a run that stands in several, an older copy of a file among them, counts once."""
+    together: Results = {"runs": {}, "rows": {}}
+    for results in files:
+        together["runs"] |= results["runs"]
+        for key, entries in results["rows"].items():
+            together["rows"].setdefault(key, {}).update(entries)
+    return together
+
+
+def measured(results: Results, row: Row, kernel: str, names: Iterable[str]) -> bool:
+    """Whether one run has measured all of these contestants on this row."""
+    wanted = set(names)
+    return any(wanted <= set(entry["modes"]) for entry in results["rows"].get(row_key(row, kernel), {}).values())
+
+
+def share_of_ideal(entry: Entry, name: str, kind: str = "forward_backward") -> float:
+    """The one GPU's time divided by the number of GPUs, over this mode's."""
+    return entry["modes"][ONE_GPU][kind] / entry["gpus"] / entry["modes"][name][kind]
+
+
+def tflops(entry: Entry, name: str, kind: str = "forward_backward") -> float:
+    """TFLOP/s of each GPU that takes part."""
+    ranks = entry["gpus"]
+    work = Row(**entry["row"]).flops(ranks) * (1 if kind == "forward" else 1 + BACKWARD_FLOPS)
+    return work / (1 if name == ONE_GPU else ranks) / entry["modes"][name][kind] / 1e9
+
+
+def finished(entry: Entry) -> Iterator[str]:
+    """Modes with times, one GPU first."""
+    names = [name for name, mode in entry["modes"].items() if "failed" not in mode]
+    yield from sorted(names, key=lambda name: name != ONE_GPU)
+
+
+def fastest(entry: Entry, names: Iterable[str]) -> str | None:
+    """By forward + backward; None if there is none."""
+    return min(names, key=lambda name: entry["modes"][name]["forward_backward"], default=None)
+
+
+def reached(entry: Entry, bar: Bar) -> tuple[float, str, str] | None:
+    """How many times as fast as the bar's rival ours was in this run, our mode and the rival; None if not measured."""
+    names = list(finished(entry))
+    ours = fastest(entry, (name for name in names if entry["modes"][name]["ours"] and name != ONE_GPU))
+    if ours is None or ONE_GPU not in names:
+        return None
+    if bar.rival == IDEAL:
+        return share_of_ideal(entry, ours), ours, IDEAL
+    rival = fastest(entry, (name for name in names if name.startswith(bar.rival)))
+    if rival is None:
+        return None
+    return entry["modes"][rival]["forward_backward"] / entry["modes"][ours]["forward_backward"], ours, rival
+
+
+def runs_of(results: Results, row: Row, kernel: str) -> list[tuple[str, Entry]]:
+    """Newest first."""
+    return sorted(results["rows"].get(row_key(row, kernel), {}).items(), reverse=True)
