@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from attention_contest import results as book
 from attention_contest.report import all_tables, bars_table, entry_table, grid_table, plot
 from attention_contest.rows import ANCHOR, ONE_GPU, Row, all_rows, bars

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from attention_contest import results as book
 from attention_contest.contestants import Stage, our_contestants
 from attention_contest.measure import Inputs, Measurement, covered, measure_row
@@ -28,9 +29,8 @@ from attention_contest.rows import (
     bars,
     document_lengths,
 )
-from ring_attention import renewed, wanted_rows
-
 from model.kernels import KERNELS, AttentionMask, Documents
+from ring_attention import renewed, wanted_rows
 from tests.differentiable import attention
 from tests.distributed.harness import run_distributed
 
