@@ -1,4 +1,4 @@
-"""Table, plot and page of `train_throughput.py`'s results."""
+"""Table, plot and page of `train_throughput.py`'s results: rows are compared within one run only."""
 
 from __future__ import annotations
 
@@ -6,43 +6,81 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
-BEGIN, END = "<!-- begin: train_throughput.py -->", "<!-- end: train_throughput.py -->"
+BEGIN, END = "<!-- train_throughput.py -->", "<!-- end -->"
+_COLOURS = {"ringzero": "tab:blue", "torchtitan": "tab:orange", "huggingface": "tab:green"}
+_COLUMNS = ["row", "layers", "tokens/s/GPU", "over the anchor", "MFU, causal", "MFU, full", "peak GiB"]
+_COLUMNS += ["estimate / peak", "loss of each step"]
 
 
-def anchor_of(results: Results, row: dict[str, Any], anchor: str) -> dict[str, Any] | None:
-    """The anchor row of the same run and depth; None where it is missing or failed."""
-    same = [
-        other
-        for other in results.values()
-        if other["row"] == anchor and other["run"] == row["run"] and other["layers"] == row["layers"]
-    ]
-    return next((other for other in same if "failed" not in other), None)
+def over_anchor(results: Results, row: dict[str, Any], anchor: str) -> float | None:
+    """A row's rate over that of the anchor of its run and depth; None where that is missing or failed."""
+    for other in results.values():
+        same = all(other[key] == row[key] for key in ("run", "layers"))
+        if same and other["row"] == anchor and "failed" not in other:
+            return row["tokens_per_second_per_device"] / other["tokens_per_second_per_device"]
+    return None
 
 
 def table(results: Results, anchor: str) -> str:
-    """Markdown: one line a row, runs one after the other."""
-    lines = [
-        "| run | row | layers | tokens/s/GPU | over the anchor | MFU, causal | MFU, full | peak GiB | estimate | loss |"
-    ]
-    lines.append("|" + " --- |" * 10)
-    for row in sorted(results.values(), key=lambda row: (row["run"], -row["layers"])):
-        start = f"| {row['run']} | {row['row']} | {row['layers']} |"
-        if "failed" in row:
-            lines.append(f"{start} {row['failed']} | | | | | | |")
-            continue
-        reference, rate = anchor_of(results, row, anchor), row["tokens_per_second_per_device"]
-        ratio = f"{rate / reference['tokens_per_second_per_device']:.3f}" if reference else ""
-        utilisation = [f"{row[key]:.1%}" if key in row else "" for key in ("mfu_causal", "mfu_full")]
-        estimate = f"{row['estimated_gib']:.1f}" if "estimated_gib" in row else ""
-        losses = " ".join(f"{loss:.3f}" for loss in row["losses"])
-        figures = [f"{rate:,.0f}", ratio, *utilisation, f"{row['peak_gib']:.1f}", estimate, losses]
-        lines.append(f"{start} {' | '.join(figures)} |")
-    return "\n".join(lines)
+    """Markdown: one table for each run."""
+    lines = []
+    for run in dict.fromkeys(row["run"] for row in results.values()):
+        rows = [row for row in results.values() if row["run"] == run]
+        gpu = next((f"{row['gpus']} x {row['gpu']}, torch {row['torch']}, " for row in rows if "gpu" in row), "")
+        lines += [f"Run {run}: {gpu}{rows[0]['measured'][:10]}", ""]
+        lines += [f"| {' | '.join(_COLUMNS)} |", "|" + " --- |" * len(_COLUMNS)]
+        lines += [_line(results, row, anchor) for row in sorted(rows, key=lambda row: -row["layers"])]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _line(results: Results, row: dict[str, Any], anchor: str) -> str:
+    if "failed" in row:
+        return f"| {row['row']} | {row['layers']} | {row['failed'].replace('|', ' ')} |" + " |" * (len(_COLUMNS) - 3)
+    ratio = over_anchor(results, row, anchor)
+    cells = [row["row"], str(row["layers"]), f"{row['tokens_per_second_per_device']:,.0f}"]
+    cells.append(f"{ratio:.3f}" if ratio is not None else "")
+    cells += [f"{row[key]:.1%}" if key in row else "" for key in ("mfu_causal", "mfu_full")]
+    cells.append(f"{row['peak_gib']:.1f}")
+    cells.append(
+        f"{row['estimated_gib'] / row['peak_gib']:.2f}" if row.get("estimated_gib") and row["peak_gib"] else ""
+    )
+    cells.append(" ".join(f"{loss:.3f}" for loss in row["losses"]))
+    return f"| {' | '.join(cells)} |"
 
 
 def write_document(results: Results, anchor: str, folder: Path) -> None:
-    """Renews the table in `folder`/throughput.md, between its marks, and `folder`/throughput.svg."""
+    """Renews the table in `folder`/throughput.md, between its marks, and the plot beside it."""
     page = folder / "throughput.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(results, anchor)}\n\n{END}{after}")
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{table(results, anchor)}\n\n{END}{rest.split(END)[1]}")
+    plot(results, anchor, folder / "throughput.svg")
+
+
+def plot(results: Results, anchor: str, path: Path) -> None:
+    """Bars: each row of the deepest model over the anchor of its run, short and long sequences apart."""
+    from matplotlib import pyplot
+
+    deepest = max(row["layers"] for row in results.values())
+    rows = {
+        row["row"]: (row, ratio)
+        for row in results.values()
+        if "failed" not in row and row["layers"] == deepest and (ratio := over_anchor(results, row, anchor)) is not None
+    }
+    lengths = sorted({row["sequence_length"] for row, _ in rows.values()})
+    figure, panels = pyplot.subplots(
+        len(lengths), 1, figsize=(8, 1 + 0.35 * len(rows)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (panel,), length in zip(panels, lengths, strict=True):
+        shown = sorted(
+            (pair for pair in rows.values() if pair[0]["sequence_length"] == length), key=lambda pair: pair[1]
+        )
+        bars = panel.barh(
+            [row["row"] for row, _ in shown],
+            [ratio for _, ratio in shown],
+            color=[_COLOURS[row["system"]] for row, _ in shown],
+        )
+        panel.bar_label(bars, [f"{row['tokens_per_second_per_device']:,.0f}" for row, _ in shown], fontsize="small")
+        panel.set_title(f"{length:,} tokens", fontsize="medium", loc="left")
+    panels[-1][0].set_xlabel(f"over '{anchor}' of the same run; at the bars, tokens/s/GPU")
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,78 @@
+"""The benchmark's comparison: the same work for every system, rates compared within one run only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from throughput_report import over_anchor, table
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.intermediate_size=192",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "training.sequence_length=256",
+    "training.global_batch_size=4",
+    "training.compile=false",
+]
+
+
+def test_peers_do_the_same_work(tmp_path: Path) -> None:
+    """From the same weights on the same tokens transformers' Llama has our losses and gradient norms: nothing is left
+    out, and nothing is scaled otherwise."""
+    rows = {"ours": "8k, ZeRO-3, selective", "theirs": "Hugging Face 8k, full"}
+    processes = {}
+    for name, row in rows.items():
+        command = [sys.executable, "benchmarks/train_throughput.py", "--row", row, "--layers", "2", "--steps", "3"]
+        command += ["--output", str(tmp_path / f"{name}.json"), "--set", *TINY]
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        environment = os.environ | world | {"MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
+        processes[name] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    found = {}
+    for name, process in processes.items():
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, said
+        (found[name],) = json.loads((tmp_path / f"{name}.json").read_text()).values()
+    ours, theirs = found["ours"], found["theirs"]
+    assert ours["losses"][0] - ours["losses"][-1] > 0.02, "no learning to compare"
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=2e-4)
+    assert theirs["gradient_norms"] == pytest.approx(ours["gradient_norms"], rel=5e-3)
+    assert theirs["tokens_per_step"] == ours["tokens_per_step"] == 1024
+
+
+def row(name: str, run: str, rate: float) -> dict[str, object]:
+    figures = {"tokens_per_second_per_device": rate, "peak_gib": 2.0, "losses": [1.0], "measured": "2026-11-22"}
+    return {"row": name, "run": run, "layers": 32, "system": "ringzero", **figures}
+
+
+def test_rows_are_compared_within_their_run() -> None:
+    results = {
+        "1": row("anchor", "a", 100.0),
+        "2": row("other", "a", 120.0),
+        "3": row("anchor", "b", 200.0),
+        "4": row("other", "b", 210.0),
+        "5": row("other", "c", 300.0),
+    }
+    assert over_anchor(results, results["2"], "anchor") == 1.2
+    assert over_anchor(results, results["4"], "anchor") == 1.05
+    assert over_anchor(results, results["5"], "anchor") is None
+    assert table(results, "anchor").count("Run ") == 3
+
+
+def test_a_failed_anchor_compares_nothing() -> None:
+    results = {
+        "1": {"row": "anchor", "run": "a", "layers": 32, "failed": "out of memory", "measured": "2026-11-22"},
+        "2": row("other", "a", 120.0),
+    }
+    assert over_anchor(results, results["2"], "anchor") is None
+    assert "out of memory" in table(results, "anchor")
