@@ -6,16 +6,20 @@ The order is fixed by memory: shapes on the meta device, the tensor-parallel cut
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
+from launch.recompute_plan import recompute_plan
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
 from model.kernels import AttentionKernel, AttentionOperator, KernelOperator, KernelUnavailable, select_kernel
+from parallel.activation_offload import ActivationOffload
 from parallel.exchange import ExchangeAttention
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
@@ -119,10 +123,22 @@ def context_attention(
     return RecordedAttention(attend, operator()[0]), f"{transport.name}, in CUDA graphs"
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of the smallest device of the job; on CPUs a rank's share of the smallest host. Collective."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // dist.get_world_size()
+    least = torch.tensor(memory, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 def build_model(
     job: JobConfig, mesh: ParallelMesh, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[GPT, Mapping[str, TensorShard], str]:
-    """The model, filled and sharded; what this rank holds of each parameter; and the sentence on attention.
+    """The model, filled and sharded; what this rank holds of each parameter; and a note on attention and on
+    what is recomputed.
 
     `dtype` is that of the parameters; None is what training keeps: at stage 0 fp32 masters, computed with under
     autocast.
@@ -130,13 +146,17 @@ def build_model(
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
     mesh.warm_up(device)
-    attend, attention_note = build_attention(job, mesh, device)
+    attend, note = build_attention(job, mesh, device)
+    plan = recompute_plan(job, mesh.shape, device.type, device_memory(device))
+    if job.training.activation_checkpointing == "auto":
+        note += f"; recomputation: {plan}"
     with torch.device("meta"):
         model = GPT(
             config,
             attend,
-            recompute=job.training.activation_checkpointing,
+            recompute=plan.policies,
             mlp_tile_tokens=job.training.mlp_tile_tokens,
+            store=None if job.training.offload_activations == "none" else ActivationOffload(device),
         )
     shards = apply_tensor_parallel(
         model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=job.sequence_parallel
@@ -159,12 +179,12 @@ def build_model(
         # torch that compiles for each block by itself must not run into its limit.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(model.layers))
         model.compile_blocks()
-    return model, shards, attention_note
+    return model, shards, note
 
 
 def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[ZeroEngine, str]:
-    """The model and its optimizer; and the sentence on attention."""
-    model, shards, attention_note = build_model(job, mesh, device)
+    """The model and its optimizer; and the note of `build_model`."""
+    model, shards, note = build_model(job, mesh, device)
     engine = ZeroEngine(
         model,
         shards,
@@ -176,7 +196,7 @@ def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tu
         device=device,
         units=list(model.layers),
     )
-    return engine, attention_note
+    return engine, note
 
 
 def build_inference(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> InferenceEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
+from launch.footprint import footprint, local_tokens
 from launch.memory import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
@@ -11,14 +12,11 @@ from launch.memory import (
     KEPT_FORMULAS,
     RING_FORMULA,
     Activations,
-    States,
     block_formula,
-    estimate_activations,
-    estimate_states,
     host_copies,
-    working_copies,
 )
-from launch.parameters import BYTES, Precision, count_parameters
+from launch.parameters import BYTES, count_parameters
+from launch.recompute_plan import RecomputePlan, recompute_plan
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
@@ -27,18 +25,22 @@ from parallel.zero_config import LIVE_PARAMETERS
 _MOST_RANKS_LISTED = 64
 
 
-def layout_report(job: JobConfig, world_size: int, device_type: str | None = None) -> str:
+def layout_report(
+    job: JobConfig, world_size: int, device_type: str | None = None, device_memory: int | None = None
+) -> str:
     """The layout of `job` on `world_size` processes, as text. Raises ValueError where they do not fit.
 
-    Without `device_type` ("cpu" or "cuda") it is what job.device names, and GPUs where that is auto.
+    Without `device_type` ("cpu" or "cuda") it is what job.device names, and GPUs where that is auto. `device_memory`:
+    bytes of one device, if known.
     """
     mesh = job.mesh_shape(world_size)
     device = device_type or ("cuda" if job.job.device == "auto" else job.job.device)
+    plan = recompute_plan(job, mesh, device, device_memory)
     sections = [
         [f"job {job.job.name}: valid on {_count(world_size, 'process', 'processes')}"],
         _ranks(mesh),
-        _work(job, mesh, device),
-        _memory(job, mesh, device),
+        _work(job, mesh, device, plan),
+        _memory(job, mesh, device, plan),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -71,7 +73,7 @@ def _ranks(mesh: MeshShape) -> list[str]:
     return lines
 
 
-def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
+def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> list[str]:
     model, training, tp = job.model, job.training, mesh.tensor_parallel_size
     accumulation = job.accumulation_steps(mesh.world_size)
     local_length = training.sequence_length // mesh.context_parallel_size
@@ -81,9 +83,9 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
     rows = {
         "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
-        "tokens per rank": f"{_local_tokens(job, mesh):,} in a micro batch: "
+        "tokens per rank": f"{local_tokens(job, mesh):,} in a micro batch: "
         f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
-        "hidden states": f"{_local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
+        "hidden states": f"{local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
         "accumulation": f"{_count(accumulation, 'micro batch', 'micro batches')} x {training.micro_batch_size} x dp "
         f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
         f"{job.tokens_per_step:,} tokens a step",
@@ -94,31 +96,33 @@ def _work(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         "precision": _precision_note(job, device),
         "attention": _attention_note(job, mesh, device),
     }
+    if job.training.activation_checkpointing == "auto":
+        rows["recomputation"] = str(plan)
     if model.init_from is not None:
         rows["initial weights"] = model.init_from
     return [f"{name:<16} {text}" for name, text in rows.items()]
 
 
-def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
+def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> list[str]:
     tp, stage, precision = mesh.tensor_parallel_size, job.parallel.zero_stage, job.resolve_precision(device)
     zero_size = mesh.data_parallel_size * mesh.context_parallel_size
     local = count_parameters(job.model, tp)
-    states, activations = _states(job, mesh, precision), _activations(job, mesh, precision)
+    whole = footprint(job, mesh, device, plan.policies)
+    states, activations = whole.states, whole.activations
     rows = [
         ("parameters", states.parameters, _shared(stage >= 3, zero_size)),
         ("gradients", states.gradients, _shared(stage >= 2, zero_size)),
         ("master weights", states.master_weights, _shared(stage >= 1, zero_size)),
         ("Adam moments", states.moments, _shared(stage >= 1, zero_size)),
     ]
-    working = working_copies(local, stage, precision)
     if stage == 3:
-        rows.append(("gathered", working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
-    elif working:
-        rows.append(("autocast copies", working, "bf16 copies of the fp32 parameters"))
+        rows.append(("gathered", whole.working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
+    elif whole.working:
+        rows.append(("autocast copies", whole.working, "bf16 copies of the fp32 parameters"))
     if states.host:
         rows.append(("offloaded", states.host, "to host memory, not part of the peak"))
-    peak = peak_memory(job, mesh, device)
-    rows += _activation_rows(job, activations, context_plan(job, mesh, BYTES[precision]))
+    peak = whole.peak
+    rows += _activation_rows(job, activations, plan, context_plan(job, mesh, BYTES[precision]))
     copies, on_gpus = host_copies(local, stage, zero_size) * job.checkpoint.asynchronous, device != "cpu"
     saving = ("host copies", copies, _copies_note(stage, zero_size))
     if copies and not on_gpus:
@@ -135,59 +139,30 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str) -> list[str]:
         f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.on_device / unit:.2f}) and activations, "
         "with the larger of the head's and one block's work",
         *([row(*saving) + "; not on the GPU"] if copies and on_gpus else []),
-        f"  t = {_local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
+        f"  t = {local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
         "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
         "  its scores of t x sequence_length per head.",
     ]
 
 
-def peak_memory(job: JobConfig, mesh: MeshShape, device: str) -> int:
-    """Bytes of one rank at the fullest moment of a step, by the formulas of `launch.memory`."""
-    precision, stage = job.resolve_precision(device), job.parallel.zero_stage
-    working = working_copies(count_parameters(job.model, mesh.tensor_parallel_size), stage, precision)
-    return _states(job, mesh, precision).on_device + working + _activations(job, mesh, precision).peak
-
-
-def _states(job: JobConfig, mesh: MeshShape, precision: Precision) -> States:
-    return estimate_states(
-        count_parameters(job.model, mesh.tensor_parallel_size),
-        job.parallel.zero_stage,
-        precision,
-        mesh.data_parallel_size * mesh.context_parallel_size,
-        offload_optimizer=job.parallel.offload_optimizer != "none",
-        offload_parameters=job.parallel.offload_parameters != "none",
-    )
-
-
-def _activations(job: JobConfig, mesh: MeshShape, precision: Precision) -> Activations:
-    return estimate_activations(
-        job.model,
-        tokens=_local_tokens(job, mesh),
-        tensor_parallel_size=mesh.tensor_parallel_size,
-        sequence_parallel=job.sequence_parallel,
-        context=context_plan(job, mesh, BYTES[precision]),
-        precision=precision,
-        autocast=job.parallel.zero_stage == 0 and precision == "bf16",
-        recompute=job.training.activation_checkpointing,
-        mlp_tile_tokens=job.training.mlp_tile_tokens,
-    )
+def peak_memory(job: JobConfig, mesh: MeshShape, device: str, device_memory: int | None = None) -> int:
+    """Bytes of one rank at the fullest moment of a step; `device_memory` decides what auto recomputes."""
+    return footprint(job, mesh, device, recompute_plan(job, mesh, device, device_memory).policies).peak
 
 
 def _activation_rows(
-    job: JobConfig, activations: Activations, context: ContextPlan | None
+    job: JobConfig, activations: Activations, plan: RecomputePlan, context: ContextPlan | None
 ) -> list[tuple[str, int, str]]:
-    block, blocks = (
-        block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0),
-        job.model.num_hidden_layers,
-    )
-    policy = job.training.activation_checkpointing
-    if policy != "none":
-        rows = [
-            ("activations", activations.kept, f"{blocks} blocks, each {KEPT_FORMULAS[policy]}"),
-            ("recomputation", activations.recomputed, f"one block, {block}"),
-        ]
+    block = block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0)
+    by_policy = [KEPT_FORMULAS.get(policy, block) for policy in dict.fromkeys(plan.policies)]
+    kept = f"{job.model.num_hidden_layers} blocks, each {' or '.join(by_policy)}"
+    if job.training.offload_activations == "none":
+        rows = [("activations", activations.kept, kept)]
     else:
-        rows = [("activations", activations.kept, f"{blocks} blocks, each {block}")]
+        rows = [("offloaded", activations.host, f"to host memory, not part of the peak: {kept}")]
+        rows.append(("activations", activations.kept, "of two of these blocks"))
+    if activations.recomputed:
+        rows.append(("recomputation", activations.recomputed, f"one block, {block}"))
     chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp := job.parallel.tensor_parallel_size) // tp)
     rows.append(("head", activations.head, f"{HEAD_FORMULA}, c = min(t, {chunk:,})"))
     if activations.tile:
@@ -199,11 +174,6 @@ def _activation_rows(
             formulas.append(RING_FORMULA if context.keys == "ring" else exchange)
         rows.append(("attention", activations.context, f"one block, {' + '.join(formulas)}"))
     return rows
-
-
-def _local_tokens(job: JobConfig, mesh: MeshShape) -> int:
-    """Tokens of one micro batch on one rank."""
-    return job.training.micro_batch_size * job.training.sequence_length // mesh.context_parallel_size
 
 
 def _precision_note(job: JobConfig, device: str) -> str:

@@ -164,10 +164,16 @@ class TrainingSection(Section):
     """auto is bf16 on GPUs and fp32 on CPUs; fp16 brings loss scaling."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
-    activation_checkpointing: Literal["none", "selective", "attention", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "attention", "full"] = "none"
     """What a block computes again in the backward pass, to keep less. selective: norms, rotation and activation, but no
     matrix product and no attention. attention: everything but attention (and its messages). full: everything, from the
-    block's input."""
+    block's input. auto: the least that fits in memory, by the estimate of --check: the first blocks may have another
+    policy than the rest."""
+    memory_budget_gib: float | None = Field(default=None, gt=0)
+    """Memory of one rank that auto fills; null is 90 % of the device's memory."""
+    offload_activations: Literal["none", "cpu"] = "none"
+    """cpu keeps in host memory what blocks keep (their input, and attention's output), and fetches it one block ahead
+    in the backward pass; for very long sequences, with activation_checkpointing attention or full."""
     compile: Literal["auto", True, False] = "auto"
     """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without tensor parallelism (whose
     gradients come out wrong there) and without mlp_tile_tokens."""

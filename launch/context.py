@@ -35,12 +35,14 @@ class ContextPlan:
     head_groups: int
     """Groups that a rank's heads travel in, one while another is computed."""
     reason: str = ""
+    spare_memory: bool = True
+    """Layers may keep what they fetched for the backward pass."""
 
     @property
     def keep_gathered(self) -> bool:
         """Fetched keys stay for the backward pass: with two ranks they are at most twice a rank's own. With more, and
         inside an exchange of heads, they are fetched again."""
-        return self.keys == "exchange" and self.by_keys == 2 and self.by_heads == 1
+        return self.keys == "exchange" and self.by_keys == 2 and self.by_heads == 1 and self.spare_memory
 
     @property
     def mode(self) -> str:
@@ -81,6 +83,7 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
     kv_heads = job.model.num_key_value_heads // mesh.tensor_parallel_size
     pair = 2 * kv_heads // by_heads * job.model.head_dim * width  # bytes of one token's keys and values
     own = rows * length // by_keys
+    spare_memory = job.training.offload_activations == "none"
     fetched = rows * max(
         exchange_plan(length, by_keys, rank, job.model.sliding_window).buffer_length for rank in range(by_keys)
     )
@@ -90,7 +93,7 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
     if by_keys == 1:
         traffic = 0
     elif keys == "exchange":  # there, home again, and there once more if they were not kept
-        traffic = (fetched - own) * pair * (2 if by_keys == 2 and by_heads == 1 else 3)
+        traffic = (fetched - own) * pair * (2 if by_keys == 2 and by_heads == 1 and spare_memory else 3)
     else:  # twice P - 1 hops with keys, and P hops with their gradients in fp32
         traffic = own * pair * (2 * (by_keys - 1) + by_keys * 4 // width)
     tokens = rows * length // mesh.context_parallel_size
@@ -109,4 +112,5 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
                 f", its fetched keys and values take {fetched * pair / 2**20:,.1f} MiB, {within} the "
                 f"{_EXCHANGE_BYTES // 2**20:,} of auto"
             )
-    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups if by_heads > 1 else 1, reason)
+    groups = groups if by_heads > 1 else 1
+    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory)

@@ -6,6 +6,7 @@ heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.context import ContextPlan
@@ -98,7 +99,7 @@ class Activations:
     """Bytes of one micro batch, at the end of its forward pass."""
 
     kept: int
-    """What all blocks keep for the backward pass."""
+    """What all blocks keep for the backward pass on the device."""
     recomputed: int
     """What one block holds while it is computed again (activation_checkpointing)."""
     head: int
@@ -107,11 +108,16 @@ class Activations:
     """Context parallelism: what one block's attention holds beside its inputs and outputs."""
     tile: int
     """What one tile of a feed-forward layer holds while it is computed again (mlp_tile_tokens)."""
+    freed: int = 0
+    """Of `kept`, what the last blocks have given back when the first block is computed again."""
+    host: int = 0
+    """What blocks keep in host memory (offload_activations)."""
 
     @property
     def peak(self) -> int:
         """The head's tensors are gone when the first block is computed again."""
-        return self.kept + max(self.head, self.recomputed + max(self.context, self.tile))
+        work = max(self.context, self.tile)
+        return self.kept + max(self.head, work, self.recomputed + work - self.freed)
 
 
 def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool) -> str:
@@ -150,12 +156,15 @@ def estimate_activations(
     context: ContextPlan | None,
     precision: Precision,
     autocast: bool,
-    recompute: Recompute,
+    recompute: Recompute | Sequence[Recompute],
     mlp_tile_tokens: int | None = None,
+    offload: bool = False,
 ) -> Activations:
     """Activations of `tokens` tokens (one micro batch on one rank).
 
     `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
+    `recompute`: one policy for all blocks, or one for each. `offload`: blocks keep in host memory what is as large as
+    their input; on the device are those of two blocks, of which one is on its way.
     """
     width, size = BYTES[precision], tensor_parallel_size
     stream = 4 if autocast else width
@@ -176,22 +185,31 @@ def estimate_activations(
             extra = 2 * (context.fetched_tokens - tokens) * kv_heads * model.head_dim * width
         if context.by_heads > 1:
             extra = 2 * tokens * (query_heads + kv_heads) * model.head_dim * width
-    attended = tokens * (query_heads * model.head_dim * width + 4 * query_heads) + extra
+    statistics = 4 * tokens * query_heads
+    attended = tokens * query_heads * model.head_dim * width + extra + statistics
     products = (
         tokens * width * ((query_heads + 2 * kv_heads) * model.head_dim + 2 * model.hidden_size + inner_width * 2)
     )
-    kept = {
+    kept: dict[Recompute, int] = {
         "none": block + extra,
         "selective": residual + attended + products,
         "attention": residual + attended,
         "full": residual,
-    }[recompute]
+    }
+    again: dict[Recompute, int] = {"none": 0, "selective": block, "attention": block, "full": block + extra}
+    policies = [recompute] * model.num_hidden_layers if isinstance(recompute, str) else recompute
+    in_blocks = [kept[policy] for policy in policies]
+    stays = [statistics if policy == "attention" else 0 for policy in policies] if offload else in_blocks
+    leaves = [whole - part for whole, part in zip(in_blocks, stays, strict=True)]
+    last = max((number for number, policy in enumerate(policies) if policy != "none"), default=len(policies) - 1)
     return Activations(
-        kept=model.num_hidden_layers * kept + residual,  # with the last norm's input
-        recomputed=0 if recompute == "none" else block,
+        kept=sum(stays) + sum(sorted(leaves)[-2:]) + residual,  # with the last norm's input
+        recomputed=max(again[policy] for policy in policies),
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
         context=transient,
         tile=tile * inner,
+        freed=0 if offload else sum(in_blocks[last + 1 :]),
+        host=sum(leaves),
     )
 
 

@@ -325,6 +325,27 @@ def _offloaded_parameters_are_partitioned(job: Job) -> None:
         )
 
 
+@_rule("training.offload_activations", "training.activation_checkpointing")
+def _offloaded_activations_are_few(job: Job) -> None:
+    policy = job.training.activation_checkpointing
+    if job.training.offload_activations != "none" and policy not in ("attention", "full"):
+        raise ValueError(
+            f"offload_activations is {job.training.offload_activations}, which needs activation_checkpointing "
+            f"attention or full (here {policy}), or more would cross to the host than its link carries; set one of "
+            "these, or training.offload_activations=none"
+        )
+
+
+@_rule("training.memory_budget_gib", "training.activation_checkpointing")
+def _a_budget_is_for_auto(job: Job) -> None:
+    budget, policy = job.training.memory_budget_gib, job.training.activation_checkpointing
+    if budget is not None and policy != "auto":
+        raise ValueError(
+            f"memory_budget_gib ({budget:g}) is read by activation_checkpointing auto only (here {policy}); remove it, "
+            "or set training.activation_checkpointing=auto"
+        )
+
+
 @_rule("parallel.zero_stage", "training.precision")
 def _fp16_has_master_weights(job: Job) -> None:
     if job.training.precision == "fp16" and job.parallel.zero_stage == 0:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launch import continuity
 from launch.bigram import conditional_bigram_entropy
-from launch.build import DTYPES, build_engine
+from launch.build import DTYPES, build_engine, device_memory
 from launch.check import layout_report
 from launch.checkpoint import CheckpointError, Checkpoints, Progress, Resumed, Retention
 from launch.config import JobConfig
@@ -110,7 +110,7 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str,
         checkpoints.check_batches(resumed, batches)
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
-    layout = layout_report(job, place.world_size)
+    layout = layout_report(job, place.world_size, device.type, device_memory(device))
     precision = job.resolve_precision(device.type)
     for line in (device_note, f"precision {precision}; attention: {attention_note}", f"run directory {job.run_path}"):
         monitor.message(line)

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, E hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from model.config import ModelConfig
 from model.head import Head
 from model.kernels import Documents
 from model.layers import FeedForward, RMSNorm
-from model.recompute import Recompute, recomputed
+from model.recompute import Recompute, Store, recomputed
 from model.rope import rotary_tables
 
 
@@ -30,9 +31,10 @@ class Block(nn.Module):
         *,
         recompute: Recompute = "none",
         mlp_tile_tokens: int | None = None,
+        store: Store | None = None,
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.store = recompute, store
         self.run = Block.recomputed
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
@@ -40,11 +42,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, tile_tokens=mlp_tile_tokens)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
-        return self.run(self, hidden, rotary, documents)
+        if self.store is None or not (self.training and torch.is_grad_enabled()):
+            return self.run(self, hidden, rotary, documents)
+        with self.store.block(hidden):
+            return self.run(self, hidden, rotary, documents)
 
     def recomputed(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
         """The block under its policy: what is compiled, if anything is."""
-        compute = recomputed(self._compute, self.recompute if self.training else "none")
+        compute = recomputed(self._compute, self.recompute if self.training else "none", self.store)
         return compute(hidden, rotary, documents)
 
     def _compute(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
@@ -78,15 +83,17 @@ class GPT(nn.Module):
         config: ModelConfig,
         attend: AttentionFunction,
         *,
-        recompute: Recompute = "none",
+        recompute: Recompute | Sequence[Recompute] = "none",
         mlp_tile_tokens: int | None = None,
+        store: Store | None = None,
     ):
+        """`recompute`: one policy for all blocks, or one for each."""
         super().__init__()
         self.config = config
+        policies = [recompute] * config.num_hidden_layers if isinstance(recompute, str) else recompute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, attend, recompute=recompute, mlp_tile_tokens=mlp_tile_tokens)
-            for _ in range(config.num_hidden_layers)
+            Block(config, attend, recompute=policy, mlp_tile_tokens=mlp_tile_tokens, store=store) for policy in policies
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)

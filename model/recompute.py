@@ -11,10 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.kernels.operator import attention_op
@@ -25,12 +28,26 @@ _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.linear.default)
 
 
-def recomputed(function: Callable[..., Any], policy: Recompute) -> Callable[..., Any]:
-    """`function`, of which the backward pass keeps what `policy` says (torch.utils.checkpoint)."""
+class Store(Protocol):
+    """Where a block leaves what it keeps for the backward pass."""
+
+    def block(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Around the forward pass of one block on the input `hidden`: what autograd saves in it is packed."""
+
+    def pack(self, tensor: Tensor) -> Any: ...
+
+    def unpack(self, packed: Any) -> Tensor: ...
+
+
+def recomputed(function: Callable[..., Any], policy: Recompute, store: Store | None = None) -> Callable[..., Any]:
+    """`function`, of which the backward pass keeps what `policy` says (torch.utils.checkpoint), in `store`."""
     if policy == "none":
         return function
     if policy == "full":
         return partial(checkpoint, function, use_reentrant=False)
+    if policy == "attention" and store is not None and not torch.compiler.is_compiling():
+        # What a selective checkpoint keeps is not seen by autograd, nor by a store, unless it is compiled.
+        return partial(checkpoint, function, use_reentrant=False, context_fn=partial(_attention_in, store))
     kept = (attention_op, *_PRODUCTS) if policy == "selective" else (attention_op,)
     contexts = partial(create_selective_checkpoint_contexts, partial(_keep, kept))
     return partial(checkpoint, function, use_reentrant=False, context_fn=contexts)
@@ -38,3 +55,33 @@ def recomputed(function: Callable[..., Any], policy: Recompute) -> Callable[...,
 
 def _keep(kept: tuple[Any, ...], _context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_in(store: Store) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of a forward pass and of its recomputation: what attention gives in the one is there in the other."""
+    packed: list[Any] = []
+    return _Attend(store, packed), _Recall(store, packed)
+
+
+class _Attend(TorchDispatchMode):
+    """Packs the results of the one attention in a block."""
+
+    def __init__(self, store: Store, packed: list[Any]):
+        super().__init__()
+        self.store, self.packed = store, packed
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        if function is attention_op:
+            assert not self.packed, "a block attends once"
+            self.packed += [self.store.pack(result.detach()) for result in results]
+        return results
+
+
+class _Recall(_Attend):
+    """Gives them back where they would be computed again."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is attention_op:
+            return tuple(self.store.unpack(packed).detach() for packed in self.packed)
+        return function(*args, **(kwargs or {}))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from parallel.host_memory import host_buffer, release_host_buffer
+
 
 class HostCopies:
     """One host buffer, page-locked where the tensors are on a GPU, which every copy uses again.
@@ -29,7 +31,8 @@ class HostCopies:
         assert all(tensor.dtype == torch.float32 for tensor in tensors)
         total = sum(tensor.numel() for tensor in tensors)
         if self._buffer.numel() != total:
-            self._buffer = self._allocate(total)
+            release_host_buffer(self._buffer, self._device)
+            self._buffer = host_buffer(4 * total, self._device).view(torch.float32)
         copies = list(self._buffer.split([tensor.numel() for tensor in tensors]))
         if self._stream is None:
             _copy(copies, tensors)
@@ -49,20 +52,6 @@ class HostCopies:
         """Returns when the copies are whole; any thread may call it."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def _allocate(self, numel: int) -> Tensor:
-        if self._stream is None or not numel:
-            return torch.empty(numel)
-        if self._buffer.numel():
-            self._unlock()
-        buffer = torch.empty(numel)
-        # Registered by hand: torch's allocator of page-locked memory rounds up to a power of two. Where the system
-        # refuses, the copies are right, only slower.
-        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        return buffer
-
-    def _unlock(self) -> None:
-        torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
 
 
 def _copy(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

@@ -62,6 +62,8 @@ class Case:
     """More keys of the parallel section."""
     compiled: bool = False
     """Blocks compiled, with selective recomputation inside."""
+    offload: bool = False
+    """What blocks keep, their input and without `recompute` attention's output, lies in host memory."""
 
     @property
     def world_size(self) -> int:
@@ -73,13 +75,15 @@ class Case:
         whole = " whole tokens" if self.sequence_parallel == "false" else ""
         tied = "tied" if self.tied else "untied"
         more = f" {self.parallel}" if self.parallel else ""
-        again = " recomputed" * self.recompute + " compiled" * self.compiled
+        again = " recomputed" * self.recompute + " compiled" * self.compiled + " offloaded" * self.offload
         return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}{more}"
 
     @property
     def policy(self) -> str:
         """Of activation checkpointing."""
-        return "full" if self.recompute else "selective" if self.compiled else "none"
+        if self.recompute or self.offload:
+            return "full" if self.recompute else "attention"
+        return "selective" if self.compiled else "none"
 
     def model_variant(self) -> Case:
         """The case without its layout: cases that share it share a twin."""
@@ -93,6 +97,7 @@ class Case:
             sequence_parallel="auto",
             recompute=False,
             compiled=False,
+            offload=False,
             parallel="",
         )
 
@@ -113,15 +118,16 @@ class Case:
               {{sequence_length: {LENGTH}, global_batch_size: {GLOBAL_BATCH}, precision: {self.precision},
                micro_batch_size: {GLOBAL_BATCH // ACCUMULATION // self.dp}, max_steps: {STEPS},
                gradient_clipping: 0.5, mlp_tile_tokens: {9 if self.recompute else "null"},
-               compile: {str(self.compiled).lower()}, activation_checkpointing: {self.policy}}}
+               compile: {str(self.compiled).lower()}, activation_checkpointing: {self.policy},
+               offload_activations: {"cpu" if self.offload else "none"}}}
             """
         )
 
 
 def all_cases() -> list[Case]:
     """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, heads, and
-    tensor parallelism without sequence parallelism, once each; recomputation in tiles; compiled blocks; offload; no
-    overlap."""
+    tensor parallelism without sequence parallelism, once each; recomputation in tiles; compiled blocks; offload, of
+    activations too; no overlap."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
@@ -134,9 +140,14 @@ def all_cases() -> list[Case]:
     ]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
+    parked = [
+        Case(1, 1, 2, 3, False, compiled=True, offload=True),
+        Case(1, 2, 2, 3, False, recompute=True, offload=True),
+    ]
+    parked += [Case(2, 2, 1, 2, False, offload=True), Case(1, 2, 2, 3, True, mode="heads", offload=True)]
     compiled += [Case(1, 1, 2, 0, False, compiled=True), Case(1, 2, 1, 3, False, compiled=True)]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + again + compiled + offloaded + in_turn + single
+    return grouped + ring + whole + again + compiled + parked + offloaded + in_turn + single
 
 
 @dataclass

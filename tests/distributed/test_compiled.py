@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from launch.build import build_engine
 from launch.config import JobConfig
+from launch.footprint import footprint
+from launch.recompute_plan import recompute_plan
 from model.kernels import Documents
 from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed
@@ -16,17 +19,30 @@ LENGTH, LAYERS = 32, 12
 """More layers than torch compiles anew for by default (8)."""
 
 
-def _compilations() -> tuple[int, int]:
-    """Graphs compiled in the first three steps, and in the three after."""
-    job = JobConfig.from_yaml(f"""
+def _job(checkpointing: str) -> JobConfig:
+    return JobConfig.from_yaml(f"""
 model: {{vocab_size: 256, hidden_size: 32, intermediate_size: 48, num_hidden_layers: {LAYERS}, num_attention_heads: 4,
   num_key_value_heads: 2, attention_backend: cpu}}
 parallel: {{context_parallel_size: 2, zero_stage: 3}}
 data: {{source: python_stdlib, document_mask: true}}
 optimizer: {{learning_rate: 0.003, schedule: constant}}
 training: {{sequence_length: {2 * LENGTH}, global_batch_size: 1, max_steps: 9, precision: bf16, compile: true,
-  activation_checkpointing: selective}}
+  {checkpointing}}}
 """)
+
+
+def _mixed() -> JobConfig:
+    """With a budget for five selective blocks, the rest without recomputation."""
+    job, policies = _job("activation_checkpointing: none"), ("selective",) * 5 + ("none",) * (LAYERS - 5)
+    budget = footprint(job, job.mesh_shape(2), "cpu", policies).peak / 2**30
+    job = _job(f"activation_checkpointing: auto, memory_budget_gib: {budget!r}")
+    assert recompute_plan(job, job.mesh_shape(2), "cpu").policies == policies
+    return job
+
+
+def _compilations(mixed: bool) -> tuple[int, int]:
+    """Graphs compiled in the first three steps, and in the three after."""
+    job = _mixed() if mixed else _job("activation_checkpointing: selective")
     mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
     engine, _ = build_engine(job, mesh, torch.device("cpu"))
     ids, positions = torch.zeros(1, LENGTH, dtype=torch.int64), torch.arange(LENGTH)[None]
@@ -45,7 +61,10 @@ training: {{sequence_length: {2 * LENGTH}, global_batch_size: 1, max_steps: 9, p
     return first, steps((5, 6, 7, 8), (31, 33), (2, 4, 6, 8, 10, 12))
 
 
-def test_blocks_are_compiled_once() -> None:
-    for first, later in run_distributed(_compilations, 2):
-        assert 3 <= first <= 4, "the head's two, the blocks' for a number of documents, and one for any number"
+@pytest.mark.parametrize("mixed", [False, True])
+def test_blocks_are_compiled_once(mixed: bool) -> None:
+    """For each policy: a graph for a number of documents, and one for any number; and the head's two."""
+    policies = 2 if mixed else 1
+    for first, later in run_distributed(_compilations, 2, mixed):
+        assert 2 + policies <= first <= 2 + 2 * policies
         assert later == 0

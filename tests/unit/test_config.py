@@ -252,7 +252,7 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         (
             "training.activation_checkpointing=all",
             "training.activation_checkpointing = all",
-            "give one of none, selective",
+            "give one of auto, none, selective",
         ),
         ("training.deterministic=1", "training.deterministic = 1", "must be a valid boolean"),
         ("training.precision=fp8", "training.precision = fp8", "give one of auto, fp32, bf16, fp16 (default: auto)"),
@@ -343,6 +343,14 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
         (
             ["checkpoint.accept_changes=[data, optimizer.learning_rate]"],
             "optimizer.learning_rate is no key that a resume refuses; those are data, model.KEY, job.seed",
+        ),
+        (
+            ["training.offload_activations=cpu", "training.activation_checkpointing=selective"],
+            "which needs activation_checkpointing attention or full (here selective)",
+        ),
+        (
+            ["training.memory_budget_gib=70", "training.activation_checkpointing=full"],
+            "memory_budget_gib (70) is read by activation_checkpointing auto only (here full)",
         ),
         (["training.max_steps=null"], "max_steps and max_tokens are both missing"),
         (["training.precision=fp16", "parallel.zero_stage=0"], "zero_stage (0) must be 1 or more with precision fp16"),
