@@ -24,13 +24,19 @@ from launch.throughput import Throughput
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama3-8b-8k.yaml"
 TOKENS_PER_STEP = 131_072
+_SHORT_RUN = [
+    "data.document_mask=false",
+    "optimizer.learning_rate=3e-5",  # of the first step on: without a warmup, 3e-4 would first drive the loss to 30
+    "optimizer.warmup_steps=0",
+    "optimizer.schedule=constant",
+]
 WARM_UP = 2
 """Steps left out: compiling, then the allocator's first full step."""
 
 
 def job_of(settings: list[str]) -> JobConfig:
     """The 8B shape on 8,192 tokens under `settings`, TOKENS_PER_STEP whatever the sequence length."""
-    settings = ["data.document_mask=false", "optimizer.warmup_steps=0", "optimizer.schedule=constant", *settings]
+    settings = [*_SHORT_RUN, *settings]
     job = load_job(CONFIG, settings)
     if not any(setting.startswith("training.global_batch_size=") for setting in settings):
         sequences = TOKENS_PER_STEP // job.training.sequence_length

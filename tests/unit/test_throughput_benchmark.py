@@ -22,6 +22,7 @@ TINY = [
     "training.sequence_length=256",
     "training.global_batch_size=4",
     "training.compile=false",
+    "optimizer.learning_rate=3e-4",
 ]
 
 
@@ -40,7 +41,7 @@ def test_peers_do_the_same_work(tmp_path: Path) -> None:
         )
     found = {}
     for name, process in processes.items():
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=300)[0]
         assert process.returncode == 0, said
         (found[name],) = json.loads((tmp_path / f"{name}.json").read_text()).values()
     ours, theirs = found["ours"], found["theirs"]
