@@ -45,6 +45,8 @@ class Variant:
     changes: dict[str, Any]
     lengths: tuple[int, ...] = (S,) * B
     checkpointing: bool = False
+    labelled: slice = slice(0, S)
+    """Positions with labels, in every row; the others have -100."""
 
     def config(self) -> ModelConfig:
         values = {
@@ -74,6 +76,8 @@ VARIANTS = {
         (1, 20, 11, 7, 1, 1, 23),
         checkpointing=True,
     ),
+    # A quarter in, for an eighth: these tokens are one rank's, whether two or four share a sequence.
+    "labels on one rank only": Variant({}, labelled=slice(S // 4, 3 * S // 8)),
 }
 
 
@@ -81,7 +85,9 @@ def inputs(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """input_ids, position_ids and labels [B, S]; the last rows' labels are mostly ignored."""
     tokens = np.random.default_rng(5).integers(0, V, (B, S + 1))
     labels = tokens[:, 1:].copy()
-    labels[1, :25] = -100
+    if variant.labelled == slice(0, S):
+        labels[1, :25] = -100
+    labels[:, : variant.labelled.start] = labels[:, variant.labelled.stop :] = -100
     positions = np.concatenate([np.arange(length) for length in variant.lengths]).reshape(B, S)
     return tokens[:, :-1], positions, labels
 
