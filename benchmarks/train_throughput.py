@@ -64,22 +64,24 @@ _NONE = "training.activation_checkpointing=none"
 _SELECTIVE = "training.activation_checkpointing=selective"
 _ATTENTION = "training.activation_checkpointing=attention"
 _FULL = "training.activation_checkpointing=full"
+_AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=130")
 _TWO = "training.micro_batch_size=2"
 _ZERO_2 = "parallel.zero_stage=2"
 _64K = ("training.sequence_length=65536", "parallel.context_parallel_size=2")
 
-ANCHOR = "8k, ZeRO-3, selective"
+ANCHOR = "8k, ZeRO-3, micro-batch 2"
 """The row that every run measures first."""
 ROWS: dict[str, Row] = {
-    ANCHOR: _ours(_SELECTIVE),
-    "8k, ZeRO-3, no recomputation": _ours(_NONE),
+    ANCHOR: _ours(*_AUTO, _TWO),
+    "8k, ZeRO-2, micro-batch 2": _ours(*_AUTO, _TWO, _ZERO_2),
     "8k, ZeRO-3, selective, micro-batch 2": _ours(_SELECTIVE, _TWO),
+    "8k, ZeRO-3, selective": _ours(_SELECTIVE),
+    "8k, ZeRO-3, no recomputation": _ours(_NONE),
     "8k, ZeRO-3, not compiled": _ours(_NONE, "training.compile=false"),
     "8k, ZeRO-2, no recomputation": _ours(_NONE, _ZERO_2),
-    "8k, ZeRO-2, selective": _ours(_SELECTIVE, _ZERO_2),
-    "8k, TP 2, ZeRO-3": _ours(_SELECTIVE, "parallel.tensor_parallel_size=2"),
+    "8k, TP 2, micro-batch 2": _ours(*_AUTO, _TWO, "parallel.tensor_parallel_size=2"),
+    "64k, CP 2, ZeRO-3": _ours(*_AUTO, *_64K),
     "64k, CP 2, ZeRO-3, attention": _ours(_ATTENTION, *_64K),
-    "64k, CP 2, ZeRO-3, selective": _ours(_SELECTIVE, *_64K),
     "torchtitan 8k, selective": _titan(_SELECTIVE),
     "torchtitan 8k, no recomputation": _titan(_NONE),
     "torchtitan 8k, selective, micro-batch 2": _titan(_SELECTIVE, _TWO),
@@ -92,8 +94,9 @@ ROWS: dict[str, Row] = {
     "Hugging Face 8k, no recomputation": _hugging_face(_NONE),
 }
 _ENVIRONMENT = {
-    # Its own start script sets this.
+    # Its own start script sets this, and so does ours (`launch.environment`).
     "torchtitan": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+    "ringzero": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
 }
 
 
