@@ -45,8 +45,8 @@ class Variant:
     changes: dict[str, Any]
     lengths: tuple[int, ...] = (S,) * B
     checkpointing: bool = False
-    labelled: slice = slice(0, S)
-    """Positions with labels, in every row; the others have -100."""
+    labelled: tuple[int, int] = (0, S)
+    """First and last + 1 of the positions with labels, in every row; the others have -100."""
 
     def config(self) -> ModelConfig:
         values = {
@@ -77,7 +77,7 @@ VARIANTS = {
         checkpointing=True,
     ),
     # A quarter in, for an eighth: these tokens are one rank's, whether two or four share a sequence.
-    "labels on one rank only": Variant({}, labelled=slice(S // 4, 3 * S // 8)),
+    "labels on one rank only": Variant({}, labelled=(S // 4, 3 * S // 8)),
 }
 
 
@@ -85,9 +85,10 @@ def inputs(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """input_ids, position_ids and labels [B, S]; the last rows' labels are mostly ignored."""
     tokens = np.random.default_rng(5).integers(0, V, (B, S + 1))
     labels = tokens[:, 1:].copy()
-    if variant.labelled == slice(0, S):
+    first, last = variant.labelled
+    if last - first == S:
         labels[1, :25] = -100
-    labels[:, : variant.labelled.start] = labels[:, variant.labelled.stop :] = -100
+    labels[:, :first] = labels[:, last:] = -100
     positions = np.concatenate([np.arange(length) for length in variant.lengths]).reshape(B, S)
     return tokens[:, :-1], positions, labels
 
