@@ -53,6 +53,7 @@ TRAINING = [
     "training.global_batch_size=8",
     "training.max_steps=200",
 ]
+BEGIN, END = "<!-- loss_curves.py -->", "<!-- end -->"
 _ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1"]
 
 
@@ -100,6 +101,9 @@ def main() -> None:
     results = _read(options.output)
     print(table(results))
     if options.document:
+        page = options.document / "loss_curves.md"
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}")
         plot(results, options.document / "loss_curves.svg")
 
 

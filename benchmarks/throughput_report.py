@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,46 @@ def over_anchor(results: Results, row: dict[str, Any], anchor: str) -> float | N
         if same and other["row"] == anchor and "failed" not in other:
             return row["tokens_per_second_per_device"] / other["tokens_per_second_per_device"]
     return None
+
+
+def comparison(results: Results, anchor: str) -> str:
+    """Markdown: our best row of each kind over the best of each peer, through the anchors of their runs.
+
+    A row that several runs measured counts with the median of its ratios.
+    """
+    best = _best(results, anchor)
+    lines = ["| ours, best | theirs, best | ours / theirs |", "| --- | --- | --- |"]
+    for kind, (ratio, name) in sorted(best.items()):
+        length, system, zero_stage, tensor_parallel = kind
+        if system != "ringzero":
+            continue
+        for peer in ("torchtitan", "huggingface"):
+            theirs = [found for other, found in best.items() if other[:2] == (length, peer)]
+            if theirs:
+                their_ratio, their_name = max(theirs)
+                lines.append(f"| {name} | {their_name} | {ratio / their_ratio:.3f} |")
+        if tensor_parallel > 1 and (length, system, zero_stage, 1) in best:
+            their_ratio, their_name = best[length, system, zero_stage, 1]
+            lines.append(f"| {name} | {their_name} | {ratio / their_ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def _best(results: Results, anchor: str) -> dict[tuple[int, str, int, int], tuple[float, str]]:
+    """Of the deepest model: (sequence length, system, ZeRO stage, tensor_parallel_size) -> best ratio to an anchor, and
+    whose it is."""
+    ratios: dict[str, list[float]] = {}
+    kinds: dict[str, tuple[int, str, int, int]] = {}
+    deepest = max((row["layers"] for row in results.values()), default=0)
+    for row in results.values():
+        ratio = over_anchor(results, row, anchor) if row["layers"] == deepest and "failed" not in row else None
+        if ratio is not None:
+            ratios.setdefault(row["row"], []).append(ratio)
+            kinds[row["row"]] = (row["sequence_length"], row["system"], row["zero_stage"], row["tensor_parallel_size"])
+    best: dict[tuple[int, str, int, int], tuple[float, str]] = {}
+    for name, kind in kinds.items():
+        found = (statistics.median(ratios[name]), name)
+        best[kind] = max(found, best.get(kind, found))
+    return best
 
 
 def table(results: Results, anchor: str) -> str:
@@ -53,7 +94,8 @@ def write_document(results: Results, anchor: str, folder: Path) -> None:
     """Renews the table in `folder`/throughput.md, between its marks, and the plot beside it."""
     page = folder / "throughput.md"
     before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{table(results, anchor)}\n\n{END}{rest.split(END)[1]}")
+    written = "\n\n".join([comparison(results, anchor), table(results, anchor)])
+    page.write_text(f"{before}{BEGIN}\n\n{written}\n\n{END}{rest.split(END)[1]}")
     plot(results, anchor, folder / "throughput.svg")
 
 

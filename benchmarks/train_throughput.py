@@ -36,7 +36,7 @@ import torch
 
 import ringzero_row
 from launch.config import JobConfig
-from throughput_report import table, write_document
+from throughput_report import comparison, table, write_document
 from workload import device_of, job_of
 
 
@@ -136,10 +136,11 @@ def main() -> None:
             options.output.write_text(json.dumps(results, indent=1) + "\n")
         if options.document:
             write_document(results, ANCHOR, options.document)
-        print(table(results, ANCHOR))
+        print(table(results, ANCHOR), comparison(results, ANCHOR), sep="\n\n")
     else:
         _drive(options, results)
-        print(table(_read(options.output), ANCHOR))
+        results = _read(options.output)
+        print(table(results, ANCHOR), comparison(results, ANCHOR), sep="\n\n")
 
 
 def _measure_row(options: argparse.Namespace) -> None:

@@ -96,6 +96,8 @@ def record(job: JobConfig, measured: dict[str, Any]) -> dict[str, Any]:
         "layers": job.model.num_hidden_layers,
         "sequence_length": job.training.sequence_length,
         "micro_batch_size": job.training.micro_batch_size,
+        "zero_stage": job.parallel.zero_stage,
+        "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "tokens_per_step": job.tokens_per_step,
         "gpus": dist.get_world_size(),
         "gpu": name,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from throughput_report import over_anchor, table
+from throughput_report import comparison, over_anchor, table
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -51,9 +51,10 @@ def test_peers_do_the_same_work(tmp_path: Path) -> None:
     assert theirs["tokens_per_step"] == ours["tokens_per_step"] == 1024
 
 
-def row(name: str, run: str, rate: float) -> dict[str, object]:
+def row(name: str, run: str, rate: float, system: str = "ringzero", tp: int = 1) -> dict[str, object]:
     figures = {"tokens_per_second_per_device": rate, "peak_gib": 2.0, "losses": [1.0], "measured": "2026-11-22"}
-    return {"row": name, "run": run, "layers": 32, "system": "ringzero", **figures}
+    kind = {"sequence_length": 8192, "zero_stage": 3, "tensor_parallel_size": tp}
+    return {"row": name, "run": run, "layers": 32, "system": system, **kind, **figures}
 
 
 def test_rows_are_compared_within_their_run() -> None:
@@ -77,3 +78,20 @@ def test_a_failed_anchor_compares_nothing() -> None:
     }
     assert over_anchor(results, results["2"], "anchor") is None
     assert "out of memory" in table(results, "anchor")
+
+
+def test_our_best_is_compared_with_their_best_through_the_anchors() -> None:
+    results = {
+        "1": row("anchor", "a", 100.0),
+        "2": row("ours", "a", 110.0),
+        "3": row("ours, tp", "a", 99.0, tp=2),
+        "4": row("anchor", "b", 200.0),  # a machine twice as fast
+        "5": row("theirs", "b", 176.0, "torchtitan"),
+        "6": row("theirs, slower", "b", 100.0, "torchtitan"),
+        "7": row("theirs, not anchored", "c", 900.0, "torchtitan"),
+    }
+    assert comparison(results, "anchor").splitlines()[2:] == [
+        "| ours | theirs | 1.250 |",
+        "| ours, tp | theirs | 1.125 |",
+        "| ours, tp | ours | 0.900 |",
+    ]
