@@ -1,5 +1,5 @@
-"""Ways of context parallelism on two GPUs against one kernel call over the whole sequence: output and gradients in
-bf16."""
+"""Ways of context parallelism on two and four GPUs, in bf16: their error against fp32 is that of one kernel call over
+the whole sequence."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MASKS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "documents": ((0, 100, 1000, 1700, S), None),
     "window": ((), 700),
 }
-# Kernels round partial results to bf16 (2^-8 each) where keys are cut; whole calls differ by the order of atomics only.
-TOLERANCE = 8e-3
+TOLERANCE = 1.3
+"""Times the error of the same kernel on one GPU."""
 
 
 def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
@@ -54,8 +54,9 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
     return found
 
 
-def _errors(backend: str) -> dict[tuple[str, str], float]:
-    """The largest relative error (2-norm) of out, dq, dk, dv, by mask and operator, over repetitions."""
+def _errors(backend: str) -> dict[tuple[str, str, str], float]:
+    """By mask, operator and tensor: the largest relative error (2-norm, of this rank's part) over repetitions, divided
+    by that of one call over the whole sequence."""
     generator = torch.Generator("cuda").manual_seed(5)
     full = [
         torch.randn(1, S, heads, D, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (H, K, K, H)
@@ -63,20 +64,24 @@ def _errors(backend: str) -> dict[tuple[str, str], float]:
     chunk = S // (2 * dist.get_world_size())
     starts = chunk_starts(S, dist.get_world_size(), dist.get_rank())
     mine = torch.cat([torch.arange(start, start + chunk) for start in starts]).cuda()
+    local = [tensor[:, mine] for tensor in full]
     found = {}
     for mask, (boundaries, window) in MASKS.items():
         documents = Documents.from_boundaries(boundaries, "cuda") if boundaries else None
-        whole = KernelOperator(KERNELS[backend], scale=D**-0.5, window=window)
-        expected = [tensor[:, mine] for tensor in _run(whole, full, documents)]
+        settings = {"scale": D**-0.5, "window": window}
+        reference = KernelOperator(KERNELS["math"], **settings)
+        expected = [tensor[:, mine] for tensor in _run(reference, [tensor.float() for tensor in full], documents)]
+        whole = KernelOperator(KERNELS[backend], **settings)
+        single = _relative([tensor[:, mine] for tensor in _run(whole, full, documents)], expected)
         for name, operator in operators(backend, window).items():
-            local = [tensor[:, mine] for tensor in full]
-            results = [_run(operator, local, documents) for _ in range(3)]
-            found[mask, name] = max(
-                ((one - other).float().norm() / other.float().norm()).item()
-                for result in results
-                for one, other in zip(result, expected, strict=True)
-            )
+            errors = [_relative(_run(operator, local, documents), expected) for _ in range(3)]
+            for tensor, alone, *others in zip(("out", "dq", "dk", "dv"), single, *errors, strict=True):
+                found[mask, name, tensor] = max(others) / alone
     return found
+
+
+def _relative(results: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [((one.float() - other).norm() / other.norm()).item() for one, other in zip(results, expected, strict=True)]
 
 
 def _run(operator: AttentionOperator, tensors: list[Tensor], documents: Documents | None) -> list[Tensor]:
@@ -90,11 +95,14 @@ def _run(operator: AttentionOperator, tensors: list[Tensor], documents: Document
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_2"])
-def test_equals_one_call_over_the_whole_sequence(backend: str) -> None:
+def test_errs_as_one_call_over_the_whole_sequence(backend: str, gpus: int) -> None:
     missing = KERNELS[backend].availability()
     if missing:
         pytest.skip(f"{backend} {missing}")
-    for found in run_distributed(_errors, 2, backend, device_type="cuda"):
-        for key, error in found.items():
-            assert error < TOLERANCE, (key, error)
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA GPUs")
+    for found in run_distributed(_errors, gpus, backend, device_type="cuda"):
+        for key, ratio in found.items():
+            assert ratio < TOLERANCE, (key, ratio)
