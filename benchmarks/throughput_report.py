@@ -109,20 +109,27 @@ def plot(results: Results, anchor: str, path: Path) -> None:
         for row in results.values()
         if "failed" not in row and row["layers"] == deepest and (ratio := over_anchor(results, row, anchor)) is not None
     }
-    lengths = sorted({row["sequence_length"] for row, _ in rows.values()})
+    by_length: dict[int, list[tuple[dict[str, Any], float]]] = {}
+    for row, ratio in sorted(rows.values(), key=lambda pair: pair[1]):
+        by_length.setdefault(row["sequence_length"], []).append((row, ratio))
     figure, panels = pyplot.subplots(
-        len(lengths), 1, figsize=(8, 1 + 0.35 * len(rows)), sharex=True, squeeze=False, layout="constrained"
+        len(by_length),
+        1,
+        figsize=(8, 1 + 0.35 * len(rows)),
+        height_ratios=[len(by_length[length]) + 1 for length in sorted(by_length)],
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for (panel,), length in zip(panels, lengths, strict=True):
-        shown = sorted(
-            (pair for pair in rows.values() if pair[0]["sequence_length"] == length), key=lambda pair: pair[1]
-        )
+    for (panel,), length in zip(panels, sorted(by_length), strict=True):
+        shown = by_length[length]
         bars = panel.barh(
             [row["row"] for row, _ in shown],
             [ratio for _, ratio in shown],
             color=[_COLOURS[row["system"]] for row, _ in shown],
         )
-        panel.bar_label(bars, [f"{row['tokens_per_second_per_device']:,.0f}" for row, _ in shown], fontsize="small")
-        panel.set_title(f"{length:,} tokens", fontsize="medium", loc="left")
+        panel.bar_label(bars, [f"{row['tokens_per_second_per_device']:,.0f}" for row, _ in shown], padding=2)
+        panel.margins(x=0.12)
+        panel.set_title(f"{length:,} tokens", loc="left")
     panels[-1][0].set_xlabel(f"over '{anchor}' of the same run; at the bars, tokens/s/GPU")
     figure.savefig(path, metadata={"Date": None})
