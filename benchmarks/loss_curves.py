@@ -141,7 +141,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Curves above, differences from the baseline below with the noise as a band."""
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1), layout="constrained"
+    )
     noise = [differences(results, name) for name in results if CURVES[name].noise]
     band = [max(map(abs, step)) for step in zip(*noise, strict=True)]
     steps = range(1, len(band) + 1)
