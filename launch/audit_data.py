@@ -5,8 +5,9 @@
     python launch/audit_data.py RUN --show STEP     the documents of one step (counted from 1, as in metrics.jsonl)
 
 Three things are held against each other: what the ranks noted while they trained (RUN/data/dp-*.jsonl), what the data
-cursor says they should have read (RUN/data/cursor.json), and the corpora that RUN/config.yaml names. Paths in there are
-relative to the working directory, as when training. Exit status: 0 nothing repeated or lost, 1 something was, 2 the
+cursor says they should have read (RUN/data/cursor.json), and the corpora: those that RUN/config.yaml names, and those
+that the run has left out since, where RUN/data/corpora.json says they lie. Paths in there are relative to the working
+directory, as when training. Exit status: 0 nothing repeated or lost, 1 something was, 2 the
 records or corpora cannot be read.
 """
 
@@ -16,18 +17,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from launch.config import JobConfig
-from launch.corpora import load_corpora, samplers
+from launch.corpora import load_corpora, open_corpus, samplers, split
 from launch.corpus import Corpus, CorpusError, Int64
 from launch.cursor import BlendedSamples, DataCursor
 from launch.data import SequenceSampler
-from launch.data_log import WHOLE, total_digest
+from launch.data_log import WHOLE, read_paths, total_digest
 from launch.violations import ConfigError
 
 _SAMPLES = 1 << 16
@@ -51,7 +52,7 @@ class Run:
     noted: dict[int, Noted]
     """By step, counted from 0."""
     samplers: dict[str, SequenceSampler]
-    """Those of the cursor's corpora that the configuration still names."""
+    """Those of the cursor's corpora that can be read."""
 
     @classmethod
     def read(cls, directory: Path) -> Run:
@@ -65,7 +66,8 @@ class Run:
                     f"corpus {name} is not what the run read (fingerprint {str(cursor.corpora.get(name))[:12]}, here "
                     f"{corpus.fingerprint[:12]}); restore it, and start where the run was started"
                 )
-        return cls(cursor, _noted(directory / "data"), samplers(corpora, job))
+        training = corpora.training | _left_out(directory / "data", cursor, job)
+        return cls(cursor, _noted(directory / "data"), samplers(replace(corpora, training=training), job))
 
     @property
     def steps(self) -> range:
@@ -81,6 +83,23 @@ class Run:
     def indices(self, step: int) -> Int64:
         """The global samples of a step."""
         return np.arange(self.cursor.first_sample(step), self.cursor.first_sample(step + 1))
+
+
+def _left_out(directory: Path, cursor: DataCursor, job: JobConfig) -> dict[str, Corpus]:
+    """The training parts of corpora that data.blend names no more, as far as they still lie where they lay."""
+    names, found = {corpus.label for corpus in job.data.blend}, {}
+    for name, path in read_paths(directory).items():
+        if name in cursor.corpora and name not in names:
+            try:
+                corpus, _ = split(open_corpus(path, job.model.vocab_size), job)
+            except CorpusError as error:
+                print(f"corpus {name}, which data.blend names no more: {error}", file=sys.stderr)
+                continue
+            if corpus.fingerprint == cursor.corpora[name]:
+                found[name] = corpus
+            else:
+                print(f"corpus {name}, which data.blend names no more: {path} is not what was read", file=sys.stderr)
+    return found
 
 
 def _noted(directory: Path) -> dict[int, Noted]:
@@ -168,7 +187,7 @@ def audit(run: Run, *, quick: bool = False) -> list[str]:
     for name, count in drawn.items():
         sampler = run.samplers.get(name)
         if sampler is None:
-            print(f"corpus {name}: {count:,} samples; data.blend names it no more (weight: 0 would), so only counted")
+            print(f"corpus {name}: {count:,} samples; left out of data.blend, and not where it was: only counted")
             continue
         faults += faults_of_epochs(name, sampler, count)
         epochs, rest = divmod(count, sampler.num_windows)

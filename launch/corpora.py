@@ -39,7 +39,7 @@ class Corpora:
 
 def load_corpora(job: JobConfig) -> Corpora:
     """The corpora of `job`, split, each long enough for a sequence. Raises CorpusError."""
-    data, seed = job.data, job.job.seed
+    data = job.data
     if data.source == "indexed":
         whole = {corpus.label: open_corpus(corpus.path, job.model.vocab_size) for corpus in data.blend}
     else:
@@ -54,13 +54,17 @@ def load_corpora(job: JobConfig) -> Corpora:
     held_out = [open_corpus(path, job.model.vocab_size) for path in data.validation_paths]
     training = {}
     for name, corpus in whole.items():
-        fraction = 0 if data.validation_paths else data.validation_fraction
-        training[name], validation = split_corpus(corpus, fraction, seed)
+        training[name], validation = split(corpus, job)
         held_out += [validation] if validation is not None else []
     corpora = Corpora(training, Corpus.concatenated("validation", held_out))
     samplers(corpora, job)
     validation_sampler(corpora, job)
     return corpora
+
+
+def split(corpus: Corpus, job: JobConfig) -> tuple[Corpus, Corpus | None]:
+    """(training, validation) as the job holds out."""
+    return split_corpus(corpus, 0 if job.data.validation_paths else job.data.validation_fraction, job.job.seed)
 
 
 def corpora_on_all_ranks(job: JobConfig) -> Corpora:

@@ -1,6 +1,7 @@
 """What the ranks of a run fed to the model, kept beside it for `launch/audit_data.py`.
 
     RUN/data/cursor.json      the data cursor of the run's last start (`launch.cursor`)
+    RUN/data/corpora.json     where each corpus lies that the run has ever drawn from: {"web": "data/web"}
     RUN/data/dp-00003.jsonl   a line for each step of data-parallel rank 3:
                               {"step": 13, "samples": 128, "digest": 9125043421838452801}
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class DataLog:
     ) -> None:
         """resumed_from: the step of the loaded checkpoint; None drops all that was noted before. `tell` hears of a disk
         that fails: the training goes on without the record."""
-        self._directory, self._tell = directory, tell
+        self._directory, self._tell, self._resumed = directory, tell, resumed_from is not None
         self._file: MetricsFile | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -47,12 +48,12 @@ class DataLog:
         except OSError as error:
             self._give_up(error)
 
-    def write_cursor(self, record: dict[str, Any]) -> None:
-        """Replaces cursor.json at once."""
-        partial = self._directory / "cursor.json.partial"
+    def write_cursor(self, record: Mapping[str, Any], paths: Mapping[str, str]) -> None:
+        """Replaces cursor.json, and adds to corpora.json the `paths` of the corpora, by name."""
         try:
-            partial.write_text(json.dumps(record, indent=1))
-            os.replace(partial, self._directory / "cursor.json")
+            before = read_paths(self._directory) if self._resumed else {}
+            _replace(self._directory / "corpora.json", before | dict(paths))
+            _replace(self._directory / "cursor.json", record)
         except OSError as error:
             self._give_up(error)
 
@@ -74,3 +75,18 @@ class DataLog:
     def _give_up(self, error: OSError) -> None:
         self._file = None
         self._tell(f"the record of the data cannot be written any more ({error}); the job goes on without it")
+
+
+def read_paths(directory: Path) -> dict[str, str]:
+    """What corpora.json says; nothing where there is none, or none that can be parsed."""
+    try:
+        return {str(name): str(path) for name, path in json.loads((directory / "corpora.json").read_text()).items()}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file, at once."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)

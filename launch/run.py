@@ -186,7 +186,7 @@ def _data_log(
         job.run_path / "data", mesh.dp_rank, mesh.dp_size, progress.step if progress else None, monitor.message
     )
     if mesh.dp_rank == 0:
-        log.write_cursor(cursor.record())
+        log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
     return log
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 
 def corpora(folder: Path) -> None:
-    for seed, name in enumerate(("web", "code")):
+    for seed, name in enumerate(("web", "code", "books")):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, 90, 80)
         writer = IndexedWriter(folder / name, np.dtype("<u2"))
@@ -24,35 +24,38 @@ def corpora(folder: Path) -> None:
         writer.finish()
 
 
-def blended(folder: Path, web: float, code: float) -> list[str]:
-    entries = ", ".join(
-        f"{{path: {folder / name}, weight: {weight}}}" for name, weight in (("web", web), ("code", code))
-    )
+def blended(folder: Path, **weights: float) -> list[str]:
+    entries = ", ".join(f"{{path: {folder / name}, weight: {weight}}}" for name, weight in weights.items())
     return ["data.source=indexed", "data.files=[]", f"data.blend=[{entries}]", "data.document_mask=true"]
 
 
-def test_killed_and_moved_with_other_weights_nothing_is_repeated_or_lost(
+def test_killed_and_moved_with_corpora_added_reweighted_and_left_out_nothing_is_repeated_or_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpora(tmp_path)
-    tiny = TinyJob(tmp_path, max_steps=40)
-    with Forked(tiny, 2, *blended(tmp_path, 0.7, 0.3)) as job:
+    tiny = TinyJob(tmp_path, max_steps=60)
+    with Forked(tiny, 2, *blended(tmp_path, web=0.7, code=0.3)) as job:
         job.until(lambda: tiny.logged() >= 9)
         job.lose([0, 1], noticed_after=0)
-    said = tiny.finish(2, *blended(tmp_path, 0.1, 0.9), "parallel.tensor_parallel_size=2")
-    assert "resumed from step " in said and "corpus code: " in said
+    moved = "parallel.tensor_parallel_size=2"
+    with Forked(tiny, 2, *blended(tmp_path, web=0.1, books=0.5, code=0.4), moved) as job:
+        job.until(lambda: tiny.logged() >= 25)
+        job.lose([0, 1], noticed_after=0)
+    said = tiny.finish(2, *blended(tmp_path, books=0.3, code=0.7))
+    assert "resumed from step " in said and "corpus books: " in said and "corpus web: " not in said
     capsys.readouterr()
     status = audit_data.main([str(tiny.run)])
     told = capsys.readouterr().out
     assert status == 0, told
-    assert "steps 1 to 40: 160 samples" in told and told.count("from step ") == 2
+    assert "steps 1 to 60: 240 samples" in told and told.count("from step ") == 3
+    assert all(f"corpus {name}: " in told for name in ("web", "code", "books")) and "only counted" not in told
     assert "1 epochs of " in told or "2 epochs of " in told  # the steps saw a corpus whole, and began it again
 
 
 def test_a_corpus_that_is_damaged(tmp_path: Path) -> None:
     corpora(tmp_path)
     tiny = TinyJob(tmp_path, max_steps=2000, checkpoint={"save_interval": 0})
-    with tiny.launch(2, *blended(tmp_path, 0.7, 0.3)) as job:
+    with tiny.launch(2, *blended(tmp_path, web=0.7, code=0.3)) as job:
         job.until(lambda: tiny.logged() >= 2)
         with open(tmp_path / "web.bin", "r+b") as file:
             file.write(b"\xff" * (tmp_path / "web.bin").stat().st_size)
@@ -65,6 +68,6 @@ def test_a_corpus_that_is_damaged(tmp_path: Path) -> None:
     assert "CorpusError" not in said and 1 <= said.count("error: ") <= 2, said[-8000:]
     with open(tmp_path / "code.bin", "r+b") as file:
         file.truncate(1000)
-    with tiny.alone(*blended(tmp_path, 0, 1)) as job:
+    with tiny.alone(*blended(tmp_path, web=0, code=1)) as job:
         assert job.wait() == 1, job.output[-8000:]
         assert job.output.count("error: ") == 1 and "Traceback" not in job.output

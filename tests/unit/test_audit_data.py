@@ -52,7 +52,7 @@ class Simulated:
         self.record = cursor.record()
         for rank in range(dp):
             log = DataLog(self.run / "data", rank, dp, start or None, pytest.fail)
-            log.write_cursor(cursor.record())
+            log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
             source = BlendedSamples(samplers(corpora, job), cursor)
             batches = Batches(source, size, 1, dp, rank, offset=cursor.offset, note=log.note)
             for step in range(start, stop):
@@ -92,6 +92,27 @@ def test_a_run_that_was_moved_and_steered_is_sound(
     with open(run.file(1), "a") as file:
         file.write('{"step": 91, "samp')  # cut short by a kill
     assert audited(run.run, capsys, "--quick")[0] == 0
+
+
+def test_a_corpus_that_was_left_out_is_proven_too_where_it_still_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 20, {"web": 1})
+    run.train(20, 40, {"web": 0.2, "code": 0.8})
+    run.train(40, 50, {"code": 1})
+    status, said = audited(run.run, capsys)
+    assert status == 0 and "corpus web: " in said and "corpus code: " in said, said
+    assert said.count(" documents whole and ") == 2 and "only counted" not in said
+    sound = run.entries()
+    run.rewrite([sound[0] | {"digest": 1}, *sound[1:]])  # a step of the corpus that was left out
+    status, said = audited(run.run, capsys)
+    assert status == 1 and "FAULT: step 1: the ranks read other tokens" in said
+    run.rewrite(sound)
+    (tmp_path / "web.bin").rename(tmp_path / "elsewhere")
+    status, said = audited(run.run, capsys)
+    assert status == 0 and "corpus web, which data.blend names no more: " in said and "web.bin missing" in said
+    assert "left out of data.blend, and not where it was: only counted" in said
 
 
 def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
