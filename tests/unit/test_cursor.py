@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.blend import Blend, _sum_of_floors
+from launch.blend import _STRIDE, Blend, _sum_of_floors
 from launch.corpus import Corpus, CorpusError
 from launch.cursor import BlendedSamples, DataCursor, Segment
 from launch.data import IGNORED_LABEL, Batches, Sample, SequenceSampler
@@ -80,6 +80,16 @@ def test_counts_are_those_of_the_order_and_near_the_weights(weights: list[float]
     assert blend.counts(samples) == {name: drawn[name] for name in blend.names}
     for name, weight in named.items():
         assert drawn[name] == 0 if weight == 0 else abs(drawn[name] - samples * weight / sum(weights)) < 4
+
+
+def test_a_sample_on_the_edge_of_two_shares_is_counted_where_it_is_drawn() -> None:
+    blend, circle = Blend({"a": 1, "b": 1}, 3), 1 << 64
+    points = [(blend._phase + sample * _STRIDE) % circle for sample in range(40)]
+    for point in points:
+        for edge in (point, point + 1):
+            assert blend._points_below(edge, 40) == sum(other < edge for other in points)
+        blend._inner = np.array([point], dtype=np.uint64)
+        assert blend.corpora(np.arange(40)).tolist() == [int(other >= point) for other in points]
 
 
 def test_counts_of_a_trillion_samples_follow_from_the_stretches_between() -> None:

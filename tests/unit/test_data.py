@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from launch import sources
 from launch.bigram import conditional_bigram_entropy
+from launch.config import JobConfig
+from launch.corpora import Corpora, samplers
 from launch.corpus import Corpus, CorpusError, Int64
 from launch.data import IGNORED_LABEL, Batches, MicroBatch, SequenceSampler, validation_batches
 from launch.encoders import TokenizerEncoder
@@ -132,6 +134,29 @@ def test_split_cuts_the_end_of_the_largest_when_no_document_is_small_enough(leng
     assert validation is not None
     assert training.read(0, len(training)).tolist() == list(range(950))
     assert validation.read(0, len(validation)).tolist() == list(range(950, 1000))
+
+
+def test_the_cut_ends_of_several_corpora_are_documents_of_their_own() -> None:
+    """Each begins inside a document of its shard, which its validation corpus has no start of."""
+    parts = [split_corpus(corpus_of(1000), 0.05, seed=0)[1] for _ in range(2)]
+    validation = Corpus.concatenated("validation", [part for part in parts if part is not None])
+    assert edges(validation) == [0, 50, 100]
+
+
+def test_corpora_of_one_size_have_orders_of_their_own() -> None:
+    job = JobConfig.from_yaml(
+        """
+        model: {vocab_size: 9, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+                num_key_value_heads: 1}
+        data: {source: indexed, blend: [{path: a}, {path: b}]}
+        optimizer: {learning_rate: 0.1}
+        training: {sequence_length: 10, global_batch_size: 1, max_steps: 1}
+        """
+    )
+    corpus = corpus_of(1000)
+    drawn = samplers(Corpora({"a": corpus, "b": corpus}, corpus), job)
+    first, second = (sampler.windows(np.arange(100)).tolist() for sampler in drawn.values())
+    assert sorted(first) == sorted(second) and first != second
 
 
 def test_split_of_nothing() -> None:
