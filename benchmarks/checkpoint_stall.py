@@ -42,12 +42,12 @@ def job(millions: float, precision: str) -> JobConfig:
         f"""
         model:
           {{vocab_size: 256, hidden_size: {hidden}, intermediate_size: {hidden * 10 // 3}, num_hidden_layers: 8,
-           num_attention_heads: {hidden // 64}, num_key_value_heads: {hidden // 64}}}
+           num_attention_heads: {hidden // 64}, num_key_value_heads: {hidden // 64}, attention_backend: math}}
         data: {{source: files, files: [unused]}}
         optimizer: {{learning_rate: 0.001}}
         training:
           {{sequence_length: {_LENGTH}, global_batch_size: {_BATCH}, micro_batch_size: {_BATCH}, max_steps: 1000000,
-           precision: {precision}}}
+           precision: {precision}, compile: false}}
         """
     )
 

@@ -51,8 +51,11 @@ LAYOUTS = [(1, 1, 0, False), (2, 2, 3, True), (1, 2, 2, False)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model of random weights, a corpus of many short documents, and a job."""
-    folder = tmp_path_factory.mktemp("evaluation")
+    return to_evaluate(tmp_path_factory.mktemp("evaluation"))
+
+
+def to_evaluate(folder: Path) -> Path:
+    """The folder, with a converted model of random weights, a corpus of many short documents, and a job."""
     generator = torch.Generator().manual_seed(4)
     writer = ShardWriter(folder)
     for name, shape in parameter_shapes(MODEL).items():

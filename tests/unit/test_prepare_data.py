@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from launch import prepare_data, text_inputs
 from launch.corpora import open_corpus
+from launch.indexed_writer import IndexedWriter
 from launch.text_inputs import BadInput, Block, blocks
 from launch.text_tokens import TokenisingProcesses
 
@@ -321,6 +323,36 @@ def test_killed_at_random_moments_the_output_is_the_same_byte_for_byte(tmp_path:
         assert (tmp_path / f"killed.{suffix}").read_bytes() == (tmp_path / f"calm.{suffix}").read_bytes(), suffix
     left = sorted(path.name for path in tmp_path.glob("killed*"))
     assert left == ["killed.bin", "killed.idx", "killed.rejected.jsonl", "killed.summary.json"]
+
+
+def test_what_was_written_after_the_last_save_is_made_again(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = jsonl(texts(400)).splitlines(keepends=True)
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line + b"{\n" for line in lines))  # every block has bad records
+    prepare(tokenizer, tmp_path / "calm", tmp_path / "in.jsonl")
+    save, write, saves, writes = prepare_data.Preparation._save, IndexedWriter.write, iter([1, 2]), iter(range(9))
+
+    def save_twice(self: prepare_data.Preparation, *arguments: Any) -> None:
+        if next(saves, None):
+            save(self, *arguments)
+
+    def write_some(self: IndexedWriter, *arguments: Any, **options: Any) -> None:
+        if next(writes, None) is None:
+            raise OSError("No space left on device")
+        write(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_SAVE_SECONDS", 0.0)
+        patch.setattr(prepare_data.Preparation, "_save", save_twice)
+        patch.setattr(IndexedWriter, "write", write_some)
+        prepare(tokenizer, tmp_path / "full", tmp_path / "in.jsonl", status=1)
+    saved = json.loads((tmp_path / "full.state.json.partial").read_text())
+    assert saved["rejected_bytes"] < (tmp_path / "full.rejected.jsonl").stat().st_size
+    assert 0 < saved["writer"]["tokens"] * 2 < (tmp_path / "full.bin.partial").stat().st_size
+    prepare(tokenizer, tmp_path / "full", tmp_path / "in.jsonl")
+    for suffix in ("bin", "idx", "summary.json", "rejected.jsonl"):
+        assert (tmp_path / f"full.{suffix}").read_bytes() == (tmp_path / f"calm.{suffix}").read_bytes(), suffix
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
