@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
-from model.kernels.operator import NO_TARGETS
+from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangePlan, Piece, exchange_plan
 from parallel.transport import Arrival, Transport
@@ -105,18 +105,8 @@ class ExchangeAttention(AttentionOperator):
                         lse[rows.rows, :, call.queries] = part
         return out, lse, kept
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
+        q, k, v, out, lse, kept, documents = saved
         planned = self._rows(q, documents)
         if self.keep_gathered:
             jobs = [_Job(rows, buffer, None) for rows, buffer in self._buffers(planned, k, kept)]

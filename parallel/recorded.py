@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import AttentionOperator, Documents
-from model.kernels.operator import NO_TARGETS
+from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets
 
 
@@ -56,28 +56,17 @@ class RecordedAttention(AttentionOperator):
         out = q.new_empty(q.shape) if out is None else out
         return out.copy_(recording.out), recording.lse.detach(), recording.kept.detach()
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
-        if documents is not None:
-            return self.plain.backward(dout, q, k, v, out, lse, kept, documents, targets)
-        recording = self._busy.pop(lse.data_ptr())
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
+        if saved.documents is not None:
+            return self.plain.backward(dout, saved, targets)
+        recording = self._busy.pop(saved.lse.data_ptr())
         recording.dout.copy_(dout)
         recording.backward.replay()
         dq, dk, dv = (
             (like.new_empty(like.shape) if target is None else target).copy_(static)
-            for like, target, static in zip((q, k, v), targets, recording.gradients, strict=True)
+            for like, target, static in zip(saved[:3], targets, recording.gradients, strict=True)
         )
-        self._idle[q.shape, k.shape, q.dtype].append(recording)
+        self._idle[saved.q.shape, saved.k.shape, saved.q.dtype].append(recording)
         return dq, dk, dv
 
 
@@ -100,4 +89,4 @@ class _Recording:
         self._gradients(operator, q, k, v)
 
     def _gradients(self, operator: AttentionOperator, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-        return operator.backward(self.dout, q, k, v, self.out, self.lse, self.kept, None)
+        return operator.backward(self.dout, Saved(q, k, v, self.out, self.lse, self.kept, None))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
-from model.kernels.operator import NO_TARGETS
+from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets, placed
 from parallel.ring_plan import Call, ring_plan
 
@@ -72,18 +72,8 @@ class RingAttention(AttentionOperator):
             held, spare = spare, held
         return placed(running.to(q.dtype), out), lse, q.new_empty(0)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
+        q, k, v, out, lse, _, documents = saved
         steps, dout = self._plan(q, documents), dout.contiguous()
         accumulate = lse.dtype
         dq = torch.zeros(q.shape, dtype=accumulate, device=q.device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import AttentionOperator, Documents
-from model.kernels.operator import NO_TARGETS
+from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets
 from parallel.transport import Arrival, Transport
 
@@ -62,18 +62,8 @@ class UlyssesAttention(AttentionOperator):
         returning.wait()
         return out, lse, kept
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
+        q, k, v, out, lse, kept, documents = saved
         dq, dk, dv = (
             like.new_empty(like.shape) if target is None else target
             for like, target in zip((q, k, v), targets, strict=True)
@@ -83,24 +73,14 @@ class UlyssesAttention(AttentionOperator):
         returning = _Returning(self, [dq, dk, dv])
         inputs, outputs = kept.split([q.numel() + 2 * k.numel(), q.numel()] if self.keep else [0, 0])
         for group in range(self.head_groups):
-            whole_dout, *saved = gathering.wait(group)
+            whole_dout, *whole = gathering.wait(group)
             if self.keep:
-                saved = self.split(self.by_tokens(inputs, [q, k, v])[group], [q, k, v])
-                saved += self.split(self.by_tokens(outputs, [q])[group], [q])
-            whole_q, whole_k, whole_v, whole_out = saved
+                whole = self.split(self.by_tokens(inputs, [q, k, v])[group], [q, k, v])
+                whole += self.split(self.by_tokens(outputs, [q])[group], [q])
             slot = returning.slot()
             into = self.split(slot[0], [q, k, v])
-            self.inner.backward(
-                whole_dout,
-                whole_q,
-                whole_k,
-                whole_v,
-                whole_out,
-                lse[group],
-                q.new_empty(0),
-                documents,
-                targets=(into[0], into[1], into[2]),
-            )
+            part = Saved(*whole, lse[group], q.new_empty(0), documents)
+            self.inner.backward(whole_dout, part, targets=(into[0], into[1], into[2]))
             returning.send(slot)
         returning.wait()
         return dq, dk, dv

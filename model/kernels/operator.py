@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from torch import Tensor
 from model.kernels.protocol import AttentionKernel, AttentionMask, Documents, Gradients, Targets
 
 NO_TARGETS: Targets = (None, None, None)
+
+
+class Saved(NamedTuple):
+    """What a backward has of its forward: the inputs and the results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    kept: Tensor
+    documents: Documents | None
 
 
 class AttentionOperator(ABC):
@@ -49,18 +61,7 @@ class AttentionOperator(ABC):
         """
 
     @abstractmethod
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
         """dq, dk, dv of sum(dout * out): in `targets` where given, else in tensors of their own."""
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -91,18 +92,8 @@ class KernelOperator(AttentionOperator):
         out, lse = self.kernel.forward(q, k, v, self.scale, self._mask(documents), out)
         return out, lse.contiguous(), q.new_empty(0)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        documents: Documents | None,
-        targets: Targets = NO_TARGETS,
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
+        q, k, v, out, lse, _, documents = saved
         mask = self._mask(documents)
         return self.kernel.backward(dout, q, k, v, out, lse, self.scale, mask, self.deterministic, *targets)
 
@@ -149,8 +140,8 @@ def _backward(
     number: int,
 ) -> Gradients:
     operator = _operators[number]
-    documents = operator.documents(boundaries, cu_seqlens)
-    dq, dk, dv = operator.backward(dout, q, k, v, out, lse, kept, documents)
+    saved = Saved(q, k, v, out, lse, kept, operator.documents(boundaries, cu_seqlens))
+    dq, dk, dv = operator.backward(dout, saved)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
