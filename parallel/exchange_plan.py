@@ -4,7 +4,8 @@ P context_parallel_size, S sequence_length. Rank r holds chunks r and 2P-1-r of 
 chunk [a, b) sees one contiguous range of keys, [low, b): causality ends it at b, and it begins where the window of the
 first query or the first query's document begins. So each rank gathers at most two ranges of keys (one, where they
 overlap) into a buffer, in the order of their positions, and every query chunk is one kernel call: no partial results to
-merge, no document padded, and what nobody sees does not travel.
+merge, no document padded, and what nobody sees does not travel. Where documents keep the two chunks' keys apart, one
+call does for both: to a kernel they are documents among others.
 
 Positions are those of the full sequence. "Local" indices count within a rank's part, "buffer" indices within its
 buffer.
@@ -29,6 +30,16 @@ class Piece:
     receiver_index: int
     owner_index: int
     owner_local: int
+
+    @property
+    def at_owner(self) -> slice:
+        """In the owner's buffer."""
+        return slice(self.owner_index, self.owner_index + self.length)
+
+    @property
+    def at_receiver(self) -> slice:
+        """In the receiver's buffer."""
+        return slice(self.receiver_index, self.receiver_index + self.length)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,11 @@ class ExchangePlan:
         """Keys that travel to this rank in a forward pass."""
         return sum(piece.length for pieces in self.receives.values() for piece in pieces)
 
+    @property
+    def sent_tokens(self) -> int:
+        """Keys of this rank that travel to others, each as often as it does."""
+        return sum(piece.length for pieces in self.sends.values() for piece in pieces)
+
 
 def exchange_plan(
     sequence_length: int,
@@ -87,8 +103,31 @@ def exchange_plan(
         own=tuple((local, mine.buffer_index(start), length) for local, start, length in mine.own),
         receives={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(mine, other))},
         sends={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(other, mine))},
-        calls=tuple(sorted(mine.calls(), key=lambda call: (not call.remote, call.k_start - call.k_stop))),
+        calls=tuple(sorted(_joined(mine.calls()), key=lambda call: (not call.remote, call.k_start - call.k_stop))),
     )
+
+
+def _joined(calls: list[ExchangeCall]) -> list[ExchangeCall]:
+    """One call for both chunks if they have documents and share no key."""
+    if len(calls) < 2:
+        return calls
+    one, two = calls
+    if one.query_bounds is None or one.key_bounds is None or two.query_bounds is None or two.key_bounds is None:
+        return calls
+    if one.k_stop != two.k_start:
+        return calls
+    queries, keys = one.query_bounds[-1], one.key_bounds[-1]
+    return [
+        ExchangeCall(
+            one.q_start,
+            two.q_stop,
+            one.k_start,
+            two.k_stop,
+            one.query_bounds + tuple(queries + bound for bound in two.query_bounds[1:]),
+            one.key_bounds + tuple(keys + bound for bound in two.key_bounds[1:]),
+            remote=one.remote or two.remote,
+        )
+    ]
 
 
 def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:

@@ -19,19 +19,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Rows = Callable[[int, int], list[slice]]
-"""(owner, reader) -> the rows of the owner's slot that the reader takes, the same in every stage."""
-Place = Callable[[int, int, list[Tensor]], None]
-"""(stage, owner, those rows): copies them to where they belong, and is called for this rank's own rows too. Rows are
-valid during the call only, and best copied as they are: a copy engine does that beside the kernels."""
-Finish = Callable[[int], None]
-"""(stage): called when all owners' rows of a stage are in place."""
+"""(owner, reader) -> the rows of the owner's slot that the reader takes; the two are never the same rank."""
+Place = Callable[[int, list[Tensor]], None]
+"""(owner, those rows): copies them to where they belong. Rows are valid during the call only, and best copied as they
+are: a copy engine does that beside the kernels."""
 
 
 class Arrival(Protocol):
     """An exchange under way."""
 
-    def wait(self, stage: int = 0) -> None:
-        """Work issued from now on sees what arrived. Must be called for each stage; does not hold up a GPU's host."""
+    def wait(self) -> None:
+        """Work issued from now on sees what arrived. Must be called; does not hold up a GPU's host."""
 
 
 class Transport(Protocol):
@@ -42,12 +40,12 @@ class Transport(Protocol):
     name: str
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised memory [stages, rows, ...] of `like`'s dtype and device, for the next `exchange`."""
+        """Uninitialised memory of `like`'s dtype and device, for the next `exchange`."""
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
-        """Lets every rank take its rows of every rank's slot, one stage after the other.
+    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
+        """Lets every rank take its rows of every other rank's slot.
 
-        The tensors that `place` and `finish` read and write must live until `Arrival.wait`.
+        The tensors that `place` writes must live until `Arrival.wait`.
         """
 
 
@@ -62,38 +60,27 @@ class MessageTransport:
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         return like.new_empty(shape)
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
-        stages = []
-        for part in slot:
-            operations, arriving = [], {self.rank: [part[taken] for taken in rows(self.rank, self.rank)]}
-            for peer in range(self.group.size()):
-                if peer != self.rank:
-                    address = dist.get_global_rank(self.group, peer)
-                    sent = [part[taken] for taken in rows(self.rank, peer)]
-                    arriving[peer] = [torch.empty_like(part[taken]) for taken in rows(peer, self.rank)]
-                    operations += [dist.P2POp(dist.isend, piece, address, self.group) for piece in sent]
-                    operations += [dist.P2POp(dist.irecv, piece, address, self.group) for piece in arriving[peer]]
-            stages.append((dist.batch_isend_irecv(operations) if operations else [], arriving))
-        return _Messages(stages, place, finish)
+    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
+        operations, arriving = [], {}
+        for peer in range(self.group.size()):
+            if peer != self.rank:
+                address = dist.get_global_rank(self.group, peer)
+                sent = [slot[taken] for taken in rows(self.rank, peer)]
+                arriving[peer] = [torch.empty_like(slot[taken]) for taken in rows(peer, self.rank)]
+                operations += [dist.P2POp(dist.isend, piece, address, self.group) for piece in sent]
+                operations += [dist.P2POp(dist.irecv, piece, address, self.group) for piece in arriving[peer]]
+        return _Messages(dist.batch_isend_irecv(operations) if operations else [], arriving, place)
 
 
 class _Messages:
-    def __init__(
-        self,
-        stages: list[tuple[list[dist.Work], dict[int, list[Tensor]]]],
-        place: Place,
-        finish: Finish | None,
-    ):
-        self.stages, self.place, self.finish = stages, place, finish
+    def __init__(self, works: list[dist.Work], arriving: dict[int, list[Tensor]], place: Place):
+        self.works, self.arriving, self.place = works, arriving, place
 
-    def wait(self, stage: int = 0) -> None:
-        works, arriving = self.stages[stage]
-        for work in works:
+    def wait(self) -> None:
+        for work in self.works:
             work.wait()
-        for owner, rows in arriving.items():
-            self.place(stage, owner, rows)
-        if self.finish:
-            self.finish(stage)
+        for owner, rows in self.arriving.items():
+            self.place(owner, rows)
 
 
 class SymmetricTransport:
@@ -110,12 +97,15 @@ class SymmetricTransport:
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         self.group, self.rank, self.device = group, dist.get_rank(group), device
+        self._peers = [(self.rank + step) % group.size() for step in range(1, group.size())]
+        """Each reader starts with another owner."""
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._bytes = 0
         self._uses = 0
         self._recent: list[_Reached] = []
         """The last exchanges, the oldest first."""
+        self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
 
     @staticmethod
     def reaches(group: ProcessGroup, device: torch.device) -> bool:
@@ -146,48 +136,51 @@ class SymmetricTransport:
         # arrival waited for already is left alone: a CUDA graph under record may not wait for what came before it.)
         if len(self._recent) == self._SLOTS - 1 and not (earlier := self._recent.pop(0)).waited:
             earlier.wait()
-        return self._memory[self._start() :][:size].view(like.dtype).view(tuple(shape))
+        return self._slot_of(self.rank, tuple(shape), like.dtype)
 
-    def exchange(self, slot: Tensor, rows: Rows, place: Place, finish: Finish | None = None) -> Arrival:
-        start, size = self._start() // slot.element_size(), self.group.size()
-        events = []
+    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self._handle.barrier(channel=0)
-            slots = {
-                owner: slot if owner == self.rank else self._handle.get_buffer(owner, slot.shape, slot.dtype, start)
-                for owner in ((self.rank + step) % size for step in range(size))  # each reader starts elsewhere
-            }
-            for stage in range(len(slot)):
-                for owner, theirs in slots.items():
-                    place(stage, owner, [theirs[stage, taken] for taken in rows(owner, self.rank)])
-                if finish:
-                    finish(stage)
-                events.append(self._stream.record_event())
+            for owner in self._peers:
+                theirs = self._slot_of(owner, slot.shape, slot.dtype)
+                place(owner, [theirs[taken] for taken in rows(owner, self.rank)])
+            reached = _Reached(self._stream.record_event(), self.device)
         self._uses += 1
-        self._recent.append(_Reached(events, self.device))
-        return self._recent[-1]
+        self._recent.append(reached)
+        return reached
 
-    def _start(self) -> int:
-        return self._uses % self._SLOTS * self._bytes
+    def _slot_of(self, owner: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The present slot of `owner`. Made once for each shape: views cost the host."""
+        number = self._uses % self._SLOTS
+        key = number, owner, shape, dtype
+        if key not in self._views:
+            if len(self._views) > self._MOST_VIEWS:  # documents give every batch shapes of its own
+                self._views.clear()
+            start = number * self._bytes // dtype.itemsize
+            self._views[key] = self._handle.get_buffer(owner, shape, dtype, start)
+        return self._views[key]
+
+    _MOST_VIEWS = 256
 
     def _grow(self, size: int) -> None:
         """Larger slots, once for each new largest shape. Collective; waits until the old ones are out of use."""
         torch.cuda.synchronize(self.device)
         dist.barrier(self.group)
         self._recent.clear()
+        self._views.clear()
         self._bytes = -(-size // 512) * 512
         self._memory = symmetric_memory.empty(self._SLOTS * self._bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._memory, self.group)
 
 
 class _Reached:
-    def __init__(self, events: list[torch.cuda.Event], device: torch.device):
-        self.events, self.device, self.waited = events, device, False
+    def __init__(self, event: torch.cuda.Event, device: torch.device):
+        self.event, self.device, self.waited = event, device, False
 
-    def wait(self, stage: int = -1) -> None:
-        self.waited = self.waited or stage in (-1, len(self.events) - 1)
-        torch.cuda.current_stream(self.device).wait_event(self.events[stage])
+    def wait(self) -> None:
+        self.waited = True
+        torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
 def make_transport(group: ProcessGroup, device: torch.device) -> Transport:

@@ -19,7 +19,7 @@ import launch.build
 import launch.feed
 import launch.trainer
 import parallel.collectives
-import parallel.exchange
+import parallel.key_gradients
 import parallel.ring
 import parallel.tensor
 import parallel.transport
@@ -98,27 +98,27 @@ def exchange_fetches_nothing() -> None:
     """What peers send, keys and their gradients, arrives as zeros."""
     exchange = parallel.transport.MessageTransport.exchange
 
-    def empty(self: Any, slot: torch.Tensor, rows: Any, place: Any, *rest: Any) -> Any:
-        def nothing(stage: int, owner: int, pieces: list[torch.Tensor]) -> None:
-            place(stage, owner, [torch.zeros_like(piece) for piece in pieces])
+    def empty(self: Any, slot: torch.Tensor, rows: Any, place: Any) -> Any:
+        def nothing(owner: int, pieces: list[torch.Tensor]) -> None:
+            place(owner, [torch.zeros_like(piece) for piece in pieces])
 
-        return exchange(self, slot, rows, nothing, *rest)
+        return exchange(self, slot, rows, nothing)
 
     parallel.transport.MessageTransport.exchange = empty  # type: ignore[method-assign]
 
 
 def key_gradients_stay_away() -> None:
     """An owner adds up its own shares of dK and dV only."""
-    collect = parallel.exchange._KeyGradients.collect
+    collect = parallel.key_gradients.KeyGradients.collect
 
-    def forgetful(self: parallel.exchange._KeyGradients, *gradients: torch.Tensor) -> None:
+    def forgetful(self: parallel.key_gradients.KeyGradients, *gradients: torch.Tensor) -> None:
         assert self.arrival is not None
         self.arrival.wait()
         self.arrival = Mock()
         self.incoming.clear()
         collect(self, *gradients)
 
-    parallel.exchange._KeyGradients.collect = forgetful  # type: ignore[method-assign]
+    parallel.key_gradients.KeyGradients.collect = forgetful  # type: ignore[method-assign]
 
 
 def shards_are_contiguous() -> None:

@@ -21,9 +21,10 @@ from torch import Tensor
 import parallel.ulysses
 from model.kernels import KERNELS, AttentionOperator, KernelOperator
 from parallel.exchange import ExchangeAttention
+from parallel.fused import Heads
 from parallel.ring import RingAttention
 from parallel.transport import MessageTransport
-from parallel.ulysses import UlyssesAttention, check_ulysses
+from parallel.ulysses import UlyssesAttention, check_ulysses, group_sizes
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_ring import (
     CASES,
@@ -74,8 +75,8 @@ def make(
 
 
 def with_heads(case: Case, heads: int) -> Case:
-    """The case with heads that `heads` ranks and two groups can share."""
-    return dataclasses.replace(case, heads=4 * heads, kv_heads=2 * heads)
+    """The case with heads that `heads` ranks and up to four groups can share."""
+    return dataclasses.replace(case, heads=8 * heads, kv_heads=4 * heads)
 
 
 def errors(whole: dist.ProcessGroup, attend: UlyssesAttention, case: Case, dtype: torch.dtype) -> dict[str, float]:
@@ -100,7 +101,7 @@ def _errors() -> Results:
             case = with_heads(case, heads)
             for kernel, dtype, variant in (
                 ("math", torch.float64, {}),
-                ("math", torch.float64, {"head_groups": 2, "keep": False}),
+                ("math", torch.float64, {"head_groups": 3, "keep": False}),
                 ("cpu", torch.float32, {"head_groups": 2}),
             ):
                 attend = make(by_heads, by_keys, case, kernel, inner, **variant)
@@ -156,8 +157,8 @@ def test_nothing_leaks_from_one_document_to_the_next() -> None:
 def neighbours_chunks() -> Iterator[None]:
     """Tokens in the order of ranks, as if the sequence were cut in contiguous parts."""
 
-    def chunks(self: UlyssesAttention, rank: int, like: Tensor) -> list[slice]:
-        return [slice(rank * like.shape[1], (rank + 1) * like.shape[1])]
+    def chunks(self: UlyssesAttention, rank: int, length: int) -> list[slice]:
+        return [slice(rank * length, (rank + 1) * length)]
 
     with mock.patch.object(UlyssesAttention, "chunks", chunks):
         yield
@@ -165,25 +166,22 @@ def neighbours_chunks() -> Iterator[None]:
 
 @contextmanager
 def heads_of_the_first_group() -> Iterator[None]:
-    original = UlyssesAttention.of_groups
+    def heads(tensor: Tensor, first: int, count: int) -> Heads:
+        return Heads(tensor, 0, count)
 
-    def of_groups(self: UlyssesAttention, tensor: Tensor) -> Tensor:
-        groups = original(self, tensor)
-        return groups[:1].expand_as(groups)
-
-    with mock.patch.object(UlyssesAttention, "of_groups", of_groups):
+    with mock.patch.object(parallel.ulysses, "Heads", heads):
         yield
 
 
 @contextmanager
 def nothing_sent_back() -> Iterator[None]:
-    original = parallel.ulysses._Returning.send
+    original = parallel.ulysses._Trade.send
 
-    def send(self: Any, slot: Tensor) -> None:
+    def send(self: Any, slot: Tensor, group: int) -> Any:
         slot.zero_()
-        original(self, slot)
+        return original(self, slot, group)
 
-    with mock.patch.object(parallel.ulysses._Returning, "send", send):
+    with mock.patch.object(parallel.ulysses._Trade, "send", send):
         yield
 
 
@@ -221,3 +219,11 @@ def test_a_planted_fault_is_noticed(errors_under_faults: Results, fault: str) ->
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(3\) to be divisible by its group \(2\)"):
         check_ulysses(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "sizes"),
+    [(4, 1, [4]), (5, 2, [2, 3]), (3, 3, [1, 1, 1]), (4, 3, [1, 2, 1]), (8, 3, [2, 4, 2]), (8, 4, [1, 3, 3, 1])],
+)
+def test_the_outer_groups_of_heads_are_the_smallest(heads: int, groups: int, sizes: list[int]) -> None:
+    assert group_sizes(heads, groups) == sizes
