@@ -91,7 +91,8 @@ class UlyssesAttention(AttentionOperator):
                 whole += kept_outputs.split(kept_outputs.by_group(outputs)[group], group)
             slot = back.slot(group)
             into_q, into_k, into_v = back.split(slot, group)
-            part = Saved(*whole, lse_by_group[group], q.new_empty(0), documents)
+            whole_q, whole_k, whole_v, whole_out = whole
+            part = Saved(whole_q, whole_k, whole_v, whole_out, lse_by_group[group], q.new_empty(0), documents)
             self.inner.backward(whole_dout, part, targets=(into_q, into_k, into_v))
             returning.append(back.send(slot, group))
         for arrival in returning:
