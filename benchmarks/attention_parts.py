@@ -142,12 +142,12 @@ def message_parts() -> None:
 
 def _swap(transport: Transport, like: Tensor, into: Tensor) -> None:
     """Each of two ranks takes the whole of the other's slot, as an exchange of keys would."""
-    slot = transport.slot((1, *like.shape), like)
+    slot = transport.slot(like.shape, like)
 
     def taken(owner: int, reader: int) -> list[slice]:
-        return [] if owner == reader else [slice(0, len(like))]
+        return [slice(0, len(like))]
 
-    def place(stage: int, owner: int, parts: list[Tensor]) -> None:
+    def place(owner: int, parts: list[Tensor]) -> None:
         for part in parts:
             into.copy_(part)
 

@@ -14,6 +14,7 @@ from launch.parameters import BYTES, Precision
 from model.config import ModelConfig
 from model.kernels.linear_cross_entropy import chunk_tokens
 from model.recompute import Recompute
+from parallel.ulysses import group_sizes
 from parallel.vocab import padded_vocabulary
 from parallel.zero_config import LIVE_PARAMETERS
 
@@ -143,8 +144,9 @@ RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
 """Ring: dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
 EXCHANGE_FORMULA = "(12 M + 6 t) K D b"
 """Exchange: the buffer of K and V and its gradient; a peer's shares, the sums in fp32; four slots that peers read."""
-HEADS_FORMULA = "t (4 (H + 2 K) + 4 H + 4 K) D b"
-"""Heads: four slots that peers read; what arrives of all tokens, and the gradients on their way home."""
+HEADS_FORMULA = "t (4 f (H + 2 K) + H) D b"
+"""Heads: four slots that peers read, of the largest group of heads (a share f of all); the output's gradient for all
+tokens."""
 
 
 def estimate_activations(
@@ -223,7 +225,8 @@ def context_bytes(context: ContextPlan, tokens: int, query_heads: int, kv_heads:
     elif context.by_keys > 1:
         size += (12 * context.fetched_tokens + 6 * inside) * heads * head_dim * width
     if context.by_heads > 1:
-        size += tokens * (4 * (query_heads + 2 * kv_heads) + 4 * query_heads + 4 * kv_heads) * head_dim * width
+        largest = max(group_sizes(heads, context.head_groups)) / heads
+        size += int(tokens * (4 * largest * (query_heads + 2 * kv_heads) + query_heads) * head_dim * width)
     return size
 
 
