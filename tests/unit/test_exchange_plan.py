@@ -125,3 +125,11 @@ def test_bytes_follow_the_documents_and_the_window() -> None:
 
 def test_the_last_rank_makes_one_call() -> None:
     assert [len(exchange_plan(64, 4, rank).calls) for rank in range(4)] == [2, 2, 2, 1]
+
+
+def test_chunks_whose_documents_keep_their_keys_apart_share_a_call() -> None:
+    documents = [0, 5, 20, 30, 50, 64]  # rank 0 of 2 holds [0, 16) and [48, 64): nothing that both see
+    assert [len(exchange_plan(64, 2, rank, boundaries=documents).calls) for rank in (0, 1)] == [1, 1]
+    (call,) = exchange_plan(64, 2, 0, boundaries=documents).calls
+    assert call.query_bounds == (0, 5, 16, 18, 32) and call.key_bounds == (0, 5, 16, 36, 50)
+    assert len(exchange_plan(64, 2, 0, boundaries=[0, 10, 64]).calls) == 2
