@@ -23,6 +23,7 @@ from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangeCall, ExchangePlan, exchange_plan
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
+from parallel.sequence import document_rows
 from parallel.transport import Arrival, Transport
 
 
@@ -56,11 +57,11 @@ class _Job(NamedTuple):
 
 
 class ExchangeAttention(AttentionOperator):
-    """Causal self-attention of tokens spread over the transport's group (zigzag, see `parallel.sequence`).
+    """Causal self-attention of tokens spread over the transport's group (see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
-    rank's outputs [B, L, H, D]. `keep_gathered` keeps fetched keys and values for the backward pass; otherwise they are
-    fetched again.
+    rank's outputs [B, L, H, D]. `balanced` says that sequences were cut as their documents balance. `keep_gathered`
+    keeps fetched keys and values for the backward pass; otherwise they are fetched again.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class ExchangeAttention(AttentionOperator):
         scale: float,
         window: int | None = None,
         deterministic: bool = False,
+        balanced: bool = False,
         keep_gathered: bool = True,
     ):
         super().__init__()
         self.transport, self.kernel, self.scale = transport, kernel, scale
-        self.window, self.deterministic, self.keep_gathered = window, deterministic, keep_gathered
+        self.window, self.deterministic = window, deterministic
+        self.balanced, self.keep_gathered = balanced, keep_gathered
         self.size, self.rank = transport.group.size(), transport.rank
         self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
@@ -213,11 +216,8 @@ class ExchangeAttention(AttentionOperator):
             plan = exchange_plan(length, size, self.rank, self.window)
             return [_Rows(None, plan, self._calls(plan, None, q))]
         rows = []
-        for row in range(batch):
-            first = row * length
-            inside = [bound - first for bound in documents.boundaries if first <= bound <= first + length]
-            assert inside[0] == 0 and inside[-1] == length, "documents must not cross rows of the batch"
-            plan = exchange_plan(length, size, self.rank, self.window, inside)
+        for row, boundaries in enumerate(document_rows(documents.boundaries, batch, length)):
+            plan = exchange_plan(length, size, self.rank, self.window, boundaries, self.balanced)
             batch_rows = slice(row, row + 1) if batch > 1 else None
             rows.append(_Rows(batch_rows, plan, self._calls(plan, batch_rows, q)))
         return rows

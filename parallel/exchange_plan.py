@@ -1,11 +1,12 @@
 """Who needs which keys: the plan of an exchange. Pure Python, the same on every rank: no tensor, no process group.
 
-P context_parallel_size, S sequence_length. Rank r holds chunks r and 2P-1-r of 2P (see `parallel.sequence`). A query
-chunk [a, b) sees one contiguous range of keys, [low, b): causality ends it at b, and it begins where the window of the
-first query or the first query's document begins. So each rank gathers at most two ranges of keys (one, where they
-overlap) into a buffer, in the order of their positions, and every query chunk is one kernel call: no partial results to
-merge, no document padded, and what nobody sees does not travel. Where documents keep the two chunks' keys apart, one
-call does for both: to a kernel they are documents among others.
+P context_parallel_size, S sequence_length. Each rank holds one range of positions or two, its chunks: in the zigzag
+order, or so that documents balance (see `parallel.sequence`). A query chunk [a, b) sees one contiguous range of keys,
+[low, b): causality ends it at b, and it begins where the window of the first query or the first query's document
+begins. So each rank gathers at most two ranges of keys (one, where they overlap) into a buffer, in the order of their
+positions, and every query chunk is one kernel call: no partial results to merge, no document padded, and what nobody
+sees does not travel. Where documents keep the two chunks' keys apart, one call does for both: to a kernel they are
+documents among others.
 
 Positions are those of the full sequence. "Local" indices count within a rank's part, "buffer" indices within its
 buffer.
@@ -17,7 +18,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.sequence import chunk_starts
+from parallel.sequence import Part, balanced_parts, zigzag_parts
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,15 @@ def exchange_plan(
     cp_rank: int,
     window: int | None = None,
     boundaries: Sequence[int] | None = None,
+    balanced: bool = False,
 ) -> ExchangePlan:
-    """`boundaries` are one row's documents, 0 = b0 < b1 < ... < S, in positions of the full sequence."""
-    layouts = [
-        _Layout(sequence_length, context_parallel_size, rank, window, boundaries)
-        for rank in range(context_parallel_size)
-    ]
+    """`boundaries` are one row's documents, 0 = b0 < b1 < ... < S, in positions of the full sequence; `balanced` if the
+    sequence was cut by them."""
+    if balanced and boundaries is not None:
+        parts = balanced_parts(sequence_length, context_parallel_size, boundaries, window)
+    else:
+        parts = zigzag_parts(sequence_length, context_parallel_size)
+    layouts = [_Layout(part, window, boundaries) for part in parts]
     mine = layouts[cp_rank]
     return ExchangePlan(
         buffer_length=mine.buffer_length,
@@ -147,16 +151,14 @@ def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
 class _Layout:
     """One rank's queries, the keys they need, and where these lie in its buffer."""
 
-    def __init__(
-        self, sequence_length: int, size: int, rank: int, window: int | None, boundaries: Sequence[int] | None
-    ):
-        chunk = sequence_length // (2 * size) if size > 1 else sequence_length
-        starts = chunk_starts(sequence_length, size, rank)
+    def __init__(self, part: Part, window: int | None, boundaries: Sequence[int] | None):
         self.window, self.boundaries = window, boundaries
-        if len(starts) == 2 and starts[0] + chunk == starts[1]:
-            self.own = [(0, starts[0], 2 * chunk)]  # the last rank's chunks are neighbours
-        else:
-            self.own = [(index * chunk, start, chunk) for index, start in enumerate(starts)]
+        self.own: list[tuple[int, int, int]] = []
+        """Local index, position and length of each chunk."""
+        local = 0
+        for start, stop in part:
+            self.own.append((local, start, stop - start))
+            local += stop - start
         self.segments: list[tuple[int, int]] = []
         for _, start, length in self.own:
             low = self._lowest_key(start)

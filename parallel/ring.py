@@ -9,7 +9,6 @@ dK, dV that travel with their keys, accumulate in fp32, so that the error does n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Doc
 from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets, placed
 from parallel.ring_plan import Call, ring_plan
+from parallel.sequence import document_rows
 
 
 class RingAttention(AttentionOperator):
@@ -159,7 +159,7 @@ def _bind(
     else:  # each row has documents of its own
         plans = [
             (slice(row, row + 1), ring_plan(sequence_length, size, rank, window, boundaries))
-            for row, boundaries in enumerate(_boundaries_by_row(documents.boundaries, batch, sequence_length))
+            for row, boundaries in enumerate(document_rows(documents.boundaries, batch, sequence_length))
         ]
     steps: list[list[_BoundCall]] = [[] for _ in range(size)]
     for rows, plan in plans:
@@ -170,16 +170,6 @@ def _bind(
                 queries, keys = slice(call.q_start, call.q_stop), slice(call.k_start, call.k_stop)
                 step.append(_BoundCall(rows, queries, keys, mask))
     return steps
-
-
-def _boundaries_by_row(boundaries: Sequence[int], batch: int, sequence_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    for row in range(batch):
-        first = row * sequence_length
-        inside = [b - first for b in boundaries if first <= b <= first + sequence_length]
-        assert inside[0] == 0 and inside[-1] == sequence_length, "documents must not cross rows of the batch"
-        rows.append(inside)
-    return rows
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -1,20 +1,34 @@
-"""How a sequence is cut over context-parallel ranks: zigzag.
+"""How a sequence is cut over context-parallel ranks: zigzag, or as its documents balance.
 
 Shapes: B batch, S sequence, P context_parallel_size.
 
 The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank
 has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
-arXiv:2311.09431, kept with contiguous chunks). Labels are shifted before the cut, so that no rank needs its neighbour's
-token. Sequence parallelism cuts a rank's tokens again, in their local order, over its tensor-parallel peers
-(`parallel.tensor.Region`).
+arXiv:2311.09431, kept with contiguous chunks). Packed documents upset that balance: a token sees its document only. So
+where nothing but an exchange of keys relies on the cut, each rank still takes one piece from either end of what the
+ranks before it left, S / P tokens together, but as much of them from the left as gives it its share of the work.
+
+Labels are shifted before the cut, so that no rank needs its neighbour's token. Sequence parallelism cuts a rank's
+tokens again, in their local order, over its tensor-parallel peers (`parallel.tensor.Region`).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+Part = list[tuple[int, int]]
+"""What one rank holds: the positions [start, stop) of one range or two, in its local order."""
+
+_STEPS = 128
+"""So finely a balanced cut is chosen, in parts of a rank's tokens."""
+_TILE = 128
+"""Kernels compute tiles: a token costs about as much as this many pairs whatever it sees."""
 
 
 def check_sequence_length(sequence_length: int, context_parallel_size: int) -> None:
@@ -48,6 +62,81 @@ def chunk_starts(sequence_length: int, context_parallel_size: int, cp_rank: int)
         return [0]
     chunk = sequence_length // (2 * context_parallel_size)
     return [chunk * cp_rank, chunk * (2 * context_parallel_size - 1 - cp_rank)]
+
+
+def zigzag_parts(sequence_length: int, context_parallel_size: int) -> list[Part]:
+    """Each rank's part, documents or not."""
+    chunk = sequence_length // (2 * context_parallel_size) if context_parallel_size > 1 else sequence_length
+    return [
+        _ranges(*((start, start + chunk) for start in chunk_starts(sequence_length, context_parallel_size, rank)))
+        for rank in range(context_parallel_size)
+    ]
+
+
+def balanced_parts(
+    sequence_length: int, context_parallel_size: int, boundaries: Sequence[int], window: int | None = None
+) -> list[Part]:
+    """Each rank's part of one sequence with documents 0 = b0 < b1 < ... < S: the zigzag where there is only one."""
+    length = sequence_length // context_parallel_size
+    step = max(1, length // _STEPS)
+    # The most even first: of equally good cuts it is taken.
+    lefts = sorted({0, length, *range(length // 2 % step, length, step)}, key=lambda left: abs(2 * left - length))
+    work = _work(boundaries, window)
+    low, high, parts = 0, sequence_length, []
+    for ranks in range(context_parallel_size, 1, -1):
+        share = (work(high) - work(low)) / ranks
+
+        def excess(left: int, low: int = low, high: int = high, share: float = share) -> float:
+            right = high - (length - left)
+            return abs(work(low + left) - work(low) + work(high) - work(right) - share)
+
+        left = min(lefts, key=excess)
+        parts.append(_ranges((low, low + left), (high - (length - left), high)))
+        low, high = low + left, high - (length - left)
+    return [*parts, [(low, high)]]
+
+
+def _work(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]:
+    """A function: the work of all queries before a position."""
+
+    def pairs(tokens: int) -> int:
+        reach = min(tokens, window or tokens)
+        return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+    before = [0, *accumulate(pairs(end - start) for start, end in pairwise(boundaries))]
+
+    def work(position: int) -> int:
+        number = min(bisect_right(boundaries, position), len(boundaries) - 1) - 1
+        return before[number] + pairs(position - boundaries[number]) + _TILE * position
+
+    return work
+
+
+def _ranges(*ranges: tuple[int, int]) -> Part:
+    """Without empty ones, and with neighbours as one."""
+    found: Part = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        elif start < stop:
+            found.append((start, stop))
+    return found
+
+
+def document_rows(boundaries: Sequence[int], batch: int, sequence_length: int) -> list[list[int]]:
+    """Of each sequence of a batch, its own documents: from 0 to S."""
+    rows: list[list[int]] = []
+    for row in range(batch):
+        first = row * sequence_length
+        inside = boundaries[bisect_left(boundaries, first) : bisect_right(boundaries, first + sequence_length)]
+        rows.append([bound - first for bound in inside])
+        assert rows[-1][0] == 0 and rows[-1][-1] == sequence_length, "documents must not cross rows of the batch"
+    return rows
+
+
+def take_part(sequence: NDArray, part: Part) -> NDArray:
+    """One rank's part of one sequence [S, ...]: [S / P, ...]."""
+    return np.concatenate([sequence[start:stop] for start, stop in part])
 
 
 def shard_sequence(array: NDArray, context_parallel_size: int, cp_rank: int) -> NDArray:

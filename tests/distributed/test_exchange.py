@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.kernels import KERNELS
 from parallel.exchange import ExchangeAttention
 from parallel.exchange_plan import exchange_plan
+from parallel.sequence import balanced_parts, document_rows, take_part
 from parallel.transport import MessageTransport
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_ring import (
@@ -28,14 +30,34 @@ from tests.distributed.test_ring import (
     full_inputs,
     local_part,
     on_rings,
-    ring_result,
     worst,
 )
 
 VARIANTS = {
     "keys kept": {"keep_gathered": True},
     "keys fetched again": {"keep_gathered": False},
+    "balanced": {"balanced": True},
 }
+
+
+def part_of(full: Tensor, group: dist.ProcessGroup, case: Case, balanced: bool) -> Tensor:
+    """This rank's tokens of [B, S, ...]."""
+    documents = case.documents()
+    if not balanced or documents is None:
+        return local_part(full, group)
+    rows = zip(full, document_rows(documents.boundaries, B, S), strict=True)
+    parts = [(row, balanced_parts(S, group.size(), bounds, case.window)) for row, bounds in rows]
+    return torch.stack([torch.from_numpy(take_part(row.numpy(), part[dist.get_rank(group)])) for row, part in parts])
+
+
+def results_of(
+    attend: ExchangeAttention, group: dist.ProcessGroup, case: Case, dtype: torch.dtype, balanced: bool
+) -> list[Tensor]:
+    """out, dq, dk, dv of this rank's part."""
+    local = [part_of(full, group, case, balanced).to(dtype) for full in full_inputs(case)]
+    q, k, v = (tensor.requires_grad_() for tensor in local[:3])
+    out = attend(q, k, v, case.documents())
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), local[3])]
 
 
 def make(group: dist.ProcessGroup, case: Case, kernel: str, **variant: int) -> ExchangeAttention:
@@ -47,12 +69,14 @@ def _errors() -> Results:
         found: Results = {}
         for (name, case), (label, variant) in itertools.product(CASES.items(), VARIANTS.items()):
             for kernel, dtype in (("math", torch.float64), ("cpu", torch.float32)):
-                if kernel == "cpu" and label != "keys kept":
+                if (kernel == "cpu" and label != "keys kept") or (label == "balanced" and not case.lengths):
                     continue
-                results = ring_result(make(group, case, kernel, **variant), group, case, dtype)
+                balanced = label == "balanced"
+                results = results_of(make(group, case, kernel, **variant), group, case, dtype, balanced)
                 found[size, name, label, kernel] = {
                     tensor: (
-                        (result.double() - local_part(full, group)).abs().max() / full.abs().max().clamp(min=1)
+                        (result.double() - part_of(full, group, case, balanced)).abs().max()
+                        / full.abs().max().clamp(min=1)
                     ).item()
                     for tensor, result, full in zip(NAMES, results, dense(case), strict=True)
                 }

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.exchange_plan import ExchangePlan, exchange_plan
-from parallel.sequence import chunk_starts
+from parallel.sequence import balanced_parts, zigzag_parts
 
 
-def positions_of(rank: int, size: int, length: int) -> np.ndarray:
+class Problem(NamedTuple):
+    """A sequence and how it is cut."""
+
+    size: int
+    length: int
+    window: int | None
+    boundaries: list[int] | None
+    balanced: bool
+
+
+def positions_of(rank: int, problem: Problem) -> np.ndarray:
     """Positions of a rank's tokens in their local order."""
-    chunk = length // (2 * size) if size > 1 else length
-    return np.concatenate([np.arange(start, start + chunk) for start in chunk_starts(length, size, rank)])
+    parts = zigzag_parts(problem.length, problem.size)
+    if problem.balanced and problem.boundaries is not None:
+        parts = balanced_parts(problem.length, problem.size, problem.boundaries, problem.window)
+    return np.concatenate([np.arange(start, stop) for start, stop in parts[rank]])
+
+
+def plans_of(problem: Problem) -> list[ExchangePlan]:
+    arguments = problem.window, problem.boundaries, problem.balanced
+    return [exchange_plan(problem.length, problem.size, rank, *arguments) for rank in range(problem.size)]
 
 
 def dense_mask(length: int, window: int | None, boundaries: list[int] | None) -> np.ndarray:
@@ -29,11 +48,11 @@ def dense_mask(length: int, window: int | None, boundaries: list[int] | None) ->
     return visible
 
 
-def filled_buffers(plans: list[ExchangePlan], size: int, length: int) -> list[np.ndarray]:
+def filled_buffers(plans: list[ExchangePlan], problem: Problem) -> list[np.ndarray]:
     """Positions that each rank's buffer holds after the exchange; -1 where nothing was written."""
     buffers = [np.full(plan.buffer_length, -1) for plan in plans]
     for rank, plan in enumerate(plans):
-        mine = positions_of(rank, size, length)
+        mine = positions_of(rank, problem)
         for local, index, count in plan.own:
             buffers[rank][index : index + count] = mine[local : local + count]
     for rank, plan in enumerate(plans):
@@ -67,36 +86,36 @@ def covered(plan: ExchangePlan, buffer: np.ndarray, mine: np.ndarray, length: in
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[int, int, int | None, list[int] | None]:
+def problems(draw: st.DrawFn) -> Problem:
     size = draw(st.integers(1, 5))
     length = 2 * size * draw(st.integers(1, 6))
     window = draw(st.none() | st.integers(1, length + 2))
     inner = draw(st.none() | st.sets(st.integers(1, length - 1)))
-    return size, length, window, None if inner is None else [0, *sorted(inner), length]
+    boundaries = None if inner is None else [0, *sorted(inner), length]
+    return Problem(size, length, window, boundaries, balanced=draw(st.booleans()))
 
 
 @settings(deadline=None, max_examples=250)
 @given(problems())
-def test_each_allowed_pair_is_computed_once(problem: tuple[int, int, int | None, list[int] | None]) -> None:
-    size, length, window, boundaries = problem
-    plans = [exchange_plan(length, size, rank, window, boundaries) for rank in range(size)]
-    buffers = filled_buffers(plans, size, length)
+def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
+    length, window = problem.length, problem.window
+    plans = plans_of(problem)
+    buffers = filled_buffers(plans, problem)
     total = np.zeros((length, length), dtype=int)
     for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
         assert (buffer >= 0).all(), "a place of the buffer stays empty"
-        total += covered(plan, buffer, positions_of(rank, size, length), length, window)
-    assert (total == dense_mask(length, window, boundaries)).all()
+        total += covered(plan, buffer, positions_of(rank, problem), length, window)
+    assert (total == dense_mask(length, window, problem.boundaries)).all()
 
 
 @settings(deadline=None, max_examples=250)
 @given(problems())
-def test_only_what_is_seen_travels(problem: tuple[int, int, int | None, list[int] | None]) -> None:
-    size, length, window, boundaries = problem
-    visible = dense_mask(length, window, boundaries)
-    for rank in range(size):
-        mine = positions_of(rank, size, length)
+def test_only_what_is_seen_travels(problem: Problem) -> None:
+    visible = dense_mask(problem.length, problem.window, problem.boundaries)
+    for rank, plan in enumerate(plans_of(problem)):
+        mine = positions_of(rank, problem)
         needed = set(np.flatnonzero(visible[mine].any(axis=0))) - set(mine)
-        assert exchange_plan(length, size, rank, window, boundaries).received_tokens == len(needed)
+        assert plan.received_tokens == len(needed)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

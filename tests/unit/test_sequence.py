@@ -7,7 +7,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from parallel.sequence import check_sequence_length, chunk_starts, local_index, shard_sequence
+from parallel.sequence import (
+    balanced_parts,
+    check_sequence_length,
+    chunk_starts,
+    document_rows,
+    local_index,
+    shard_sequence,
+    take_part,
+    zigzag_parts,
+)
 
 SIZES = (1, 2, 3, 4, 8)
 SEQUENCE = 48
@@ -68,3 +77,39 @@ def test_lengths_that_do_not_cut() -> None:
         check_sequence_length(8, 8)
     with pytest.raises(ValueError, match=r"sequence_length \(10\)"):
         shard_sequence(np.zeros((1, 10)), 2, 0)
+
+
+def pairs_of(part: list[tuple[int, int]], boundaries: list[int], window: int) -> int:
+    """(query, key) pairs of a part, one query after the other."""
+    first = [
+        max(bound for bound in boundaries if bound <= query) for start, stop in part for query in range(start, stop)
+    ]
+    queries = [query for start, stop in part for query in range(start, stop)]
+    return sum(min(query - low + 1, window) for query, low in zip(queries, first, strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [None, 700])
+def test_documents_balance(size: int, window: int | None) -> None:
+    length = 1024 * size
+    boundaries = [0, 37, 38, 380, 700, length // 2 + 99, length]
+    reach = window or length
+    parts = balanced_parts(length, size, boundaries, window)
+    taken = [np.concatenate([np.arange(*piece) for piece in part]) for part in parts]
+    assert sorted(np.concatenate(taken).tolist()) == list(range(length))
+    assert {len(tokens) for tokens in taken} == {length // size}
+    work, zigzag = ([pairs_of(part, boundaries, reach) for part in cut] for cut in (parts, zigzag_parts(length, size)))
+    assert max(work) <= max(zigzag)
+    if size == 2:
+        assert max(work) < 1.02 * sum(work) / 2 and (window or max(zigzag) > 1.1 * sum(work) / 2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_document_is_cut_in_zigzag(size: int) -> None:
+    assert balanced_parts(480, size, [0, 480]) == zigzag_parts(480, size)
+
+
+def test_parts_are_taken_row_by_row() -> None:
+    rows = document_rows([0, 5, 24, 30, 48], 2, 24)
+    assert rows == [[0, 5, 24], [0, 6, 24]]
+    np.testing.assert_array_equal(take_part(np.arange(24) * 10, [(2, 4), (20, 23)]), [20, 30, 200, 210, 220])
