@@ -45,7 +45,7 @@ def entry_table(entry: Entry) -> str:
                 "" if whole else f"{share_of_ideal(entry, name):.1%}",
                 "" if exposed is None else f"{exposed:.3f}",
                 f"{mode['peak_gib']:.2f}",
-                f"{max(mode['errors'].values()):.1e}",
+                f"{max(mode['errors'].values()):.1e}" if mode["errors"] else "",
             ]
         )
     failed = [f"- {name}: {mode['failed']}" for name, mode in entry["modes"].items() if "failed" in mode]
@@ -83,7 +83,7 @@ def bars_table(results: Results) -> str:
         found = [(run, one) for run, entry in runs_of(results, bar.row, bar.kernel) if (one := reached(entry, bar))]
         work = f"{bar.row.name}, {bar.kernel}"
         if not found:
-            lines.append([work, bar.rival, _ratio(bar, bar.required), _ratio(bar, bar.aim), "not measured", "", ""])
+            lines.append([work, bar.rival, *_demands(bar), "not measured", "", ""])
             continue
         _, (ratio, ours, rival) = found[0]
         ratios = [one[0] for _, one in found]
@@ -93,14 +93,19 @@ def bars_table(results: Results) -> str:
             [
                 work,
                 rival,
-                "ahead" if bar.required == 1 else _ratio(bar, bar.required),
-                "" if bar.required == 1 else _ratio(bar, bar.aim),
+                *_demands(bar),
                 f"{_ratio(bar, ratio)}{verdict}",
                 spread if len(found) > 1 else "",
                 ours,
             ]
         )
     return _table(lines)
+
+
+def _demands(bar: Bar) -> tuple[str, str]:
+    if bar.required == 1:
+        return "ahead", ""
+    return _ratio(bar, bar.required), _ratio(bar, bar.aim)
 
 
 def _ratio(bar: Bar, value: float) -> str:
