@@ -22,9 +22,6 @@ import importlib
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +33,7 @@ import torch
 
 import ringzero_row
 from launch.config import JobConfig
+from row_process import torchrun
 from throughput_report import comparison, table, write_document
 from workload import device_of, job_of
 
@@ -168,40 +166,16 @@ def _drive(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def _start(row: str, options: argparse.Namespace) -> None:
     """Starts one row; notes a failure in its place."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(torch.cuda.device_count() or 2)]
-    command += [__file__, "--row", row, "--output", str(options.output), "--layers", str(options.layers)]
-    command += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
+    arguments = ["--row", row, "--output", str(options.output), "--layers", str(options.layers)]
+    arguments += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
     print(f"-- {row}, {options.layers} layers", flush=True)
-    log = options.output.with_suffix(".log")
-    with log.open("w") as written:
-        environment = os.environ | _ENVIRONMENT.get(ROWS[row].system, {})
-        process = subprocess.Popen(
-            command, stdout=written, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            status: int | str = process.wait(options.timeout)
-        except subprocess.TimeoutExpired:
-            status = f"took longer than {options.timeout:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    lines = log.read_text(errors="replace").splitlines()
-    print("\n".join(line for line in lines if line.startswith("step ")), flush=True)
-    if status:
+    log, environment = options.output.with_suffix(".log"), _ENVIRONMENT.get(ROWS[row].system, {})
+    reason = torchrun(__file__, arguments, torch.cuda.device_count() or 2, log, options.timeout, environment)
+    if reason:
         kept = log.with_suffix(f".{re.sub('[^a-z0-9]+', '-', row.lower())}.log")
         log.rename(kept)
-        reason = _reason(status, lines)
         print(f"{reason}; see {kept}", flush=True)
         _add(options, row, {"layers": options.layers, "failed": reason})
-
-
-def _reason(status: int | str, lines: list[str]) -> str:
-    """One line on why a row failed: running out of memory before what follows from it."""
-    if isinstance(status, str):
-        return status
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
-    memory = [line for line in errors if "OutOfMemory" in line]
-    return [*memory, *errors, f"exit status {status}"][0][:200]
 
 
 def _add(options: argparse.Namespace, row: str, found: dict[str, Any]) -> None:

@@ -1,0 +1,45 @@
+"""One measurement in fresh processes, with a time limit: what went wrong with it is a result, not an end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def torchrun(
+    script: str, arguments: Sequence[str], processes: int, log: Path, timeout: float, environment: Mapping[str, str]
+) -> str | None:
+    """Runs `script` in `processes` processes of this node, all output to `log`, and prints its "step ..." lines.
+
+    `environment` adds to this process's. Returns None, or in one line why it failed; `timeout` is in seconds.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [*command, script, *arguments],
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+        )
+        try:
+            status: int | str = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = f"took longer than {timeout:.0f} s"
+            process.terminate()  # torchrun ends its processes, which are sessions of their own: no signal reaches all
+            process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(line for line in lines if line.startswith("step ")), flush=True)
+    return _reason(status, lines) if status else None
+
+
+def _reason(status: int | str, lines: list[str]) -> str:
+    """One line on why it failed: running out of memory before what follows from it."""
+    if isinstance(status, str):
+        return status
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b", line)]
+    memory = [line for line in errors if "OutOfMemory" in line]
+    return [*memory, *errors, f"exit status {status}"][0][:200]
