@@ -121,7 +121,7 @@ class ZeroEngine:
         )
         for unit in units:
             set_z3_leaf_module(unit, settings.stage == 3)
-        sizes = ModelSizes.of(shards, units)
+        sizes = ModelSizes.of(model, units)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,

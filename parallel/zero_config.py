@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.mesh import ParallelMesh
-from parallel.tensor import TensorShard
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu"]
@@ -47,6 +46,7 @@ class ModelSizes:
     """Elements on this rank before ZeRO; what buffers are made for."""
 
     total: int = 0
+    largest_parameter: int = 0
     largest_unit: int = 0
     """The matrices of a module that stage 3 gathers as one."""
     matrices_of_unit: int = 0
@@ -55,16 +55,22 @@ class ModelSizes:
     """Parameters that are no larger (norms, biases) stay whole at stage 3."""
 
     @classmethod
-    def of(cls, shards: Mapping[str, TensorShard], units: Sequence[nn.Module]) -> Self:
-        """`units` may be partitioned already."""
-        shapes = [[getattr(p, "ds_shape", p.shape) for p in unit.parameters()] for unit in units]
+    def of(cls, model: nn.Module, units: Sequence[nn.Module]) -> Self:
+        """Of modules that may be partitioned already."""
+        whole = [_shape(parameter) for parameter in model.parameters()]
+        shapes = [[_shape(parameter) for parameter in unit.parameters()] for unit in units]
         matrices = [[math.prod(shape) for shape in unit if len(shape) > 1] for unit in shapes]
         return cls(
-            total=sum(math.prod(shard.sizes) for shard in shards.values()),
+            total=sum(map(math.prod, whole)),
+            largest_parameter=max(map(math.prod, whole)),
             largest_unit=max(map(sum, matrices), default=0),
             matrices_of_unit=max(map(len, matrices), default=0),
             largest_vector=max((shape[0] for unit in shapes for shape in unit if len(shape) == 1), default=0),
         )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def live_parameters(largest_unit: int) -> int:
@@ -72,12 +78,25 @@ def live_parameters(largest_unit: int) -> int:
     return max(LIVE_PARAMETERS, 2 * largest_unit)
 
 
+def _bucket(stage: int, sizes: ModelSizes) -> int:
+    """Elements of the buffer in which gradients are reduced together.
+
+    A compiled unit's gradients come all at once. Where they fill several buckets, computing waits for the first ones to
+    be reduced; in one bucket with the unit's vectors they have until the next unit's come.
+    """
+    unit = min(max(_BUCKET, sizes.largest_unit + 16 * sizes.largest_vector), _LARGEST_BUCKET)
+    if stage < 3:
+        # A gradient larger than the buffer is reduced where it lies, beside the computing, and DeepSpeed frees it
+        # without telling the allocator of that stream: at 8B the embedding's memory was in use again too early, and the
+        # gradient norm 28 times what it is.
+        unit = max(unit, sizes.largest_parameter)
+    return max(1, min(unit, sizes.total))
+
+
 def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -> dict[str, Any]:  # noqa: B008 (frozen)
     """DeepSpeed's configuration."""
     sharded = settings.stage > 0
-    # A compiled unit's gradients come all at once. Where they fill several buckets, computing waits for the first ones
-    # to be reduced; in one bucket with the unit's vectors they have until the next unit's come.
-    bucket = min(max(_BUCKET, sizes.largest_unit + 16 * sizes.largest_vector), _LARGEST_BUCKET, max(1, sizes.total))
+    bucket = _bucket(settings.stage, sizes)
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation_steps,

@@ -41,7 +41,7 @@ class InferenceEngine:
             self._forward, *_ = deepspeed.initialize(
                 model=model,
                 mpu=ModelParallelUnit(mesh),
-                config=deepspeed_config(settings, ModelSizes.of(shards, units)),
+                config=deepspeed_config(settings, ModelSizes.of(model, units)),
                 dist_init_required=False,
             )
             self._forward.eval()
