@@ -9,7 +9,9 @@ are medians of the slowest rank, the ideal is the same kernel on one GPU over th
 of GPUs. Errors are relative (2-norm), the largest of out, dq, dk and dv, against fp32 for a gradient that is zero but
 at 128 queries. "Exposed" is a rank's time of forward + backward minus the part of it in which the profiler sees a
 kernel of attention on its GPU: messages, barriers, copies, merges and the host. TFLOP/s count what the mask lets
-through, and a backward as 2.5 forwards.
+through, and a backward as 2.5 forwards. Backward runs on the calling thread: the two hops to autograd's own and back
+cost 0.8 ms here, which a job pays once a step and not once a layer. What `context_parallel_mode: auto` takes is always
+among the contestants, and marked.
 
 Results are entered by row, kernel and run; ratios are taken within a run. A run measures the anchor row and its shard
 of the rows, begins none after --seconds, and leaves out those that the file holds already (--again measures them
@@ -83,7 +85,7 @@ def wanted_rows(options: argparse.Namespace) -> list[tuple[Row, str]]:
 
 def measure(options: argparse.Namespace) -> None:
     """One run. Rank 0 alone reads and writes the file."""
-    from attention_contest.contestants import Stage, our_contestants
+    from attention_contest.contestants import Stage, auto_name, our_contestants
     from attention_contest.measure import measure_row
     from attention_contest.peers import peers
 
@@ -94,14 +96,16 @@ def measure(options: argparse.Namespace) -> None:
     for row, kernel in wanted_rows(options):
         stage = Stage(row, kernel, device)
         ours, others = our_contestants(stage), peers(stage) if options.peers else {}
+        auto = auto_name(row, stage.ranks)
+        always = {ONE_GPU, auto}
         chosen = {
-            name: build for name, build in (ours | others).items() if name == ONE_GPU or re.search(options.modes, name)
+            name: build for name, build in (ours | others).items() if name in always or re.search(options.modes, name)
         }
         known = (row, kernel) != wanted_rows(options)[0] and book.measured(results, row, kernel, chosen)
         if not agreed((options.again or not known) and time.monotonic() - began < options.seconds):
             continue
         modes = measure_row(stage, chosen, set(ours))
-        entry = {"row": asdict(row), "kernel": kernel, "gpus": dist.get_world_size(), "modes": modes}
+        entry = {"row": asdict(row), "kernel": kernel, "gpus": stage.ranks, "auto": auto, "modes": modes}
         if dist.get_rank() == 0:
             book.add(results, run, about(device), entry)
             book.save(results, options.output)

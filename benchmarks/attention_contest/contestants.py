@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attention_contest.rows import HEAD_DIM, ONE_GPU, Row
+from launch.config import JobConfig
+from launch.context import context_plan
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.exchange import ExchangeAttention
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
-from parallel.sequence import chunk_starts
+from parallel.sequence import Part, balanced_parts, zigzag_parts
 from parallel.transport import SymmetricTransport, Transport, make_transport
 from parallel.ulysses import UlyssesAttention
 
@@ -40,6 +42,10 @@ class Contestant:
 
 
 Builder = Callable[[], Contestant]
+
+
+def _positions(part: Part) -> Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in part])
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,13 @@ class Stage:
         return self.row.window or None
 
     def zigzag(self) -> Tensor:
-        """The layout of `parallel.sequence`, which most peers share."""
-        chunk = self.length // (2 * self.ranks) if self.ranks > 1 else self.length
-        starts = chunk_starts(self.length, self.ranks, dist.get_rank())
-        return torch.cat([torch.arange(start, start + chunk) for start in starts])
+        """The order of `parallel.sequence`, which most peers share."""
+        return _positions(zigzag_parts(self.length, self.ranks)[dist.get_rank()])
+
+    def balanced(self) -> Tensor:
+        """Cut as the documents balance."""
+        parts = balanced_parts(self.length, self.ranks, self.row.boundaries(self.ranks), self.window)
+        return _positions(parts[dist.get_rank()])
 
     def striped(self) -> Tensor:
         """Every P-th token (arXiv:2311.09431)."""
@@ -86,29 +95,29 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         lambda: Documents.from_boundaries(row.boundaries(stage.ranks), stage.device) if row.documents else None
     )
 
-    def entry(make: Callable[[], AttentionOperator], whole: bool = False) -> Contestant:
+    def entry(make: Callable[[], AttentionOperator], positions: Callable[[], Tensor] = stage.zigzag) -> Contestant:
         operator = make()
-        positions = torch.arange(stage.length) if whole else stage.zigzag()
-        return Contestant(positions, lambda q, k, v: operator(q, k, v, documents()))
+        return Contestant(positions(), lambda q, k, v: operator(q, k, v, documents()))
 
     def heads(groups: int, number: int = 0) -> AttentionOperator:
         memory = transport(stage.device, number)
         return UlyssesAttention(memory, KernelOperator(kernel, **settings), head_groups=groups)
 
-    def exchange(number: int = 0) -> AttentionOperator:
-        return ExchangeAttention(transport(stage.device, number), kernel, **settings)
+    def exchange(number: int = 0, balanced: bool = False) -> AttentionOperator:
+        return ExchangeAttention(transport(stage.device, number), kernel, balanced=balanced, **settings)
 
     def exchange_within_heads(by_heads: int) -> AttentionOperator:
         neighbours, across = split_transports(stage.device, by_heads)
         return UlyssesAttention(neighbours, ExchangeAttention(across, kernel, keep_gathered=False, **settings))
 
-    found = {ONE_GPU: partial(entry, lambda: KernelOperator(kernel, **settings), whole=True)}
+    found = {ONE_GPU: partial(entry, lambda: KernelOperator(kernel, **settings), lambda: torch.arange(stage.length))}
     by_heads = row.key_value_heads % stage.ranks == 0
-    for groups in (1, 2, 4):
-        if row.key_value_heads % (groups * stage.ranks) == 0:
-            name = f"heads, {groups} group{'s' * (groups > 1)}"
-            found[name] = partial(entry, partial(heads, groups))
+    for groups in (1, 2, 3, 4):
+        if by_heads and groups <= row.key_value_heads // stage.ranks:
+            found[heads_name(groups)] = partial(entry, partial(heads, groups))
     found["exchange"] = partial(entry, exchange)
+    if row.documents:
+        found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
     if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):
         # A graph remembers its transport's memory, so it has one of its own.
         if by_heads:
@@ -116,10 +125,49 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         found["exchange, CUDA graphs"] = partial(entry, lambda: RecordedAttention(exchange(), exchange(2)))
     for inner in range(2, stage.ranks):
         if stage.ranks % inner == 0 and row.key_value_heads % inner == 0:
-            name = f"exchange over {stage.ranks // inner} within heads over {inner}"
-            found[name] = partial(entry, partial(exchange_within_heads, inner))
+            found[mixed_name(inner, stage.ranks // inner)] = partial(entry, partial(exchange_within_heads, inner))
     found["zigzag ring"] = partial(entry, lambda: RingAttention(dist.group.WORLD, kernel, **settings))
     return found
+
+
+def heads_name(groups: int) -> str:
+    return f"heads, {groups} group{'s' * (groups > 1)}"
+
+
+def mixed_name(by_heads: int, by_keys: int) -> str:
+    return f"exchange over {by_keys} within heads over {by_heads}"
+
+
+def auto_name(row: Row, ranks: int) -> str | None:
+    """The contestant that `context_parallel_mode: auto` takes for a job of this shape; None on one GPU."""
+    job = JobConfig.model_validate(
+        {
+            "model": {
+                "vocab_size": 256,
+                "hidden_size": row.heads * HEAD_DIM,
+                "intermediate_size": HEAD_DIM,
+                "num_hidden_layers": 1,
+                "num_attention_heads": row.heads,
+                "num_key_value_heads": row.key_value_heads,
+                "head_dim": HEAD_DIM,
+                "sliding_window": row.window or None,
+            },
+            "parallel": {"context_parallel_size": ranks},
+            "data": {"source": "python_stdlib", "document_mask": row.documents > 0},
+            "optimizer": {"learning_rate": 1.0},
+            "training": {"sequence_length": row.local_tokens * ranks, "global_batch_size": 1, "max_steps": 1},
+        }
+    )
+    plan = context_plan(job, MeshShape(1, ranks, 1), 2)
+    if plan is None:
+        return None
+    if plan.by_heads == ranks:
+        return heads_name(plan.head_groups)
+    if plan.by_heads > 1:
+        return mixed_name(plan.by_heads, plan.by_keys)
+    if plan.keys == "ring":
+        return "zigzag ring"
+    return "exchange, balanced cut" if row.documents else "exchange"
 
 
 @cache

@@ -88,11 +88,9 @@ class Measurement:
         self.squares = inputs.squared_errors([result for result in results if result is not None], contestant.positions)
         del out, results
         self.gradient = inputs.dense_gradient[:, at]
-        with contestant.context():
-            self.both()
-            with torch.no_grad():
-                self.forward()
         self.peak_gib, self.kernels = self._peak(), self._kernels()
+        with contestant.context(), torch.no_grad():
+            self.forward()
 
     def forward(self) -> Tensor:
         return self.contestant.attend(self.q, self.k, self.v)
@@ -100,7 +98,8 @@ class Measurement:
     def both(self) -> Tensor:
         self.q.grad = self.k.grad = self.v.grad = None
         out = self.forward()
-        out.backward(self.gradient)
+        with torch.autograd.set_multithreading_enabled(False):  # see `ring_attention.py`
+            out.backward(self.gradient)
         return out
 
     def round(self, repetitions: int) -> None:
@@ -202,7 +201,7 @@ def measure_row(
             if name in ours or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    repetitions = repetitions or max(4, min(20, 20 * 32 * 8192 // (stage.row.heads * stage.row.local_tokens)))
+    repetitions = repetitions or max(4, min(20, 16 * 32 * 8192 // (stage.row.heads * stage.row.local_tokens)))
     for _ in range(ROUNDS):
         for measurement in running:
             measurement.round(repetitions)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
-from attention_contest.results import Entry, Results, finished, reached, runs_of, share_of_ideal, tflops
+from attention_contest.results import Entry, Results, finished, reached, row_key, runs_of, share_of_ideal, tflops
 from attention_contest.rows import ANCHOR, IDEAL, ONE_GPU, TORCH, Bar, Row, bars, grid
 
 COLUMNS = [
@@ -37,7 +37,7 @@ def entry_table(entry: Entry) -> str:
         exposed = None if whole or mode["kernels"] is None else mode["exposed"]
         lines.append(
             [
-                name,
+                f"{name} (auto)" if name == entry.get("auto") else name,
                 f"{mode['forward']:.3f}",
                 f"{mode['forward_backward']:.3f}",
                 f"{tflops(entry, name):.0f}",
@@ -78,14 +78,15 @@ def runs_table(results: Results) -> str:
 
 def bars_table(results: Results) -> str:
     """Each bar in the newest run that measured it, and the range over all runs where there are several."""
-    lines = [["work", "against", "at least", "aim", "reached", "over all runs (median)", "by"]]
+    lines = [["work", "against", "at least", "aim", "reached", "over all runs (median)", "by", "auto takes"]]
     for bar in bars():
         found = [(run, one) for run, entry in runs_of(results, bar.row, bar.kernel) if (one := reached(entry, bar))]
         work = f"{bar.row.name}, {bar.kernel}"
         if not found:
-            lines.append([work, bar.rival, *_demands(bar), "not measured", "", ""])
+            lines.append([work, bar.rival, *_demands(bar), "not measured", "", "", ""])
             continue
         _, (ratio, ours, rival) = found[0]
+        newest = results["rows"][row_key(bar.row, bar.kernel)][found[0][0]]
         ratios = [one[0] for _, one in found]
         spread = f"{_ratio(bar, min(ratios))} to {_ratio(bar, max(ratios))} ({_ratio(bar, median(ratios))})"
         verdict = "" if ratio >= bar.required else " (missed)"
@@ -97,9 +98,15 @@ def bars_table(results: Results) -> str:
                 f"{_ratio(bar, ratio)}{verdict}",
                 spread if len(found) > 1 else "",
                 ours,
+                _auto(newest, bar),
             ]
         )
     return _table(lines)
+
+
+def _auto(entry: Entry, bar: Bar) -> str:
+    found = reached(entry, bar, entry["auto"]) if entry.get("auto") else None
+    return "" if found is None else f"{found[1]}: {_ratio(bar, found[0])}"
 
 
 def _demands(bar: Bar) -> tuple[str, str]:

@@ -14,7 +14,8 @@ from typing import Any
 from attention_contest.rows import IDEAL, ONE_GPU, Bar, Row
 
 Entry = dict[str, Any]
-"""{"row": Row's fields, "kernel": name, "gpus": P, "modes": {name: what was measured of it, or {"failed": why}}}"""
+"""{"row": Row's fields, "kernel": name, "gpus": P, "auto": name, "modes": {name: what was measured of it, or
+{"failed": why}}}"""
 Results = dict[str, Any]
 """{"runs": {run: what it ran on}, "rows": {key: {run: Entry}}}"""
 
@@ -83,10 +84,12 @@ def fastest(entry: Entry, names: Iterable[str]) -> str | None:
     return min(names, key=lambda name: entry["modes"][name]["forward_backward"], default=None)
 
 
-def reached(entry: Entry, bar: Bar) -> tuple[float, str, str] | None:
-    """How many times as fast as the bar's rival ours was in this run, our mode and the rival; None if not measured."""
+def reached(entry: Entry, bar: Bar, ours: str | None = None) -> tuple[float, str, str] | None:
+    """How many times as fast as the bar's rival our fastest mode (or the one that is named) was in this run, this mode
+    and the rival; None if not measured."""
     names = list(finished(entry))
-    ours = fastest(entry, (name for name in names if entry["modes"][name]["ours"] and name != ONE_GPU))
+    candidates = (name for name in names if entry["modes"][name]["ours"] and name != ONE_GPU)
+    ours = fastest(entry, (name for name in candidates if ours in (None, name)))
     if ours is None or ONE_GPU not in names:
         return None
     if bar.rival == IDEAL:

@@ -102,6 +102,6 @@ def bars() -> list[Bar]:
         found.append(Bar(Row(32, 8, length, 0, seed), "flash_attn_4", IDEAL, 0.90, 0.95))
     found.append(Bar(Row(32, 8, 32768), "flash_attn_4", TORCH, 1.14, 1.17))
     found.append(Bar(Row(32, 8, 8192), "flash_attn_4", TORCH, 1.35, 1.50))
-    for row in (*(Row(32, 8, length) for length in demands), Row(8, 2, 16384)):
+    for row in (Row(8, 2, 16384), *(Row(32, 8, length) for length in demands)):
         found.append(Bar(row, "flash_attn_2", RING_FLASH_ATTN, 1.0, 1.0))
     return found

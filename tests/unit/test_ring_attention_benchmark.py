@@ -6,13 +6,14 @@ import argparse
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from attention_contest import results as book
-from attention_contest.contestants import Stage, our_contestants
+from attention_contest.contestants import Stage, auto_name, our_contestants
 from attention_contest.measure import Inputs, Measurement, covered, measure_row
 from attention_contest.reference import sampled_attention
 from attention_contest.report import all_tables, bars_table, grid_table
@@ -119,8 +120,18 @@ def test_shares_and_bars() -> None:
     peer = "torch context_parallel (cuDNN, alltoall)"
     assert book.reached(one, against_torch) == (pytest.approx(60 / 52), "exchange", peer)
     assert book.reached(one, unmet) is None
+    assert book.reached(one, ideal, "heads") == (pytest.approx(50 / 55), "heads", IDEAL)
     table = bars_table(filled("1", one))
     assert "96.2% (missed)" in table and table.count("not measured") == len(bars()) - 1
+
+
+def test_what_auto_takes_is_a_contestant() -> None:
+    for row in all_rows():
+        for ranks in (2, 4):
+            stage = Mock(row=row, kernel="math", ranks=ranks)
+            with patch("attention_contest.contestants.graphs_run", return_value=False):
+                assert auto_name(row, ranks) in our_contestants(stage), row
+    assert auto_name(ROW, 1) is None
 
 
 def test_flops_count_the_visible_pairs() -> None:
@@ -225,7 +236,8 @@ def test_contestants_take_turns_and_agree_with_fp32() -> None:
     assert min(wrong) > 0.1
     for row, modes in found.items():
         assert modes.pop("a peer") == {"failed": "ImportError: not installed"}
-        assert {ONE_GPU, "heads, 1 group", "exchange", "zigzag ring"} == set(modes), row
+        balanced = {"exchange, balanced cut"} if "documents" in row else set()
+        assert {ONE_GPU, "heads, 1 group", "exchange", "zigzag ring"} | balanced == set(modes), row
         for name, result in modes.items():
             assert result["forward_backward"] > 0 and result["ours"]
             assert max(result["errors"].values()) < 1e-2, (row, name, result["errors"])
