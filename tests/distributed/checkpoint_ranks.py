@@ -265,8 +265,12 @@ def save_often(
     return seen
 
 
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+NOT_SEEN = FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+
 def fail_saves(
-    layout: Layout, directory: Path, faults: Sequence[tuple[int, str]], asynchronous: bool
+    layout: Layout, directory: Path, faults: Sequence[tuple[int, str, OSError]], asynchronous: bool
 ) -> list[tuple[str, list[str]]]:
     """Saves step 1, then, fault by fault, a step during which one rank's disk fails at `moment`, and at last one more.
 
@@ -274,8 +278,7 @@ def fail_saves(
     """
     rank, results = Rank(layout), []
     checkpoints = rank.checkpoints(directory, asynchronous=asynchronous)
-    for step, (culprit, moment) in enumerate([(-1, ""), *faults, (-1, "")], start=1):
-        broken = OSError(errno.ENOSPC, "No space left on device")
+    for step, (culprit, moment, broken) in enumerate([(-1, "", NO_SPACE), *faults, (-1, "", NO_SPACE)], start=1):
         with patch(moment, side_effect=broken) if rank.mesh.rank == culprit else nullcontext():
             said = rank.save(checkpoints, step)
         results.append((said, _names(directory)))

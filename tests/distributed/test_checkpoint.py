@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tests.distributed.checkpoint_ranks import (
+    NO_SPACE,
+    NOT_SEEN,
     SAVED_AT,
     Layout,
     Written,
@@ -269,15 +271,20 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, a
         (0, "launch.storage.LocalStorage.written_size"),
         (0, "launch.storage.LocalStorage.complete"),
     ]
-    by_rank = run_distributed(fail_saves, 2, PAIR, directory, faults, asynchronous)
+    # Each node's own disk in place of a shared one: what rank 1 wrote is nowhere to be seen.
+    every = [*((*fault, NO_SPACE) for fault in faults), (0, "launch.storage.LocalStorage.written_size", NOT_SEEN)]
+    by_rank = run_distributed(fail_saves, 2, PAIR, directory, every, asynchronous)
     assert by_rank[0] == by_rank[1]
     first, *failed, last = by_rank[0]
     assert first == ("", ["step-00000001"])
-    for step, ((culprit, moment), (said, left)) in enumerate(zip(faults, failed, strict=True), start=2):
+    for step, ((culprit, moment, broken), (said, left)) in enumerate(zip(every, failed, strict=True), start=2):
         expected = f"checkpoint {directory}/step-{step:08d} could not be written: rank {culprit}: "
-        assert said.startswith(expected) and "No space left on device" in said, (moment, said)
+        why = (
+            "was written but cannot be seen from rank 0; all nodes must share" if broken is NOT_SEEN else str(NO_SPACE)
+        )
+        assert said.startswith(expected) and why in said, (moment, said)
         assert left == ["step-00000001"], moment
-    assert last == ("", ["step-00000001", f"step-{len(faults) + 2:08d}"])
+    assert last == ("", ["step-00000001", f"step-{len(every) + 2:08d}"])
 
 
 def test_an_unforeseen_error_of_the_writing_thread_reaches_the_training_thread(tmp_path: Path) -> None:

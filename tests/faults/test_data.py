@@ -52,6 +52,54 @@ def test_killed_and_moved_with_corpora_added_reweighted_and_left_out_nothing_is_
     assert "1 epochs of " in told or "2 epochs of " in told  # the steps saw a corpus whole, and began it again
 
 
+def files_of(tiny: TinyJob) -> dict[Path, bytes]:
+    """What a run has that must not be lost."""
+    return {path: path.read_bytes() for path in tiny.run.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_bad_corpora_at_a_resume_are_one_error_each_and_lose_nothing(tmp_path: Path) -> None:
+    corpora(tmp_path)
+    tiny = TinyJob(tmp_path, max_steps=4)
+    blend = [*blended(tmp_path, web=1), f"data.blend=[{{path: '{tmp_path}/[cw]*', name: all}}]"]  # code and web
+    with Forked(tiny, 1, *blend, "training.max_steps=2") as job:
+        assert job.wait() == 0, job.output[-8000:]
+    index, tokens = tmp_path / "web.idx", tmp_path / "web.bin"
+    version = index.read_bytes()[:9] + b"\2" + index.read_bytes()[10:]
+    token = tokens.read_bytes()[:2000] + b"\0\1" + tokens.read_bytes()[2002:]
+    damages: list[tuple[Path, bytes | None, str, str]] = [
+        (tokens, tokens.read_bytes()[:-3], "", "web.bin: cut short, "),
+        (index, version, "", "web.idx: an index of version 2, this program reads version 1; write the corpus again"),
+        (
+            tokens,
+            token,
+            "",
+            "web: the token id 256 is beyond model.vocab_size (256); set model.vocab_size to at least 257",
+        ),
+        (tokens, None, "", "web: web.bin missing (the other is there)"),
+        (tmp_path / "web.summary.json", b"{}", "", "web.summary.json: cannot be read ('tokens'); delete it"),
+        (
+            tokens,
+            tokens.read_bytes(),
+            "model.hidden_size=64",
+            "is of another model: model.hidden_size is 32 there and 64",
+        ),
+    ]
+    before = files_of(tiny)
+    for path, damaged, override, complaint in damages:
+        sound = path.read_bytes()
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with Forked(tiny, 1, *blend, *filter(None, [override])) as job:
+            assert job.wait() == 1, job.output[-8000:]
+            assert complaint in job.output and job.output.count("error: ") == 1, job.output[-8000:]
+            assert "Traceback" not in job.output
+        path.write_bytes(sound)
+        assert files_of(tiny) == before, complaint
+    with Forked(tiny, 1, *blend) as job:
+        assert job.wait() == 0, job.output[-8000:]
+        assert "resumed from step 2, " in job.output
+    assert tiny.complete() == [2, 3, 4]
+
+
 def test_a_corpus_that_is_damaged(tmp_path: Path) -> None:
     corpora(tmp_path)
     tiny = TinyJob(tmp_path, max_steps=2000, checkpoint={"save_interval": 0})

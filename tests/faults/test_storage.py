@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from launch.manifest import encode, read_manifest
+from launch.storage import storage_at
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 from tests.faults.test_disk import small_disk
@@ -96,7 +98,16 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) 
     for difference in ("model.num_hidden_layers is 2 there and 3 here", "model.qk_norm is False there and True here"):
         assert difference in said
     assert "give this model another job.name" in said
+    words = (tmp_path / "text" / "0.txt").read_text()
     (tmp_path / "text" / "0.txt").write_text("other words, and fewer")
     status, said = train(tiny, 1, "training.max_steps=4")
     assert status == 1 and "error: the run was trained on other data (corpus files: fingerprint " in said, said[-8000:]
+    (tmp_path / "text" / "0.txt").write_text(words)
+    # The same corpus in another order, as another version of the program might read it.
+    manifest = tiny.checkpoints / "step-00000002" / "manifest.json"
+    content = read_manifest(storage_at(str(tiny.checkpoints)), "step-00000002")
+    manifest.write_bytes(encode({**content, "next_batches": content["next_batches"] | {"2": "0" * 32}}))
+    status, said = train(tiny, 1, "training.max_steps=4")
+    refusal = f"error: checkpoint {tiny.checkpoints}/step-00000002 would go on with other data: the batch of step 3 has"
+    assert status == 1 and f"{refusal} hash 000000000000 there and " in said, said[-8000:]
     assert tiny.complete() == [1, 2] and tiny.logged() == 2
