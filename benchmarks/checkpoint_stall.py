@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from launch import continuity
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints, Progress, Retention
+from launch.checkpoint import Checkpoints
+from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler

@@ -34,6 +34,11 @@ from launch.split import split_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 16_000
+_PEAK = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+"""Runs a command and prints the KiB of its largest process. In between because a process counts its parent's memory as
+its own until it has started."""
 
 
 def standard_library() -> list[str]:
@@ -60,11 +65,14 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
     script = [sys.executable, str(ROOT / "launch" / "prepare_data.py"), "--tokenizer", str(folder / "tokenizer.json")]
     (folder / "one.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
 
+    peaks: dict[str, float] = {}
+
     def prepare(name: str) -> None:
         for old in folder.glob(f"{name}.[bis]*"):
             old.unlink()
         command = [*script, "--input", str(folder / f"{name}.jsonl"), "--output", str(folder / name)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        ended = subprocess.run([sys.executable, "-c", _PEAK, *command], check=True, stdout=subprocess.PIPE)
+        peaks[name] = int(ended.stdout) / 1024
 
     def library() -> None:  # a fresh one, as each of ours is: it remembers the words that it has met
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_fast(documents)
@@ -86,6 +94,7 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
     pairs = list(zip(costs["tokenizers"], costs["prepare_data.py"], strict=True))
     walls, works = ([theirs[kind] / ours[kind] for theirs, ours in pairs] for kind in (0, 1))
     print(f"  speed of prepare_data.py over the library's: wall {spread(walls)}   processors {spread(works)}")
+    print(f"  its largest process held {peaks['texts']:,.0f} MiB, and {peaks['one']:,.0f} MiB for a text of one letter")
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,70 +26,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch import continuity
-from launch.checkpoint_names import complete_steps, step_name
+from launch.checkpoint_names import CheckpointError, complete_steps, step_name
+from launch.checkpoint_records import Progress, Resumed, Retention, Saved
 from launch.continuity import Settings
 from launch.data import Batches
 from launch.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
 from launch.storage import Storage
 from parallel.state import load_state, save_state
 from parallel.zero import Snapshot, ZeroEngine
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or must not be loaded; the message says which and what to do."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included: the index of the next batch."""
-    tokens: int = 0
-    """Tokens seen."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """The data cursor's record, plain JSON (see `launch.cursor`): what the order of the data depends on besides the
-    step."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay once a newer one is complete."""
-
-    keep_last: int
-    keep_every: int = 0
-    """Those at multiples of so many steps stay for good; 0: none."""
-
-    def removable(self, steps: list[int]) -> list[int]:
-        """Of ascending `steps`."""
-        old = steps[: -self.keep_last]
-        return [step for step in old if not self.keep_every or step % self.keep_every]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """How a save ended, the same on every rank."""
-
-    path: str
-    seconds: float
-    """From the copy of the state to the complete checkpoint."""
-    error: CheckpointError | None
-    """Why there is none, or, if `complete`, why older ones stayed."""
-    complete: bool
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What a checkpoint says of the run that it continues."""
-
-    path: str
-    progress: Progress
-    losses: dict[str, float]
-    """Step -> loss of the last steps before it."""
-    batches: dict[str, str]
-    """Step -> hash of the global batches after it."""
-    told: list[str]
-    """Settings that differ and may."""
 
 
 class Checkpoints:
@@ -305,26 +249,6 @@ class Checkpoints:
         if failures:
             raise CheckpointError("; ".join(failures))
         return [result for result, _ in outcomes]
-
-
-def newest_checkpoint(storage: Storage, step: int | None = None, *, verify: bool = False) -> str:
-    """The name of a run's newest complete checkpoint, or of the one at `step`, for readers outside the run.
-
-    `verify` reads all of its files and compares their checksums. Needs no process group. Raises CheckpointError.
-    """
-    found = complete_steps(storage)
-    if not found:
-        raise CheckpointError(f"{storage.location} holds no complete checkpoint; train the run until it saves one")
-    if step is not None and step not in found:
-        steps = ", ".join(map(str, found))
-        raise CheckpointError(f"{storage.location} holds no checkpoint of step {step}; there are those of {steps}")
-    name = step_name(found[-1] if step is None else step)
-    fault = damage(storage, name, 0, 1) if verify else None
-    if fault:
-        raise CheckpointError(
-            f"checkpoint {name} in {storage.location} is damaged: {fault}; give --step to take another"
-        )
-    return name
 
 
 def _words(error: BaseException) -> str:

@@ -14,7 +14,9 @@ from launch import continuity
 from launch.bigram import conditional_bigram_entropy
 from launch.build import DTYPES, build_engine, device_memory
 from launch.check import layout_report
-from launch.checkpoint import CheckpointError, Checkpoints, Progress, Resumed, Retention
+from launch.checkpoint import Checkpoints
+from launch.checkpoint_names import CheckpointError
+from launch.checkpoint_records import Progress, Resumed, Retention
 from launch.config import JobConfig
 from launch.corpora import Corpora, corpora_on_all_ranks, describe, fresh_cursor, samplers, validation_sampler
 from launch.corpus import Corpus, CorpusError

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from launch.checkpoint import Checkpoints, Progress, Saved
+from launch.checkpoint import Checkpoints
+from launch.checkpoint_records import Progress, Saved
 from launch.config import JobConfig
 from launch.continuity import LAST_LOSSES, unlike_recent
 from launch.data import Batches, MicroBatch

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from launch.checkpoint import CheckpointError, newest_checkpoint
+from launch.checkpoint_names import CheckpointError, newest_checkpoint
 from launch.config import JobConfig
 from launch.manifest import CheckpointFiles
 from launch.safetensors_folder import SafetensorsFolder

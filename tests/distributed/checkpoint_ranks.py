@@ -20,7 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launch import continuity
 from launch.build import build_engine
-from launch.checkpoint import CheckpointError, Checkpoints, Progress, Retention
+from launch.checkpoint import Checkpoints
+from launch.checkpoint_names import CheckpointError
+from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler

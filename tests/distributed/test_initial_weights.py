@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints, Progress, Retention
+from launch.checkpoint import Checkpoints
+from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig, load_job
 from launch.continuity import settings
 from launch.convert import to_hf

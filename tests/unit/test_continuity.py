@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from launch.checkpoint import Retention
+from launch.checkpoint_records import Retention
 from launch.config import SECTIONS, JobConfig
 from launch.continuity import (
     NEXT_BATCHES,

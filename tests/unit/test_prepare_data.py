@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from launch import prepare_data, text_inputs
 from launch.corpora import open_corpus
 from launch.indexed_writer import IndexedWriter
-from launch.text_inputs import BadInput, Block, blocks
+from launch.text_inputs import BadInput, Block, Start, blocks
 from launch.text_tokens import TokenisingProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -364,6 +365,23 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         list(blocks(tmp_path / "in.parquet", "text"))
     with pytest.raises(BadInput, match="has no column 'body'; its columns are id, text"):
         list(blocks(tmp_path / "in.parquet", "body"))
+
+
+def test_no_more_is_read_than_the_processes_can_hold(tokenizer: Path) -> None:
+    """Of an input without an end; this bounds the memory."""
+    read = 0
+
+    def endless() -> Iterator[tuple[int, Block]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield read, Block("text", b"the cat", Start(), Start(), True, True)
+
+    with TokenisingProcesses(2, str(tokenizer), "text", None) as processes:
+        results = processes.map(endless())
+        for number in range(1, 100):
+            assert next(results)[0] == number
+            assert read <= number + 2 * TokenisingProcesses.DEPTH
 
 
 def test_a_tokenising_process_that_dies_is_told(tmp_path: Path, tokenizer: Path) -> None:
