@@ -94,7 +94,10 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
     pairs = list(zip(costs["tokenizers"], costs["prepare_data.py"], strict=True))
     walls, works = ([theirs[kind] / ours[kind] for theirs, ours in pairs] for kind in (0, 1))
     print(f"  speed of prepare_data.py over the library's: wall {spread(walls)}   processors {spread(works)}")
-    print(f"  its largest process held {peaks['texts']:,.0f} MiB, and {peaks['one']:,.0f} MiB for a text of one letter")
+    longest = max(map(len, documents)) / 1e6
+    print(
+        f"  its largest process held {peaks['texts']:,.0f} MiB (longest text {longest:.1f} MB), idle {peaks['one']:,.0f} MiB"
+    )
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
