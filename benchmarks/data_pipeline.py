@@ -95,9 +95,7 @@ def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
     walls, works = ([theirs[kind] / ours[kind] for theirs, ours in pairs] for kind in (0, 1))
     print(f"  speed of prepare_data.py over the library's: wall {spread(walls)}   processors {spread(works)}")
     longest = max(map(len, documents)) / 1e6
-    print(
-        f"  its largest process held {peaks['texts']:,.0f} MiB (longest text {longest:.1f} MB), idle {peaks['one']:,.0f} MiB"
-    )
+    print(f"  largest process {peaks['texts']:,.0f} MiB (longest text {longest:.1f} MB), idle {peaks['one']:,.0f} MiB")
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
