@@ -133,12 +133,12 @@ def main() -> None:
         if options.merge:
             options.output.write_text(json.dumps(results, indent=1) + "\n")
         if options.document:
-            write_document(results, ANCHOR, options.document)
-        print(table(results, ANCHOR), comparison(results, ANCHOR), sep="\n\n")
+            write_document(results, options.document)
+        print(table(results), comparison(results), sep="\n\n")
     else:
         _drive(options, results)
         results = _read(options.output)
-        print(table(results, ANCHOR), comparison(results, ANCHOR), sep="\n\n")
+        print(table(results), comparison(results), sep="\n\n")
 
 
 def _measure_row(options: argparse.Namespace) -> None:

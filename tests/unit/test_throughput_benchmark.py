@@ -63,12 +63,11 @@ def test_rows_are_compared_within_their_run() -> None:
         "2": row("other", "a", 120.0),
         "3": row("anchor", "b", 200.0),
         "4": row("other", "b", 210.0),
-        "5": row("other", "c", 300.0),
+        "5": row("anchor", "b", 800.0) | {"layers": 8},
+        "6": row("other", "b", 720.0) | {"layers": 8},
     }
-    assert over_anchor(results, results["2"], "anchor") == 1.2
-    assert over_anchor(results, results["4"], "anchor") == 1.05
-    assert over_anchor(results, results["5"], "anchor") is None
-    assert table(results, "anchor").count("Run ") == 3
+    assert [over_anchor(results, found) for found in results.values()] == [1, 1.2, 1, 1.05, 1, 0.9]
+    assert table(results).count("Run ") == 2
 
 
 def test_a_failed_anchor_compares_nothing() -> None:
@@ -76,8 +75,9 @@ def test_a_failed_anchor_compares_nothing() -> None:
         "1": {"row": "anchor", "run": "a", "layers": 32, "failed": "out of memory", "measured": "2026-11-22"},
         "2": row("other", "a", 120.0),
     }
-    assert over_anchor(results, results["2"], "anchor") is None
-    assert "out of memory" in table(results, "anchor")
+    assert over_anchor(results, results["2"]) is None
+    assert "out of memory" in table(results)
+    assert len(comparison(results).splitlines()) == 2
 
 
 def test_our_best_is_compared_with_their_best_through_the_anchors() -> None:
@@ -88,10 +88,12 @@ def test_our_best_is_compared_with_their_best_through_the_anchors() -> None:
         "4": row("anchor", "b", 200.0),  # a machine twice as fast
         "5": row("theirs", "b", 176.0, "torchtitan"),
         "6": row("theirs, slower", "b", 100.0, "torchtitan"),
-        "7": row("theirs, not anchored", "c", 900.0, "torchtitan"),
+        "7": row("another anchor", "c", 100.0),
+        "8": row("theirs", "c", 50.0, "torchtitan"),
     }
-    assert comparison(results, "anchor").splitlines()[2:] == [
-        "| ours | theirs | 1.250 |",
-        "| ours, tp | theirs | 1.125 |",
-        "| ours, tp | ours | 0.900 |",
+    assert comparison(results).splitlines()[2:] == [
+        "| 32 | another anchor | theirs | 2.000 |",
+        "| 32 | ours | theirs | 1.250 |",
+        "| 32 | ours, tp | theirs | 1.125 |",
+        "| 32 | ours, tp | ours | 0.900 |",
     ]
