@@ -107,7 +107,9 @@ def context_attention(
         elif plan.keys == "ring":
             attend = RingAttention(by_keys, kernel, **settings)
         else:
-            attend = ExchangeAttention(transport, kernel, keep_gathered=plan.keep_gathered, **settings)
+            attend = ExchangeAttention(
+                transport, kernel, balanced=plan.balanced, keep_gathered=plan.keep_gathered, **settings
+            )
         if plan.by_heads > 1:
             transport = make_transport(by_heads, device)
             attend = UlyssesAttention(transport, attend, head_groups=plan.head_groups)

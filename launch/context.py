@@ -37,6 +37,13 @@ class ContextPlan:
     reason: str = ""
     spare_memory: bool = True
     """Layers may keep what they fetched for the backward pass."""
+    documents: bool = False
+    """Batches come with documents."""
+
+    @property
+    def balanced(self) -> bool:
+        """Sequences are cut as their documents balance: an exchange of keys alone can do without the zigzag."""
+        return self.documents and self.keys == "exchange" and self.by_heads == 1
 
     @property
     def keep_gathered(self) -> bool:
@@ -113,4 +120,5 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
                 f"{_EXCHANGE_BYTES // 2**20:,} of auto"
             )
     groups = groups if by_heads > 1 else 1
-    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory)
+    documents = job.data.document_mask
+    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory, documents)

@@ -22,7 +22,7 @@ from launch.config import JobConfig
 from launch.corpora import corpora_on_all_ranks, validation_sampler
 from launch.data import MicroBatch, validation_batches
 from launch.environment import Place
-from launch.feed import cut
+from launch.feed import Cutter
 from launch.initial_weights import read_weights
 from launch.quiet import leave_out_what_no_user_can_change
 from model.gpt import GPT
@@ -78,7 +78,9 @@ def evaluated(
         document_mask=job.data.document_mask,
     )
     edges = position_edges(job.training.sequence_length, first_bucket)
-    return {"weights": origin} | summary(loss_by_position(engine, engine.model, mesh, batches, edges, device), edges)
+    return {"weights": origin} | summary(
+        loss_by_position(engine, engine.model, mesh, Cutter(job, mesh, device), batches, edges, device), edges
+    )
 
 
 def position_edges(sequence_length: int, first: int | None = None) -> list[int]:
@@ -94,6 +96,7 @@ def loss_by_position(
     forward: Callable[..., Any],
     model: GPT,
     mesh: ParallelMesh,
+    cutter: Cutter,
     batches: Iterator[list[MicroBatch]],
     edges: Sequence[int],
     device: torch.device,
@@ -106,8 +109,8 @@ def loss_by_position(
     inner = torch.tensor(edges[1:-1], device=device)
     with _head_by_range(model, len(edges) - 1, device) as head:
         for micro_batches in batches:
-            for host in (cut(batch, mesh, pin=device.type == "cuda") for batch in micro_batches):
-                batch = host.to(device)
+            for micro_batch in micro_batches:
+                batch = cutter.cut(micro_batch).to(device)
                 head.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
                 forward(*batch.arguments())
     dist.all_reduce(head.totals, group=mesh.zero_group)

@@ -5,6 +5,7 @@ Shapes: B micro_batch_size, S sequence_length, L = S / context_parallel_size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launch.config import JobConfig
+from launch.context import context_plan
 from launch.data import MicroBatch
+from launch.parameters import BYTES
 from model.kernels import Documents
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
-from parallel.sequence import shard_sequence
+from parallel.sequence import balanced_parts, document_rows, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,29 @@ class HostBatch:
         return LocalBatch(input_ids, position_ids, labels, documents)
 
 
-def cut(batch: MicroBatch, mesh: ParallelMesh, *, pin: bool) -> HostBatch:
-    """This context-parallel rank's part of a micro-batch."""
-    parts: list[NDArray[np.int64]] = [
-        shard_sequence(array, mesh.cp_size, mesh.cp_rank)
-        for array in (batch.input_ids, batch.position_ids, batch.labels)
-    ]
-    tokens = torch.from_numpy(np.stack(parts))
-    count = int((parts[2] != IGNORED_LABEL).sum())
-    return HostBatch(tokens.pin_memory() if pin else tokens, batch.boundaries, count)
+class Cutter:
+    """Cuts micro-batches for this context-parallel rank, as its attention expects them."""
+
+    def __init__(self, job: JobConfig, mesh: ParallelMesh, device: torch.device):
+        plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
+        self.balanced, self.window = plan is not None and plan.balanced, job.model.sliding_window
+        self.size, self.rank, self.pin = mesh.cp_size, mesh.cp_rank, device.type == "cuda"
+
+    def cut(self, batch: MicroBatch) -> HostBatch:
+        """This rank's part of `batch`."""
+        arrays = batch.input_ids, batch.position_ids, batch.labels
+        if self.balanced and batch.boundaries is not None:
+            parts = self._balanced(np.stack(arrays), batch.boundaries)
+        else:
+            parts = np.stack([shard_sequence(array, self.size, self.rank) for array in arrays])
+        tokens, count = torch.from_numpy(parts), int((parts[2] != IGNORED_LABEL).sum())
+        return HostBatch(tokens.pin_memory() if self.pin else tokens, batch.boundaries, count)
+
+    def _balanced(self, arrays: NDArray[np.int64], boundaries: Sequence[int]) -> NDArray[np.int64]:
+        """[3, B, S] as [3, B, L]: each row is cut by documents of its own."""
+        _, batch, length = arrays.shape
+        rows = []
+        for row, documents in enumerate(document_rows(boundaries, batch, length)):
+            part = balanced_parts(length, self.size, documents, self.window)[self.rank]
+            rows.append(np.concatenate([arrays[:, row, start:stop] for start, stop in part], axis=1))
+        return np.stack(rows, axis=1)

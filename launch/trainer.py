@@ -18,7 +18,7 @@ from launch.checkpoint_records import Progress, Saved
 from launch.config import JobConfig
 from launch.continuity import LAST_LOSSES, unlike_recent
 from launch.data import Batches, MicroBatch
-from launch.feed import HostBatch, cut
+from launch.feed import Cutter, HostBatch
 from launch.monitor import Monitor, StepRecord
 from launch.prefetch import Prefetcher
 from launch.schedule import learning_rate_at
@@ -67,6 +67,7 @@ class Trainer:
         `stop()` is asked once a step, and answers the same on every rank: save and return early.
         """
         self.job, self.mesh, self.engine = job, mesh, engine
+        self.cutter = Cutter(job, mesh, engine.device)
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints, self.stop = monitor, checkpoints, stop
         self.timer = StepTimer(engine.device)
@@ -157,7 +158,7 @@ class Trainer:
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for micro_batches in self.validation():
-            for batch in map(self._cut, micro_batches):
+            for batch in map(self.cutter.cut, micro_batches):
                 loss_sum, token_count = self.engine(*batch.to(self.engine.device).arguments())
                 totals += torch.stack([loss_sum.double(), token_count.double()])
         self.engine.train()
@@ -167,10 +168,7 @@ class Trainer:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _load(self, step: int) -> list[HostBatch]:
-        return [self._cut(batch) for batch in self.training.micro_batches(step)]
-
-    def _cut(self, batch: MicroBatch) -> HostBatch:
-        return cut(batch, self.mesh, pin=self.engine.device.type == "cuda")
+        return [self.cutter.cut(batch) for batch in self.training.micro_batches(step)]
 
     def _learning_rate(self, step: int) -> float:
         optimizer = self.job.optimizer

@@ -134,11 +134,6 @@ def document_rows(boundaries: Sequence[int], batch: int, sequence_length: int) -
     return rows
 
 
-def take_part(sequence: NDArray, part: Part) -> NDArray:
-    """One rank's part of one sequence [S, ...]: [S / P, ...]."""
-    return np.concatenate([sequence[start:stop] for start, stop in part])
-
-
 def shard_sequence(array: NDArray, context_parallel_size: int, cp_rank: int) -> NDArray:
     """This rank's part of an array [B, S, ...] -> [B, S / P, ...]; a view where P is 1."""
     sequence_length = array.shape[1]

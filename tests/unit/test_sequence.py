@@ -14,7 +14,6 @@ from parallel.sequence import (
     document_rows,
     local_index,
     shard_sequence,
-    take_part,
     zigzag_parts,
 )
 
@@ -109,7 +108,7 @@ def test_one_document_is_cut_in_zigzag(size: int) -> None:
     assert balanced_parts(480, size, [0, 480]) == zigzag_parts(480, size)
 
 
-def test_parts_are_taken_row_by_row() -> None:
-    rows = document_rows([0, 5, 24, 30, 48], 2, 24)
-    assert rows == [[0, 5, 24], [0, 6, 24]]
-    np.testing.assert_array_equal(take_part(np.arange(24) * 10, [(2, 4), (20, 23)]), [20, 30, 200, 210, 220])
+def test_each_row_has_documents_of_its_own() -> None:
+    assert document_rows([0, 5, 24, 30, 48], 2, 24) == [[0, 5, 24], [0, 6, 24]]
+    with pytest.raises(AssertionError, match="must not cross rows"):
+        document_rows([0, 5, 30, 48], 2, 24)

@@ -1,0 +1,40 @@
+"""What each context-parallel rank is handed of a micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from launch.config import load_job
+from launch.data import MicroBatch
+from launch.feed import Cutter
+from parallel.mesh import MeshShape
+from parallel.sequence import balanced_parts, zigzag_parts
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+S = 64
+DOCUMENTS = (0, 5, 40, S, S + 20, S + 23, 2 * S)
+"""Of two rows."""
+
+
+@pytest.mark.parametrize(("mode", "mask"), [("exchange", True), ("exchange", False), ("ring", True)])
+def test_rows_are_cut_as_their_documents_balance_for_an_exchange_only(mode: str, mask: bool) -> None:
+    overrides = [f"training.sequence_length={S}", "parallel.context_parallel_size=2", "training.micro_batch_size=2"]
+    overrides += [f"parallel.context_parallel_mode={mode}", f"data.document_mask={str(mask).lower()}"]
+    job, shape = load_job(CONFIG, overrides), MeshShape(1, 2, 1)
+    inputs = np.arange(2 * S).reshape(2, S)
+    batch = MicroBatch(inputs, inputs + 1000, inputs + 2000, DOCUMENTS if mask else None)
+    for rank in (0, 1):
+        mesh = Mock(shape=shape, cp_size=2, cp_rank=rank)
+        local = Cutter(job, mesh, torch.device("cpu")).cut(batch)
+        assert local.boundaries == batch.boundaries and local.token_count == S
+        for row, documents in enumerate(([0, 5, 40, S], [0, 20, 23, S])):
+            parts = balanced_parts(S, 2, documents) if mode == "exchange" and mask else zigzag_parts(S, 2)
+            positions = np.concatenate([np.arange(start, stop) for start, stop in parts[rank]])
+            for tokens, full in zip(local.tokens, (batch.input_ids, batch.position_ids, batch.labels), strict=True):
+                np.testing.assert_array_equal(tokens[row].numpy(), full[row, positions])
+    assert balanced_parts(S, 2, [0, 5, 40, S]) != zigzag_parts(S, 2) != balanced_parts(S, 2, [0, 20, 23, S])
