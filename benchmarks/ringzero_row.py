@@ -12,7 +12,6 @@ from launch.build import build_engine
 from launch.check import peak_memory
 from launch.config import JobConfig
 from launch.data import Batches
-from launch.feed import cut
 from launch.monitor import SilentMonitor
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
@@ -38,9 +37,9 @@ def prepared(
     initialize_distributed(device.type)
     mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
     engine, note = build_engine(job, mesh, device)
-    batches, on_gpu = batches_of(mesh.dp_size, mesh.dp_rank), device.type == "cuda"
-    made = [[cut(batch, mesh, pin=on_gpu) for batch in batches.micro_batches(step)] for step in range(steps)]
+    batches = batches_of(mesh.dp_size, mesh.dp_rank)
     trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})  # type: ignore[arg-type]
+    made = [[trainer.cutter.cut(batch) for batch in batches.micro_batches(step)] for step in range(steps)]
 
     def train_step(step: int) -> tuple[float, float]:
         outcome = trainer.train_step(step, made[step])

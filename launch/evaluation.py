@@ -79,7 +79,7 @@ def evaluated(
     )
     edges = position_edges(job.training.sequence_length, first_bucket)
     return {"weights": origin} | summary(
-        loss_by_position(engine, engine.model, mesh, Cutter(job, mesh, device), batches, edges, device), edges
+        loss_by_position(engine, engine.model, mesh, Cutter.of(job, mesh, device), batches, edges, device), edges
     )
 
 

@@ -54,13 +54,23 @@ class HostBatch:
         return LocalBatch(input_ids, position_ids, labels, documents)
 
 
+@dataclass(frozen=True)
 class Cutter:
-    """Cuts micro-batches for this context-parallel rank, as its attention expects them."""
+    """Cuts micro-batches for one context-parallel rank, as its attention expects them."""
 
-    def __init__(self, job: JobConfig, mesh: ParallelMesh, device: torch.device):
+    size: int
+    rank: int
+    pin: bool = False
+    balanced: bool = False
+    """By documents, where a batch has them; else in zigzag order."""
+    window: int | None = None
+    """What attention sees, which decides where documents balance."""
+
+    @classmethod
+    def of(cls, job: JobConfig, mesh: ParallelMesh, device: torch.device) -> Cutter:
         plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
-        self.balanced, self.window = plan is not None and plan.balanced, job.model.sliding_window
-        self.size, self.rank, self.pin = mesh.cp_size, mesh.cp_rank, device.type == "cuda"
+        balanced = plan is not None and plan.balanced
+        return cls(mesh.cp_size, mesh.cp_rank, device.type == "cuda", balanced, job.model.sliding_window)
 
     def cut(self, batch: MicroBatch) -> HostBatch:
         """This rank's part of `batch`."""

@@ -67,7 +67,7 @@ class Trainer:
         `stop()` is asked once a step, and answers the same on every rank: save and return early.
         """
         self.job, self.mesh, self.engine = job, mesh, engine
-        self.cutter = Cutter(job, mesh, engine.device)
+        self.cutter = Cutter.of(job, mesh, engine.device)
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints, self.stop = monitor, checkpoints, stop
         self.timer = StepTimer(engine.device)

@@ -23,7 +23,6 @@ import torch
 from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data import MicroBatch
-from launch.feed import cut
 from launch.monitor import SilentMonitor
 from launch.trainer import Trainer
 from model.attention import KernelAttention
@@ -255,7 +254,7 @@ def _train(case: Case, mesh: ParallelMesh, device_type: str) -> dict[str, Any]:
     trainer = Trainer(job, mesh, engine, Mock(), Mock(), SilentMonitor(), Mock(), {})
     losses, norms = [], []
     for step in range(STEPS):
-        micro_batches = [cut(batch, mesh, pin=False) for batch in rows.micro_batches(step)]
+        micro_batches = [trainer.cutter.cut(batch) for batch in rows.micro_batches(step)]
         outcome = trainer.train_step(step, micro_batches)
         losses.append(float(outcome.loss))
         norms.append(float(outcome.grad_norm))

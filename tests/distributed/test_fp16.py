@@ -11,7 +11,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launch.build import build_engine
-from launch.feed import cut
 from launch.monitor import SilentMonitor
 from launch.trainer import Trainer
 from parallel.mesh import MeshShape, ParallelMesh
@@ -32,7 +31,7 @@ def _train(layout: tuple[int, int, int], stage: int, first_scale: float | None) 
     trainer = Trainer(case.job(), mesh, engine, Mock(), Mock(), SilentMonitor(), Mock(), {})
     found: dict[str, list[Any]] = {"loss": [], "norm": [], "applied": [], "scale": [], "updates": []}
     for step in range(STEPS):
-        micro_batches = [cut(batch, mesh, pin=False) for batch in _Rows(case, mesh.dp_rank).micro_batches(step)]
+        micro_batches = [trainer.cutter.cut(batch) for batch in _Rows(case, mesh.dp_rank).micro_batches(step)]
         outcome = trainer.train_step(step, micro_batches)
         trainer._check_finite(outcome)  # a skipped step is no failure
         found["loss"].append(float(outcome.loss))

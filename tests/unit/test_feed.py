@@ -30,7 +30,7 @@ def test_rows_are_cut_as_their_documents_balance_for_an_exchange_only(mode: str,
     batch = MicroBatch(inputs, inputs + 1000, inputs + 2000, DOCUMENTS if mask else None)
     for rank in (0, 1):
         mesh = Mock(shape=shape, cp_size=2, cp_rank=rank)
-        local = Cutter(job, mesh, torch.device("cpu")).cut(batch)
+        local = Cutter.of(job, mesh, torch.device("cpu")).cut(batch)
         assert local.boundaries == batch.boundaries and local.token_count == S
         for row, documents in enumerate(([0, 5, 40, S], [0, 20, 23, S])):
             parts = balanced_parts(S, 2, documents) if mode == "exchange" and mask else zigzag_parts(S, 2)

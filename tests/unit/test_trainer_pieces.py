@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,22 +15,12 @@ import torch
 
 from launch.data import IGNORED_LABEL, MicroBatch
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
-from launch.feed import cut
+from launch.feed import Cutter
 from launch.text_codec import text_codec
 from launch.timing import StepTimer
 from model import head
-from parallel.mesh import MeshShape
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """As much of a mesh as feeding looks at."""
-
-    cp_size: int = 1
-    cp_rank: int = 0
-    shape: MeshShape = MeshShape()
 
 
 # -- feed ----------------------------------------------------------------------------------------------------------
@@ -50,7 +39,7 @@ def test_both_packages_ignore_the_same_label() -> None:
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 def test_the_ranks_of_a_sequence_share_a_batch_without_loss(cp_size: int) -> None:
     batch = micro_batch(2, 16)
-    parts = [cut(batch, Axis(cp_size, rank), pin=False) for rank in range(cp_size)]  # type: ignore[arg-type]
+    parts = [Cutter(cp_size, rank).cut(batch) for rank in range(cp_size)]
     assert sum(part.token_count for part in parts) == int((batch.labels != IGNORED_LABEL).sum())
     for part in parts:
         ids, positions, labels, documents = part.to(torch.device("cpu")).arguments()
@@ -66,7 +55,7 @@ def test_the_ranks_of_a_sequence_share_a_batch_without_loss(cp_size: int) -> Non
 def test_documents_of_the_whole_sequences_go_to_every_rank() -> None:
     boundaries = (0, 5, 16, 19, 32)
     for rank in range(2):
-        part = cut(micro_batch(2, 16, boundaries), Axis(2, rank), pin=False)  # type: ignore[arg-type]
+        part = Cutter(2, rank).cut(micro_batch(2, 16, boundaries))
         documents = part.to(torch.device("cpu")).documents
         assert documents is not None and documents.boundaries == boundaries and documents.max_seqlen == 13
 
