@@ -13,6 +13,7 @@ TEMPLATE = """\
 #!/bin/bash
 {directives}
 
+trap '' USR2  # Slurm's warning, which would kill this shell before it becomes what hears it
 {setup}
 
 # Starts one launcher on each node and stays: hears signals, queues the job again.

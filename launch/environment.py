@@ -53,6 +53,22 @@ def place_in_world() -> Place:
     return Place(int(read["RANK"]), int(read["LOCAL_RANK"]), int(read["WORLD_SIZE"]), int(local_size))
 
 
+def node_name() -> str:
+    """This node as Slurm calls it, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def start_name() -> str:
+    """What to call this start of a run: 123-0 for a Slurm job and its restart, else the time."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else time.strftime("%Y%m%d-%H%M%S")
+
+
+def under_slurm() -> bool:
+    """Whether this is part of a Slurm job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
 def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     """The device of this process and a sentence saying why. `wanted` is job.device.
 

@@ -38,6 +38,8 @@ class StepRecord:
     """Seconds of a step by part: data, compute, optimizer."""
     peak_memory_bytes: int | None = None
     """On this device."""
+    stragglers: Mapping[str, float] = field(default_factory=dict)
+    """The slowest rank and how slow it is, by name."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """More training scalars by name, as the loss scale."""
 
@@ -160,6 +162,7 @@ class RunMonitor:
             "seconds": record.seconds,
             **{f"seconds_{part}": value for part, value in record.parts.items()},
             **rates,
+            **record.stragglers,
             **record.extra,
         }
         scalars = {
@@ -170,6 +173,7 @@ class RunMonitor:
             "time/step": record.seconds,
             **{f"time/{part}": value for part, value in record.parts.items()},
             **{f"throughput/{name}": value for name, value in rates.items()},
+            **{f"stragglers/{name}": value for name, value in record.stragglers.items()},
             **{f"train/{name}": value for name, value in record.extra.items()},
         }
         if record.peak_memory_bytes is not None:

@@ -10,6 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a disk, a file server or a driver",
+    "T": "stopped by a signal",
+    "t": "stopped by a debugger",
+    "Z": "dead, its parent has not asked",
+    "I": "idle",
+}
+"""proc(5)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,29 @@ def children(pid: int) -> Iterator[Child]:
             continue
         environment = dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs if pair)
         yield Child(child, alive, os.waitstatus_to_exitcode(int(fields[-1])), environment)
+
+
+def process_state(pid: int) -> str:
+    """What process `pid` of this node is doing, for a person: its state, and where in the kernel it sleeps."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "it is gone"
+    try:
+        channel = Path(f"/proc/{pid}/wchan").read_text().strip()
+    except OSError:  # only for its owner
+        channel = ""
+    sleeps = f", in {channel}" if channel not in ("", "0") else ""
+    return f"state {letter} ({_STATES.get(letter, 'unknown')}){sleeps}"
+
+
+def ranks_beside(launcher: int) -> dict[int, str]:
+    """Rank -> state of the ranks that a launcher has started."""
+    found = {}
+    for child in children(launcher):
+        if "RANK" in child.environment:
+            found[int(child.environment["RANK"])] = process_state(child.pid)
+    return found
 
 
 def die_with_parent() -> None:

@@ -25,6 +25,7 @@ from launch.data import Batches, validation_batches
 from launch.data_log import DataLog
 from launch.environment import Place, report_failure
 from launch.generation import generate
+from launch.health import Health
 from launch.inference import attention_on_one_device
 from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
@@ -53,7 +54,9 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str, st
     try:
         job = _resolved(job)
         lock = _lock(job, place)
-        complete = _train(job, place, device, device_note, StopVote(stop))
+        health = Health.of(job, place)
+        vote = StopVote(lambda: stop() or health.watchdog.wants_stop())
+        complete = _train(job, place, device, device_note, health, vote)
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1
@@ -61,6 +64,7 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str, st
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
+    health.watchdog.close()
     if lock is not None:
         lock.close()
     dist.destroy_process_group()
@@ -88,12 +92,17 @@ def _lock(job: JobConfig, place: Place) -> BinaryIO | None:
     return lock
 
 
-def _train(job: JobConfig, place: Place, device: torch.device, device_note: str, stop: StopVote) -> bool:
+def _train(
+    job: JobConfig, place: Place, device: torch.device, device_note: str, health: Health, stop: StopVote
+) -> bool:
     """Whether the run is complete; it is not where it was stopped."""
     if job.training.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(job.job.seed)
     mesh = ParallelMesh.create(job.mesh_shape(place.world_size))
+    probed = health.probe(device)
+    if probed is None:
+        return False
     corpora = corpora_on_all_ranks(job)
     engine, attention_note = build_engine(job, mesh, device)
     checkpoints = _checkpoints(job)
@@ -116,6 +125,9 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str,
     precision = job.resolve_precision(device.type)
     for line in (device_note, f"precision {precision}; attention: {attention_note}", f"run directory {job.run_path}"):
         monitor.message(line)
+    for line in probed:
+        monitor.message(line)
+    monitor.text("probe", "\n".join(probed))
     if resumed is not None:
         monitor.message(f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen")
         for change in resumed.told:
@@ -144,6 +156,8 @@ def _train(job: JobConfig, place: Place, device: torch.device, device_note: str,
         checkpoints,
         {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
         stop,
+        health.pace,
+        health.stragglers(device),
     )
     try:
         reached = trainer.run(

@@ -17,8 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.submission import Submission, point_latest
+from launch.health_folder import HealthFolder
+from launch.submission import Submission, point_latest, ready
 
+_LOOK_SECONDS = 0.2
 _SECONDS_TO_BE_KILLED = 120
 """How long Slurm may take to end this process after it has queued the job again."""
 
@@ -38,25 +40,29 @@ class Slice:
     def __init__(self, submission: Submission) -> None:
         self.submission = submission
         self.job_id, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.health = HealthFolder(submission.run, f"{self.job_id}-{self.restart}")
         self._asked_to_stop = False
         for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._note_signal)
 
     def run(self, *, followed: bool) -> int:
         """The job's exit status. Where the job is queued again, Slurm ends this process instead."""
         nodes = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
         started_from = self.submission.saved_step()
-        self.submission.note_start(job=self.job_id, restart=self.restart, step=started_from, nodes=nodes)
+        self.submission.note_start(
+            job=self.job_id, restart=self.restart, step=started_from, nodes=nodes, excluded=self._excluded()
+        )
         _say(f"job {self.job_id}, restart {self.restart}, from step {started_from} on {' '.join(nodes)}")
         status = 0 if self._asked_to_stop else self._train(nodes)
         step, total = self.submission.saved_step(), self.submission.total_steps
-        if status:
+        hung = bool(self.health.told())
+        if status and not hung:
             _say(f"job {self.job_id} failed, exit status {status}; last checkpoint: step {step}")
             return status
         if step >= total:
             _say(f"job {self.job_id} is done: step {step} of {total}")
             return 0
-        _say(f"job {self.job_id} was stopped at step {step} of {total}")
+        _say(f"job {self.job_id} {'hung, and' if status else 'was'} stopped at step {step} of {total}")
         return 0 if followed else self._queue_again(step)
 
     def _train(self, nodes: list[str]) -> int:
@@ -80,36 +86,67 @@ class Slice:
             *(submission.python, "-u", submission.node_script),
             *("--nodes", ",".join(nodes), "--processes", str(submission.processes_per_node)),
             *("--port", str(_port(int(self.job_id), self.restart)), "--logs", str(logs)),
+            *("--health", str(self.health.path)),
             *("--", submission.train_script, "--config", str(submission.config)),
         ]
-        return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+        step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        passed_on = False
+        while (status := step.poll()) is None:
+            # A signal that came sooner would find no step, or kill nodes that do not expect it yet.
+            if self._asked_to_stop and not passed_on and all(ready(logs, node).exists() for node in range(len(nodes))):
+                subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False)  # its steps, not this process
+                passed_on = True
+            time.sleep(_LOOK_SECONDS)
+        return status
 
-    def _pass_on(self, number: int, _frame: object) -> None:
+    def _note_signal(self, number: int, _frame: object) -> None:
         self._asked_to_stop = True
         _say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
-        subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False)  # the job's steps, not this process
 
     def _queue_again(self, step: int) -> int:
         """Only returns if the job is not queued again."""
         limit, idle = self.submission.max_restarts, self.submission.idle_slices(step)
-        state = re.search(r"\bJobState=(\w+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
-        if state is None or state[1] not in ("RUNNING", "SIGNALING"):  # the second, while a warning is on its way
-            _say(f"not queued again: Slurm has it as {state[1] if state else 'unknown'}")
+        avoided = self.health.suspects() if self.submission.exclude else []
+        state = self._fact("JobState")
+        if state not in ("RUNNING", "SIGNALING"):  # the second, while a warning is on its way
+            _say(f"not queued again: Slurm has it as {state or 'unknown'}")
         elif self.restart >= limit:
             _say(f"not queued again: restarted {self.restart} times of slurm.max_restarts ({limit}); submit it again")
-        elif idle >= self.submission.max_idle_slices:
+        elif idle >= self.submission.max_idle_slices and not avoided:
             _say(
                 f"not queued again: {idle} starts from step {step} brought no new checkpoint (slurm.max_idle_slices is "
                 f"{self.submission.max_idle_slices}); raise slurm.time, or lower checkpoint.save_interval"
             )
         else:
-            _say(f"queueing job {self.job_id} again")
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how Slurm ends this process, and waits for its end
+            _say(f"queueing job {self.job_id} again" + (f", without {' '.join(avoided)}" if avoided else ""))
+            before = self._excluded()
+            # Slurm ends this process by SIGTERM, but only a job that is queued can be told which nodes to avoid.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if avoided else signal.SIG_DFL)
             requeued = subprocess.run(["scontrol", "requeue", self.job_id], check=False)
             if requeued.returncode == 0:
+                if avoided:
+                    self._avoid([*before, *avoided])
                 time.sleep(_SECONDS_TO_BE_KILLED)
             _say("Slurm did not queue the job again; submit it again")
         return 1
+
+    def _avoid(self, nodes: list[str]) -> None:
+        """Keeps the queued job from `nodes`, and ends this process, for whose end Slurm waits."""
+        update = ["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(nodes)}"]
+        if subprocess.run(update, check=False).returncode:
+            _say(f"Slurm did not exclude {' '.join(nodes)}; the job may get them again")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _excluded(self) -> list[str]:
+        """Nodes that the job must not get, in Slurm's own shorthand."""
+        listed = self._fact("ExcNodeList")
+        return [listed] if listed and listed != "(null)" else []
+
+    def _fact(self, name: str) -> str | None:
+        """What Slurm says of this job."""
+        found = re.search(rf"\b{name}=(\S+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
+        return found[1] if found else None
 
 
 def _port(job_id: int, restart: int) -> int:

@@ -21,12 +21,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launch.processes import children, die_with_parent
+from launch.health_folder import HealthFolder
+from launch.processes import children, die_with_parent, ranks_beside
+from launch.submission import ready
 
-_STOPPED = 75
-"""`launch.stopping.STOPPED`, which torch stands before."""
+_STOPPED, _HUNG = 75, 76
+"""`launch.stopping.STOPPED` and `launch.watchdog.HUNG`, which torch stands before."""
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _LOOK_SECONDS = 0.1
+_LISTEN_SECONDS = 2.0
+"""Between looks at a shared file."""
 _WAIT_FOR_THE_CULPRIT = 3.0
 """A rank that ended by itself may only have lost its peer on another node, which then speaks first."""
 _LAST_LINES = 30
@@ -39,18 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", required=True, type=int, help="ranks of each node")
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--logs", required=True, type=Path)
+    parser.add_argument("--health", required=True, type=Path, help="of this start")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="-- TRAIN.PY ARGUMENTS")
     options = parser.parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    node = Node(options.nodes.split(","), int(os.environ["SLURM_NODEID"]), options.processes, options.logs)
+    ready(options.logs, int(os.environ["SLURM_NODEID"])).touch()
+    node = Node(
+        options.nodes.split(","), int(os.environ["SLURM_NODEID"]), options.processes, options.logs, options.health
+    )
     return node.run([word for word in options.train if word != "--"], options.port)
 
 
 class Node:
     """This node's launcher and ranks."""
 
-    def __init__(self, nodes: list[str], number: int, processes: int, logs: Path) -> None:
+    def __init__(self, nodes: list[str], number: int, processes: int, logs: Path, health: Path) -> None:
         self.nodes, self.number, self.processes, self.logs = nodes, number, processes, logs
+        self._health = HealthFolder(health.parents[1], health.name)
+        self._alarm = self._told = ""
+        self._listened = time.monotonic()
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._ended: dict[int, int | None] = {}  # rank -> status, in the order of their ends; None: nobody saw it
         self._shown = 0
@@ -62,11 +73,16 @@ class Node:
             while (status := launcher.poll()) is None:
                 self._watch(launcher.pid)
                 self._show()
+                self._listen(launcher.pid)
+                if _HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
+                    status = _HUNG
+                    break
                 time.sleep(_LOOK_SECONDS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
         self._show()
+        self._pass_on_verdict()
         if status in (0, _STOPPED):
             return 0
         self._tell_and_kill(status)
@@ -110,8 +126,38 @@ class Node:
             sys.stdout.buffer.write(said)
             sys.stdout.flush()
 
+    def _listen(self, launcher: int) -> None:
+        """Answers a watchdog's alarm with what the ranks of this node are doing, and passes on the verdict of one."""
+        if time.monotonic() - self._listened < _LISTEN_SECONDS:
+            return
+        self._listened = time.monotonic()
+        try:
+            alarm = self._health.alarm()
+            if alarm != self._alarm:
+                self._health.write_node(self.number, ranks_beside(launcher))
+                self._alarm = alarm
+            self._pass_on_verdict()
+        except OSError as error:
+            print(f"{self._health.path}: {error}", flush=True)
+
+    def _pass_on_verdict(self) -> None:
+        """Unless it is rank 0's, whose output is shown anyway."""
+        for rank in range(max(1, self._first), self._last + 1) if self._alarm else ():
+            verdict = self._health.verdict(rank)
+            if verdict and verdict != self._told:
+                self._told = verdict
+                print(verdict, end="", flush=True)
+
     def _tell_and_kill(self, status: int) -> None:
         """Says who died and of what, then ends what is left of the step, on all nodes."""
+        if status != _HUNG:
+            self._tell(status)
+        time.sleep(0.5)  # for srun to have read it
+        step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        with suppress(OSError):  # in a container without Slurm; srun ends the others, less quickly
+            subprocess.run(["scancel", "--signal=KILL", step], check=False)
+
+    def _tell(self, status: int) -> None:
         victims = (0, -signal.SIGTERM, 128 + signal.SIGTERM)  # of the launcher clearing up
         dead = {rank: how for rank, how in self._ended.items() if how not in victims}
         by_signal: dict[int, int | None] = {rank: how for rank, how in dead.items() if how is not None and how < 0}
@@ -123,10 +169,6 @@ class Node:
             print(self._obituary(rank, how, host), flush=True)
         if not culprits:
             print(f"the launcher of {host} (ranks {self._first} to {self._last}) ended with {status}", flush=True)
-        time.sleep(0.5)  # for srun to have read it
-        step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
-        with suppress(FileNotFoundError):  # in a container without Slurm; srun ends the others, less quickly
-            subprocess.run(["scancel", "--signal=KILL", step], check=False)
 
     def _obituary(self, rank: int, how: int | None, host: str) -> str:
         if how is None:

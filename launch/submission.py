@@ -43,6 +43,7 @@ class Submission:
     container: tuple[str, ...]
     max_restarts: int
     max_idle_slices: int
+    exclude: bool
     job_ids: tuple[int, ...] = ()
 
     def write(self) -> None:
@@ -87,13 +88,18 @@ class Submission:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def idle_slices(self, step: int) -> int:
-        """How many of the last starts in a row were made from `step`."""
-        count = 0
-        for start in reversed(self.slices()):
-            if start["step"] != step:
+        """How many of the last starts in a row were made from `step`, avoiding the same nodes."""
+        count, starts = 0, self.slices()
+        for start in reversed(starts):
+            if start["step"] != step or start.get("excluded") != starts[-1].get("excluded"):
                 break
             count += 1
         return count
+
+
+def ready(logs: Path, node: int) -> Path:
+    """What a node makes once it expects to be told to stop."""
+    return logs / f"ready-{node}"
 
 
 def newest_submission(run: Path) -> Submission:

@@ -115,6 +115,7 @@ def _submission(job: JobConfig, folder: Path, job_ids: tuple[int, ...] = ()) -> 
         container=tuple(shlex.split(slurm.container)) if slurm.container else (),
         max_restarts=slurm.max_restarts,
         max_idle_slices=slurm.max_idle_slices,
+        exclude=job.health.exclude,
         job_ids=job_ids,
     )
 

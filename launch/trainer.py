@@ -20,8 +20,10 @@ from launch.continuity import LAST_LOSSES, unlike_recent
 from launch.data import Batches, MicroBatch
 from launch.feed import Cutter, HostBatch
 from launch.monitor import Monitor, StepRecord
+from launch.pace import STEP, Pace
 from launch.prefetch import Prefetcher
 from launch.schedule import learning_rate_at
+from launch.stragglers import Stragglers
 from launch.timing import StepTimer
 from launch.tracing import DATA, OPTIMIZER, StepTracer
 from parallel.mesh import ParallelMesh
@@ -61,15 +63,19 @@ class Trainer:
         checkpoints: Checkpoints,
         validation_facts: dict[str, float],
         stop: Callable[[], bool] = lambda: False,
+        pace: Pace | None = None,
+        stragglers: Stragglers | None = None,
     ):
         """`validation()` yields the same micro-batches at every call; `validation_facts` are logged beside its loss.
 
-        `stop()` is asked once a step, and answers the same on every rank: save and return early.
+        `stop()` is asked once a step, and answers the same on every rank: save and return early. `pace` is told what
+        begins, for a watchdog that looks at it; without `stragglers` slow ranks are not looked for.
         """
         self.job, self.mesh, self.engine = job, mesh, engine
         self.cutter = Cutter.of(job, mesh, engine.device)
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints, self.stop = monitor, checkpoints, stop
+        self.pace, self.stragglers = pace or Pace.of(job), stragglers
         self.timer = StepTimer(engine.device)
         self.tracer = StepTracer(job.profile.steps, job.run_path / "trace", dist.get_rank())
         self._losses: dict[str, float] = {}
@@ -89,6 +95,7 @@ class Trainer:
         logged_at, logged_step = time.perf_counter(), start
         with Prefetcher(self._load, stop=total) as batches:
             for step in range(start, total):
+                self.pace.begin(STEP, step + 1)
                 self.tracer.before(step + 1)
                 self.timer.start()
                 with record_function(DATA):
@@ -111,21 +118,29 @@ class Trainer:
                     parts = self.timer.collect()
                     seconds = (time.perf_counter() - logged_at) / (outcome.step - logged_step)
                     self._log(outcome, progress, seconds, parts)
+                    limit = self.pace.note()
+                    if limit:
+                        self.monitor.message(limit)
                     self._report(self.checkpoints.outcome(wait=False))
                     logged_at, logged_step = time.perf_counter(), outcome.step
                 interrupted = time.perf_counter()
                 if last or (evaluation and outcome.step % evaluation == 0):
                     self._check_finite(outcome)
+                    self.pace.begin("evaluation", outcome.step)
                     self._log_validation(outcome.step)
                 if last or stopping or (saving and outcome.step % saving == 0):
                     self._check_finite(outcome)
+                    self.pace.begin("checkpoint", outcome.step)
                     self.timer.mark("")
                     self._save(progress, last=last or stopping)
                     self.timer.mark("checkpoint")
                 logged_at += time.perf_counter() - interrupted  # evaluating and saving are not part of a step's time
                 if stopping:
-                    self.monitor.message(f"stopped after step {outcome.step} of {total}, as asked by a signal")
+                    self.monitor.message(
+                        f"stopped after step {outcome.step} of {total}, as asked by a signal or a watchdog"
+                    )
                     break
+        self.pace.begin("the end", progress.step)
         if start >= total:
             self.monitor.message(f"step {start} of {total}: this run is already complete")
             self._log_validation(start)
@@ -210,6 +225,7 @@ class Trainer:
 
     def _log(self, outcome: StepOutcome, progress: Progress, seconds: float, parts: dict[str, float]) -> None:
         scaler = self.engine.loss_scaler_state
+        slow = self.stragglers.look(parts.get("data", 0.0)) if self.stragglers else None
         self.monitor.log_step(
             StepRecord(
                 step=outcome.step,
@@ -220,9 +236,13 @@ class Trainer:
                 seconds=seconds,
                 parts=parts,
                 peak_memory_bytes=_peak_memory(self.engine.device),
+                stragglers=slow.scalars if slow else {},
                 extra={"loss_scale": scaler["cur_scale"]} if scaler else {},
             )
         )
+        if slow and slow.named:
+            self.monitor.message(f"warning: {slow.named}")
+            self.monitor.text("stragglers", slow.named)
 
     def _log_validation(self, step: int) -> None:
         self.monitor.log_validation(step, self.evaluate(), self.validation_facts)

@@ -132,7 +132,7 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         "      duplicate key, first given on line 2; keep one of the two\n"
         "  command line: monitr\n"
         "      unknown section; did you mean monitor? Sections: job, model, parallel, data, optimizer, training, "
-        "checkpoint, monitor, profile, slurm\n"
+        "checkpoint, monitor, profile, health, slurm\n"
         "  job.yaml:14: optimizer.learning_rate = -1.0\n"
         "      must be greater than 0; give number > 0\n"
         "  job.yaml:18: training.max_steps = ten\n"

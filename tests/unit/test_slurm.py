@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_job, slurm_node, status, stopping, submit
+from launch import slurm_job, slurm_node, status, stopping, submit, watchdog
 from launch.batch_script import render
 from launch.config import load_job
+from launch.health_folder import HealthFolder
 from launch.rules import slurm_seconds
 from launch.run_lock import RunBusy, lock_run
 from launch.submission import Submission
@@ -116,7 +117,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     programs.mkdir()
     answers = {
         "sbatch": 'n=$(($(wc -l < "$CALLS") + 6)); [ $n -lt 20 ] || { echo "Invalid account" >&2; exit 1; }; echo $n',
-        "scontrol": 'if [ "$1 $2" = "show job" ]; then echo "JobId=7 JobState=$STATE Reason=None Restarts=2"; '
+        "scontrol": 'if [ "$1 $2" = "show job" ]; then '
+        'echo "JobId=7 JobState=$STATE Reason=None Restarts=2 ExcNodeList=node-3"; '
         "else echo node-1; fi",
         "srun": "exit $SRUN_STATUS",
         "scancel": "true",
@@ -203,13 +205,56 @@ def test_a_cancelled_and_a_failed_job_are_not_queued_again(
     assert "requeue" not in slurm.read_text()
 
 
+def test_a_job_that_hung_is_queued_again_without_the_nodes_to_blame(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = submitted("health.exclude=true", "slurm.max_idle_slices=1")
+    folder = HealthFolder(made.run, "7-0")
+    folder.make()
+    folder.write_suspects(["node-4", "node-5"])
+    folder.write("verdict-0.txt", "hang")
+    monkeypatch.setenv("SRUN_STATUS", "76")
+    ended: list[int] = []
+    monkeypatch.setattr(slurm_job.os, "kill", lambda pid, number: ended.append(number))
+    slice_of(made, monkeypatch, saves=5)
+    requeue, update = slurm.read_text().splitlines()[-2:]
+    assert requeue == "scontrol requeue 7" and update == "scontrol update JobId=7 ExcNodeList=node-3,node-4,node-5"
+    assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    told = capsys.readouterr().out
+    assert "job 7 hung, and stopped at step 5 of 200" in told
+    assert "queueing job 7 again, without node-4 node-5" in told
+
+
+def test_starts_without_progress_count_anew_when_other_nodes_are_avoided(slurm: Path) -> None:
+    made = submitted()
+    for excluded in ([], [], ["node-4"]):
+        made.note_start(step=5, excluded=excluded)
+    assert made.idle_slices(5) == 1
+    made.note_start(step=5, excluded=["node-4"])
+    assert made.idle_slices(5) == 2 and made.idle_slices(6) == 0
+
+
+def test_a_warning_waits_until_every_node_expects_it(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before there is a step; the node is ready half a second later."""
+    made = submitted("training.max_steps=300")
+    slice_ = slurm_job.Slice(made)
+    logs = made.folder / "7-0"
+    programs = slurm.parent / "bin"
+    (programs / "srun").write_text(
+        f'#!/bin/bash\nkill -USR2 $PPID\nsleep 0.5\necho ready >> "$CALLS"\ntouch {logs}/ready-0\nsleep 1\n'
+    )
+    slice_._train(["node-1"])
+    calls = slurm.read_text().splitlines()
+    assert calls[-2:] == ["ready", "scancel --signal=USR2 7"]
+
+
 def test_the_statuses_agree() -> None:
-    assert slurm_node._STOPPED == stopping.STOPPED
+    assert (slurm_node._STOPPED, slurm_node._HUNG) == (stopping.STOPPED, watchdog.HUNG)
 
 
 def test_gpus_are_those_that_slurm_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    node = slurm_node.Node(["a", "b"], 1, 2, tmp_path)
+    node = slurm_node.Node(["a", "b"], 1, 2, tmp_path, tmp_path / "health" / "7-0")
     (world,) = (word.partition("=")[2] for word in node._launcher([], 1) if word.startswith("--world_info"))
     assert json.loads(base64.urlsafe_b64decode(world)) == {"a": [0, 1], "b": ["4", "5"]}
 

@@ -1,0 +1,207 @@
+"""What a rank says of itself when the run hangs, and what all of them together say of who is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from traceback import walk_stack
+from typing import Any
+
+from torch._C import _distributed_c10d as c10d
+
+from launch.pace import Activity
+
+_COLLECTIVES = "torch/distributed/distributed_c10d.py"
+_ROOT = str(Path(__file__).resolve().parents[1])
+_FRAMES = 12
+"""Of a stack in the verdict, from the innermost; the whole one is in the rank's own file."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank as all of them know it from the start."""
+
+    rank: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """One process group as its member sees it."""
+
+    last: int
+    """Number of the last collective that the rank has called."""
+    waiting: list[str]
+    """Those that are not over."""
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank says."""
+
+    rank: int
+    time: float
+    """Of the wall clock."""
+    activity: str
+    seconds: float
+    """Since that began."""
+    stack: list[str]
+    """Of the training thread, innermost first."""
+    groups: dict[str, GroupState] = field(default_factory=dict)
+    """By torch's name."""
+    neighbours: dict[int, str] = field(default_factory=dict)
+    """Rank -> state of the processes of its node, as Linux shows them."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankReport:
+        """The inverse of `to_json`. Raises ValueError for half a report."""
+        facts: dict[str, Any] = json.loads(text)
+        facts["groups"] = {name: GroupState(**state) for name, state in facts["groups"].items()}
+        facts["neighbours"] = {int(rank): state for rank, state in facts["neighbours"].items()}
+        return cls(**facts)
+
+    @property
+    def waits_in(self) -> str | None:
+        """The collective that holds the training thread, as far as its stack shows it."""
+        for number, frame in enumerate(self.stack):
+            place, _, function = frame.rpartition(" ")
+            if _COLLECTIVES in place and not function.startswith("_"):
+                caller = next((above for above in self.stack[number + 1 :] if above.startswith(_OURS)), "")
+                return f"{function}, called at {caller}" if caller else function
+        # Messages that were begun before are waited for where they are needed.
+        innermost = self.stack[0] if self.stack else ""
+        return innermost.rpartition(" ")[2] if innermost.startswith(_COMMUNICATES) else None
+
+    @property
+    def pending(self) -> list[str]:
+        """Collectives of all groups that are not over."""
+        return [f"{name} in group {group}" for group, state in self.groups.items() for name in state.waiting]
+
+
+_OURS = ("launch/", "model/", "parallel/")
+_COMMUNICATES = ("parallel/", "deepspeed/runtime/zero/", "deepspeed/comm/")
+
+
+def report_on_myself(rank: int, activity: Activity, neighbours: Mapping[int, str]) -> RankReport:
+    """Called in another thread than the training's; touches no device."""
+    return RankReport(
+        rank=rank,
+        time=time.time(),
+        activity=str(activity),
+        seconds=time.monotonic() - activity.began,
+        stack=training_stack(),
+        groups=_groups(),
+        neighbours=dict(neighbours),
+    )
+
+
+def training_stack() -> list[str]:
+    """`path:line function` of the main thread's frames, innermost first; reads no source files."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    shown = []
+    for inner, line in walk_stack(frame) if frame else ():
+        path = inner.f_code.co_filename.removeprefix(f"{_ROOT}/").rpartition("site-packages/")[2]
+        shown.append(f"{path}:{line} {inner.f_code.co_qualname}")
+    return shown
+
+
+def _groups() -> dict[str, GroupState]:
+    """From torch's flight recorder, which notes each collective on the host; empty where this torch has none."""
+    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
+    entries = json.loads(dump() or "{}").get("entries", []) if dump else []
+    last: dict[str, int] = defaultdict(int)
+    waiting: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        group = entry["process_group"][0]
+        name = entry["profiling_name"].partition(":")[2]
+        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+        if not entry["is_p2p"]:
+            last[group] = max(last[group], number)
+        if not entry["retired"] and entry["state"] != "completed":
+            waiting[group].append(f"{name} number {number}")
+    return {group: GroupState(last[group], waiting[group]) for group in {*last, *waiting}}
+
+
+def missing_ranks(reports: Mapping[int, RankReport], members: Sequence[Member]) -> list[int]:
+    """Those for whom the others wait: the silent ones; where all answer, those that have not called a collective in
+    which others are, and wait in none themselves. Empty where that does not tell them apart."""
+    silent = [member.rank for member in members if member.rank not in reports]
+    if silent:
+        return silent
+    furthest: dict[str, int] = defaultdict(int)
+    for report in reports.values():
+        for group, state in report.groups.items():
+            furthest[group] = max(furthest[group], state.last)
+    behind = {
+        rank
+        for rank, report in reports.items()
+        if any(state.last < furthest[group] for group, state in report.groups.items())
+    }
+    elsewhere = {rank for rank, report in reports.items() if report.waits_in is None and not report.pending}
+    found = (behind & elsewhere) or elsewhere
+    return sorted(found) if len(found) < len(reports) else []
+
+
+def verdict(
+    headline: str,
+    reports: Mapping[int, RankReport],
+    members: Sequence[Member],
+    states: Mapping[int, str],
+    dumps: Mapping[int, str],
+) -> str:
+    """The whole explanation: who is missing, what Linux says of them, and where the others wait.
+
+    `states` are process states by rank, `dumps` stacks that ranks without a word have left nevertheless.
+    """
+    lines, missing = [headline], missing_ranks(reports, members)
+    for rank in missing:
+        member, report = members[rank], reports.get(rank)
+        if report is None:
+            state = states.get(rank, "nobody on its node answers, so the node itself may be gone")
+            lines.append(f"missing: rank {rank} on {member.host}, which does not answer; process {member.pid}: {state}")
+            lines += [f"    {line}" for line in dumps.get(rank, "").splitlines()[: 2 * _FRAMES]]
+        else:
+            lines.append(
+                f"missing: rank {rank} on {member.host}, which is in no collective; {report.activity}, "
+                f"for {report.seconds:.0f} s"
+            )
+    if not missing:
+        lines.append("no single rank is missing: all answer, and wait in different places")
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for rank, report in sorted(reports.items()):
+        groups[tuple(report.stack)].append(rank)
+    for stack, ranks in groups.items():
+        report = reports[ranks[0]]
+        where = f", waiting in {report.waits_in}" if report.waits_in else ""
+        pending = f", not over: {', '.join(report.pending[:4])}" if report.pending else ""
+        lines.append(
+            f"{'ranks' if ranks[1:] else 'rank'} {_ranges(ranks)} on {_hosts(ranks, members)}{where}{pending}:"
+        )
+        lines += [f"    {frame}" for frame in stack[:_FRAMES]]
+    return "\n".join(lines)
+
+
+def _ranges(ranks: Iterable[int]) -> str:
+    """0-3, 7"""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _hosts(ranks: Sequence[int], members: Sequence[Member]) -> str:
+    names = list(dict.fromkeys(members[rank].host for rank in ranks))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

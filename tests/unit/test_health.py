@@ -1,0 +1,169 @@
+"""Who is missing, what is too slow and what takes too long, from made-up reports and measurements."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from launch.hang_report import GroupState, Member, RankReport, missing_ranks, verdict
+from launch.health_folder import HealthFolder
+from launch.pace import STEP, Activity, Limits, Pace
+from launch.probes import Rates, outliers, pairings, summary
+from launch.stragglers import slowest
+
+MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
+TRAIN_STEP = "launch/trainer.py:170 Trainer.train_step"
+WAITS = [
+    "torch/distributed/distributed_c10d.py:2900 all_reduce",
+    "torch/distributed/c10d_logger.py:83 wrapper",
+    TRAIN_STEP,
+]
+READS = ["threading.py:331 Condition.wait", "launch/prefetch.py:40 Prefetcher.get", "launch/trainer.py:90 Trainer.run"]
+
+
+def report(rank: int, stack: list[str], **groups: int) -> RankReport:
+    states = {name: GroupState(last, []) for name, last in groups.items()}
+    return RankReport(rank, 0.0, "step 9", 70.0, stack, states, {})
+
+
+def reports(*those: RankReport) -> dict[int, RankReport]:
+    return {one.rank: one for one in those}
+
+
+def test_a_silent_rank_is_missing_whatever_the_others_do() -> None:
+    found = reports(report(0, WAITS, world=7), report(1, WAITS, world=7), report(2, READS, world=6))
+    assert missing_ranks(found, MEMBERS) == [3]
+    text = verdict("hang: step 9", found, MEMBERS, {3: "state T (stopped by a signal), in do_signal_stop"}, {})
+    assert (
+        "missing: rank 3 on node-2, which does not answer; process 103: state T (stopped by a signal), in "
+        "do_signal_stop\n"
+    ) in text
+    assert f"ranks 0-1 on node-1, waiting in all_reduce, called at {TRAIN_STEP}:\n    {WAITS[0]}\n" in text
+    assert f"rank 2 on node-2:\n    {READS[0]}\n" in text
+
+
+def test_a_rank_that_answers_from_elsewhere_is_missing() -> None:
+    behind = report(2, READS, world=6)
+    found = reports(report(0, WAITS, world=7), report(1, WAITS, world=7), behind, report(3, WAITS, world=7))
+    assert missing_ranks(found, MEMBERS) == [2]
+    assert "missing: rank 2 on node-2, which is in no collective; step 9, for 70 s" in verdict(
+        "", found, MEMBERS, {}, {}
+    )
+
+
+def test_a_rank_that_waits_for_the_missing_one_is_not_missing() -> None:
+    """Rank 2 reads data, 3 waits for it along tp, 0 and 1 wait for 3 along dp: 3 is behind there, but not the cause."""
+    found = reports(
+        report(0, WAITS, dp=4), report(1, WAITS, dp=4), report(2, READS, tp=5), report(3, WAITS, tp=6, dp=3)
+    )
+    assert missing_ranks(found, MEMBERS) == [2]
+
+
+def test_messages_on_their_way_count_as_waiting() -> None:
+    waiting = report(1, ["launch/trainer.py:99 Trainer.run"], world=7)
+    waiting.groups["world"] = GroupState(7, ["all_gather number 7"])
+    inside = report(3, ["parallel/transport.py:92 _Messages.wait", TRAIN_STEP], world=7)
+    found = reports(report(0, WAITS, world=7), waiting, report(2, READS, world=7), inside)
+    assert missing_ranks(found, MEMBERS) == [2]
+    text = verdict("", found, MEMBERS, {}, {})
+    assert "rank 1 on node-1, not over: all_gather number 7 in group world:" in text
+    assert "rank 3 on node-2, waiting in _Messages.wait:" in text
+
+
+def test_ranks_in_different_collectives_miss_nobody() -> None:
+    other = [WAITS[0].replace("all_reduce", "barrier"), *WAITS[1:]]
+    found = reports(*(report(rank, WAITS if rank % 2 else other, world=7) for rank in range(4)))
+    assert missing_ranks(found, MEMBERS) == []
+    text = verdict("", found, MEMBERS, {}, {})
+    assert "no single rank is missing" in text and "ranks 1, 3 on node-1, node-2, waiting in all_reduce" in text
+    assert "ranks 0, 2 on node-1, node-2, waiting in barrier" in text
+
+
+def test_a_node_that_is_gone_and_a_dump_without_words() -> None:
+    found = reports(report(0, WAITS), report(1, WAITS))
+    text = verdict("", found, MEMBERS, {3: "state R (running)"}, {3: 'Timeout!\n  File "x.py", line 3 in spin'})
+    assert "rank 2 on node-2, which does not answer; process 102: nobody on its node answers" in text
+    assert 'process 103: state R (running)\n    Timeout!\n      File "x.py", line 3 in spin\n' in text
+
+
+def test_reports_read_back() -> None:
+    one = report(2, WAITS, world=6)
+    one.neighbours[3] = "state T"
+    assert RankReport.from_json(one.to_json()) == one
+    with pytest.raises(ValueError):
+        RankReport.from_json(one.to_json()[:40])
+
+
+def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 30.0)
+    monkeypatch.setattr("launch.pace.time.monotonic", lambda: next(now))
+    pace = Pace(Limits(factor=10.0, minimum_seconds=120.0, first_seconds=1800.0))
+    assert pace.limit("start") == (1800.0, "health.first_step_seconds")
+    for step in range(1, 6):
+        pace.begin(STEP, step)
+        assert pace.limit(STEP)[0] == 1800.0 and pace.note() is None
+    pace.begin("evaluation", 5)
+    assert pace.limit(STEP) == (300.0, "health.step_limit (10) x the median of 30 s")
+    assert (
+        pace.note() == "a step that takes longer than 300 s counts as hung: health.step_limit (10) x the median of 30 s"
+    )
+    assert pace.note() is None
+    assert pace.limit("evaluation")[0] == 1800.0  # evaluating is no step
+    now = itertools.count(next(now), 1.0)
+    for step in range(6, 30):
+        pace.begin(STEP, step)
+    assert pace.limit(STEP)[0] == 120.0 and "health.minimum_step_seconds" in (pace.note() or "")
+    assert pace.current == Activity(STEP, 29, pace.current.began) and str(pace.current) == "step 29"
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_each_node_meets_its_neighbours_once_and_one_at_a_time(count: int) -> None:
+    rounds = pairings(count)
+    for meeting in rounds:
+        seen = [node for pair in meeting for node in pair]
+        assert len(seen) == len(set(seen))
+    met = sorted(tuple(sorted(pair)) for meeting in rounds for pair in meeting)
+    circle = {tuple(sorted((node, (node + 1) % count))) for node in range(count)} if count > 1 else set()
+    assert met == sorted(circle)
+    assert len(rounds) <= 3
+
+
+def rates(**changes: float) -> Rates:
+    return Rates(**({"matmul": 6e14, "node": 3e11, "pairs": 4e10, "write": 1e9} | changes))
+
+
+def test_outliers_are_named_with_their_peers() -> None:
+    found = [rates(), rates(), rates(matmul=3e14), rates(pairs=1.0, write=1.0)]
+    (slow,) = outliers(found, MEMBERS, 0.7)  # rank 3 speaks for no node: rank 2 is its first
+    assert slow.node == "node-2"
+    assert slow.words == "node-2: matmul of rank 2, 300 TFLOP/s, is 50% of its peers' 600 TFLOP/s"
+    assert not outliers(found, MEMBERS, 0.49)
+    alone = [Member(rank, f"node-{rank}", 0) for rank in range(4)]
+    words = [one.words for one in outliers(found, alone, 0.7)]
+    assert "node-3: writing of node-3, 1 B/s, is 0% of its peers' 1 GB/s" in words and len(words) == 3
+    assert not outliers([rates(node=None, pairs=None)] * 2, MEMBERS[:2], 0.99)
+    assert "matmul 600 TFLOP/s (300 T to 600 T)" in summary(found, 1.0)
+
+
+def test_the_slowest_rank_by_what_it_does_alone() -> None:
+    found = slowest([1.0, 1.0, 2.0, 1.0], [0.0] * 4)
+    assert (found.rank, found.ratio, found.what) == (2, 2.0, "computing")
+    found = slowest([1.0, 1.1, 1.0, 1.0], [0.0, 0.0, 0.0, 0.4])
+    assert (found.rank, found.ratio, found.what) == (3, pytest.approx(8.0), "reading data")
+    assert slowest([1.0, 1.1], [0.0, 0.04]).what == "computing"  # waiting that holds up nobody
+
+
+def test_the_folder_of_a_start(tmp_path: Path) -> None:
+    folder = HealthFolder(tmp_path, "7-0")
+    assert (folder.alarm(), folder.suspects(), folder.told(), folder.node(0)) == ("", [], [], {})
+    folder.make()
+    folder.raise_alarm("now")
+    folder.write_node(1, {2: "state S"})
+    folder.write("verdict-1.txt", "who")
+    folder.write_suspects(["node-2"])
+    again = HealthFolder(tmp_path, "7-0")
+    assert again.alarm() == "now" and again.node(1) == {2: "state S"} and again.verdict(1) == "who"
+    assert again.suspects() == ["node-2"] and len(again.told()) == 1
+    assert not HealthFolder(tmp_path, "7-1").told()
