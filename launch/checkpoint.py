@@ -52,8 +52,9 @@ class Checkpoints:
         self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
         self.settings, self.accept_changes = settings, accept_changes
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")  # the training thread's
-        self._writers = dist.new_group(backend="gloo")  # the writing thread's, or the training thread's in its place
+        self._group = dist.new_group(backend="gloo", group_desc="checkpoints")  # the training thread's
+        # The writing thread's, or the training thread's in its place.
+        self._writers = dist.new_group(backend="gloo", group_desc="checkpoint writers")
         self._in_flight: Future[Saved] | None = None
 
     # -- saving --------------------------------------------------------------------------------------------------------

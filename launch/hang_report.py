@@ -19,8 +19,9 @@ from launch.pace import Activity
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 _ROOT = str(Path(__file__).resolve().parents[1])
-_FRAMES = 12
-"""Of a stack in the verdict, from the innermost; the whole one is in the rank's own file."""
+_INNERMOST, _FRAMES = 3, 12
+"""Of a stack, the verdict shows the innermost frames whosever they are, and our own above them; the whole one is in the
+rank's own file."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def _groups() -> dict[str, GroupState]:
     last: dict[str, int] = defaultdict(int)
     waiting: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
-        group = entry["process_group"][0]
+        group, described = entry["process_group"]
+        if described not in ("", "undefined"):
+            group = f"{group} ({described})"
         name = entry["profiling_name"].partition(":")[2]
         number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
         if not entry["is_p2p"]:
@@ -187,7 +190,8 @@ def verdict(
         lines.append(
             f"{'ranks' if ranks[1:] else 'rank'} {_ranges(ranks)} on {_hosts(ranks, members)}{where}{pending}:"
         )
-        lines += [f"    {frame}" for frame in stack[:_FRAMES]]
+        ours = [frame for frame in stack[_INNERMOST:] if frame.startswith(_OURS)]
+        lines += [f"    {frame}" for frame in [*stack[:_INNERMOST], *ours][:_FRAMES]]
     return "\n".join(lines)
 
 

@@ -55,6 +55,7 @@ class Outlier:
     """A rate far below that of its peers."""
 
     node: str
+    what: str
     words: str
 
 
@@ -108,9 +109,8 @@ def _below(rates: Mapping[str, tuple[str, float | None]], share: float, unit: st
         peers = [other for name, (_, other) in rates.items() if name != what and other is not None]
         if rate is not None and peers and rate < share * median(peers):
             usual = median(peers)
-            yield Outlier(
-                node, f"{node}: {what}, {_si(rate)}{unit}, is {rate / usual:.0%} of its peers' {_si(usual)}{unit}"
-            )
+            share_of = f"{_si(rate)}{unit}, is {rate / usual:.0%} of its peers' {_si(usual)}{unit}"
+            yield Outlier(node, what, f"{node}: {what}, {share_of}")
 
 
 def summary(found: Sequence[Rates], seconds: float) -> str:

@@ -22,7 +22,8 @@ class RunBusy(ValueError):
 def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
     """Takes the directory, made if needed, for as long as the returned file is open, or this process lives.
 
-    None where the file system has no locks. Raises RunBusy, naming the holder, after `patience` seconds.
+    None where the file system has no locks, with a warning. Raises RunBusy, naming the holder, after `patience`
+    seconds.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / LOCK, "a+b")  # noqa: SIM115 (open while locked)
@@ -34,6 +35,10 @@ def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 file.close()
+                print(
+                    f"warning: {run} is on a file system without locks ({error.strerror}): start no second job in it",
+                    flush=True,
+                )
                 return None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

@@ -20,6 +20,8 @@ from pathlib import Path
 from launch.health_folder import HealthFolder
 from launch.submission import Submission, point_latest, ready
 
+_DEAF = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
+"""Slurm signals all processes of a step, what starts a container included; only the ranks are to hear it."""
 _LOOK_SECONDS = 0.2
 _SECONDS_TO_BE_KILLED = 120
 """How long Slurm may take to end this process after it has queued the job again."""
@@ -82,6 +84,7 @@ class Slice:
             "--export=ALL",
             "--kill-on-bad-exit=1",
             *submission.srun_options,
+            *_DEAF,
             *submission.container,
             *(submission.python, "-u", submission.node_script),
             *("--nodes", ",".join(nodes), "--processes", str(submission.processes_per_node)),
@@ -92,7 +95,7 @@ class Slice:
         step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         passed_on = False
         while (status := step.poll()) is None:
-            # A signal that came sooner would find no step, or kill nodes that do not expect it yet.
+            # A signal that came sooner would find no step, or no ranks in it.
             if self._asked_to_stop and not passed_on and all(ready(logs, node).exists() for node in range(len(nodes))):
                 subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False)  # its steps, not this process
                 passed_on = True

@@ -47,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("train", nargs=argparse.REMAINDER, help="-- TRAIN.PY ARGUMENTS")
     options = parser.parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    ready(options.logs, int(os.environ["SLURM_NODEID"])).touch()
     node = Node(
         options.nodes.split(","), int(os.environ["SLURM_NODEID"]), options.processes, options.logs, options.health
     )
@@ -65,6 +64,7 @@ class Node:
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._ended: dict[int, int | None] = {}  # rank -> status, in the order of their ends; None: nobody saw it
         self._shown = 0
+        self._ready = False
 
     def run(self, train: Sequence[str], port: int) -> int:
         """Starts the launcher and waits for it."""
@@ -111,6 +111,10 @@ class Node:
         for pid, child in present.items():
             if "RANK" in child.environment:
                 self._ranks.setdefault(pid, int(child.environment["RANK"]))
+        if not self._ready and len(self._ranks) == self.processes:
+            # They have inherited that the signals are blocked: one that comes now waits until it is heard.
+            ready(self.logs, self.number).touch()
+            self._ready = True
         for pid, rank in self._ranks.items():
             if rank not in self._ended and (pid not in present or not present[pid].alive):
                 self._ended[rank] = present[pid].status if pid in present else None

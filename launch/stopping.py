@@ -77,7 +77,7 @@ class StopVote:
     def __init__(self, requested: Callable[[], bool]) -> None:
         """`requested` is this rank's own view. Collective: makes a process group."""
         self._requested = requested
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", group_desc="stopping")
         self._flag = torch.zeros((), dtype=torch.int32)
         self._travelling: dist.Work | None = None
 

@@ -51,7 +51,7 @@ class Stragglers:
     def __init__(self, device: torch.device, members: Sequence[Member], ratio: float) -> None:
         """Collective: makes a process group."""
         self._device, self._members, self._ratio = device, members, ratio
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", group_desc="stragglers")
         size = _SIZES[device.type]
         self._matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
         self._times: list[torch.Tensor] = []

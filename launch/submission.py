@@ -98,7 +98,7 @@ class Submission:
 
 
 def ready(logs: Path, node: int) -> Path:
-    """What a node makes once it expects to be told to stop."""
+    """What a node makes once its ranks can be told to stop."""
     return logs / f"ready-{node}"
 
 

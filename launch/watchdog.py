@@ -64,6 +64,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._handled = ""
         self._stacks = open(folder.stacks(rank), "w+")  # noqa: SIM115 (faulthandler writes into it at any time)
+        self._promise_to_look()
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def wants_stop(self) -> bool:
@@ -81,7 +82,7 @@ class Watchdog:
         patience, seen, awake, since_heard = self._patience, self._pace.current, 0.0, 0.0
         looked = time.monotonic()
         while not self._closed.wait(patience.tick):
-            faulthandler.dump_traceback_later(patience.silence, file=self._stacks)
+            self._promise_to_look()
             now, current = time.monotonic(), self._pace.current
             passed, looked = now - looked, now
             if current is not seen:
@@ -101,6 +102,10 @@ class Watchdog:
                 if called:
                     self._raise_voice(current)
                     looked = time.monotonic()
+
+    def _promise_to_look(self) -> None:
+        """Unless this is called again in time, the stacks are written."""
+        faulthandler.dump_traceback_later(self._patience.silence, file=self._stacks)
 
     def _called(self, current: Activity, complaint: str | None) -> bool:
         """Whether there is an alarm that this rank has not answered; with a complaint it raises one."""
@@ -125,7 +130,7 @@ class Watchdog:
             if self._stops and time.monotonic() > deadline:
                 self._say(f"rank {self._rank} ends: {current} has not come to its end; exit status {HUNG}")
                 os._exit(HUNG)
-            faulthandler.dump_traceback_later(patience.silence, file=self._stacks)
+            self._promise_to_look()
             time.sleep(patience.tick)
 
     def _tell(self, current: Activity) -> None:

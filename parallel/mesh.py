@@ -81,9 +81,9 @@ class ParallelMesh:
         return cls(
             shape=shape,
             rank=rank,
-            tp_group=_own_group(rank, [[shape.rank_at(t, c, d) for t in tps] for c in cps for d in dps]),
-            cp_group=_own_group(rank, [[shape.rank_at(t, c, d) for c in cps] for t in tps for d in dps]),
-            zero_group=_own_group(rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
+            tp_group=_own_group("tp", rank, [[shape.rank_at(t, c, d) for t in tps] for c in cps for d in dps]),
+            cp_group=_own_group("cp", rank, [[shape.rank_at(t, c, d) for c in cps] for t in tps for d in dps]),
+            zero_group=_own_group("dp x cp", rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
         )
 
     def split_context(self, by_heads: int, device: torch.device) -> tuple[ProcessGroup, ProcessGroup]:
@@ -95,7 +95,7 @@ class ParallelMesh:
         rows = [[self.shape.rank_at(t, c, d) for c in range(cp_size)] for t in tps for d in dps]
         neighbours = [row[start : start + by_heads] for row in rows for start in range(0, cp_size, by_heads)]
         across = [row[place::by_heads] for row in rows for place in range(by_heads)]
-        groups = _own_group(self.rank, neighbours), _own_group(self.rank, across)
+        groups = _own_group("heads", self.rank, neighbours), _own_group("cp across heads", self.rank, across)
         _warm_up(groups, device)
         return groups
 
@@ -140,9 +140,9 @@ class ParallelMesh:
         return self.dp_size * self.cp_size
 
 
-def _own_group(rank: int, partition: list[list[int]]) -> ProcessGroup:
+def _own_group(name: str, rank: int, partition: list[list[int]]) -> ProcessGroup:
     """Creates every group of the partition (each rank must take part in each creation) and returns this rank's."""
-    groups = [dist.new_group(ranks) for ranks in partition]
+    groups = [dist.new_group(ranks, group_desc=name) for ranks in partition]
     return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
 
 

@@ -1,6 +1,6 @@
-"""A real Slurm cluster on one machine: a controller and two nodes, each with its own network, host name and processes.
+"""A real Slurm cluster on one machine: a controller and four nodes, each with its own network, host name and processes.
 
-The controller's network holds a bridge; node-1 and node-2 hang on it by their eth0. Files are shared, as on a cluster,
+The controller's network holds a bridge; node-1 to node-4 hang on it by their eth0. Files are shared, as on a cluster,
 but for /dev/shm. A node's processes live in a namespace of their own, so that killing its first process is a crash.
 
 As in `two_nodes`, all of it hangs on the init of one process namespace, which waits for the end of a pipe that the test
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ PROGRAMS = {
     "sbatch": "slurm-client",
     "munged": "munge",
 }
-NODES = ("node-1", "node-2")
+NODES = ("node-1", "node-2", "node-3", "node-4")
 CPUS = 4
 """Of each node, as Slurm counts them: more than the machine has, which only makes the ranks share."""
 
@@ -65,8 +66,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters={parameters}
 SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=100000,batch_sched_delay=0
-NodeName=node-1 NodeAddr=10.78.0.11 CPUs={cpus} RealMemory=4000
-NodeName=node-2 NodeAddr=10.78.0.12 CPUs={cpus} RealMemory=4000
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
@@ -116,23 +116,18 @@ class SlurmCluster:
         self.scratch = scratch
         self._parameters = parameters
         self._started: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         try:
             self._write_files()
             self._machine = self._start([*MACHINE, "bash", "-c", "read -r _"], "machine", stdin=subprocess.PIPE)
-            inside = ["nsenter", f"--target={self._machine}", "--pid", "--mount"]
             self._controller = self._start(
-                [*inside, *NODE, "bash", "-euc", CONTROLLER, str(self.scratch)], "controller"
+                [*self._inside(), *NODE, "bash", "-euc", CONTROLLER, str(self.scratch)], "controller"
             )
-            for number, name in enumerate(NODES, start=1):
-                script = ["bash", "-euc", COMPUTE, str(self.scratch), name]
-                own = ["--pid", "--fork", "--kill-child", "--mount-proc"]
-                node = self._start([*inside, *NODE, *own, *script], name)
-                self._join(number, node)
-            self.until(
-                lambda: self.command("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D", check=False) == "2", 30
-            )
+            for name in NODES:
+                self.boot(name)
+            self.until(lambda: self.idle() == len(NODES), 30)
         except BaseException:
             self.close()
             raise
@@ -209,7 +204,22 @@ class SlurmCluster:
             time.sleep(0.1)
         raise AssertionError(f"the moment did not come in {timeout} s; {self.command('squeue', '-l', check=False)}")
 
+    def idle(self) -> int:
+        """Nodes that wait for a job."""
+        return int(self.command("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D", check=False) or 0)
+
     # -- what only a test can do ---------------------------------------------------------------------------------------
+
+    def boot(self, name: str) -> None:
+        """Starts a node, or starts it again."""
+        own = ["--pid", "--fork", "--kill-child", "--mount-proc"]
+        script = ["bash", "-euc", COMPUTE, str(self.scratch), name]
+        self._nodes[name] = self._start([*self._inside(), *NODE, *own, *script], name)
+        self._join(NODES.index(name) + 1, self._nodes[name])
+
+    def crash(self, name: str) -> None:
+        """Ends a node at once, with everything that runs on it."""
+        os.kill(self._nodes.pop(name), signal.SIGKILL)
 
     def processes(self, job: int) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
         """Every living process that inherited the job's environment, with that."""
@@ -224,12 +234,14 @@ class SlurmCluster:
         """Rank -> process of the living ranks."""
         return {int(found["RANK"]): process for process, found in self.processes(job) if "RANK" in found}
 
-    def launchers(self, job: int) -> list[psutil.Process]:
-        """DeepSpeed's, one for each node."""
+    def launchers(self, job: int, name: str) -> list[psutil.Process]:
+        """Those whose command line has a word that ends with `name`, one for each node."""
         found = []
         for process, environment in self.processes(job):
             with suppress(psutil.Error):
-                if "RANK" not in environment and "deepspeed.launcher.launch" in process.cmdline():
+                words = process.cmdline()
+                inside = "RANK" not in environment and "SLURM_STEP_ID" in environment
+                if inside and any(word.endswith(name) for word in words) and "srun" not in words[0]:
                     found.append(process)
         return found
 
@@ -242,10 +254,18 @@ class SlurmCluster:
         key = self.scratch / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        hosts = "127.0.0.1 localhost\n10.78.0.1 controller\n10.78.0.11 node-1\n10.78.0.12 node-2\n"
+        addresses = {name: f"10.78.0.{10 + number}" for number, name in enumerate(NODES, start=1)}
+        hosts = "127.0.0.1 localhost\n10.78.0.1 controller\n"
+        hosts += "".join(f"{address} {name}\n" for name, address in addresses.items())
         (self.scratch / "hosts").write_text(hosts)
-        text = CONFIGURATION.format(scratch=self.scratch, cpus=CPUS, parameters=self._parameters)
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr={address} CPUs={CPUS} RealMemory=4000" for name, address in addresses.items()
+        )
+        text = CONFIGURATION.format(scratch=self.scratch, nodes=nodes, parameters=self._parameters)
         (self.scratch / "slurm.conf").write_text(text.replace("SlurmctldParameters=\n", ""))
+
+    def _inside(self) -> list[str]:
+        return ["nsenter", f"--target={self._machine}", "--pid", "--mount"]
 
     def _start(self, command: list[str], name: str, stdin: int = subprocess.DEVNULL) -> int:
         """Start a process that forks into the process namespace; the child's id, once it is there."""

@@ -1,14 +1,13 @@
 """Jobs under a real Slurm: submitted, preempted, out of time, queued again, killed."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -16,12 +15,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.submission import newest_submission
-from tests.cluster.slurm_cluster import NODES, SlurmCluster, what_is_missing
-from tests.faults.launched import TinyJob
+from tests.cluster.slurm_cluster import NODES as CLUSTER
+from tests.cluster.slurm_cluster import SlurmCluster, what_is_missing
+from tests.faults.launched import INJECTED, TinyJob
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
+NODES = ("node-1", "node-2")
+"""Of a job; Slurm gives the first that are free, and the cluster has two more."""
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -49,13 +51,19 @@ class SlurmRun:
     """A small job, submitted as a user would."""
 
     def __init__(
-        self, cluster: SlurmCluster, folder: Path, *overrides: str, steps: int = STEPS, processes: int = 1
+        self,
+        cluster: SlurmCluster,
+        folder: Path,
+        *overrides: str,
+        steps: int = STEPS,
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`processes` of each node."""
+        """`processes` of each node; `environment` besides the usual."""
         self.cluster = cluster
         # Large enough that a step takes a moment to interrupt.
         self.job = TinyJob(folder, tp=processes, max_steps=steps, model={"hidden_size": 128, "num_hidden_layers": 4})
-        environment = json.dumps(ENVIRONMENT)
+        variables = json.dumps(ENVIRONMENT | dict(environment or {}))
         self.overrides = [
             "training.sequence_length=256",
             "training.global_batch_size=16",
@@ -63,7 +71,7 @@ class SlurmRun:
             "monitor.tensorboard=true",
             f"slurm.nodes={len(NODES)}",
             f"slurm.gpus_per_node={processes}",
-            f"slurm.environment={environment}",
+            f"slurm.environment={variables}",
             *overrides,
         ]
         self.run = self.job.run
@@ -82,10 +90,14 @@ class SlurmRun:
         return ended.stdout + ended.stderr
 
     def start(self, *overrides: str) -> int:
-        """Submits; the job's id."""
-        found = re.search(r"^job (\d+), log ", self.submit(*overrides), re.MULTILINE)
+        """Submits; the first job's id."""
+        return self.start_chain(*overrides)[0]
+
+    def start_chain(self, *overrides: str) -> list[int]:
+        self.cluster.until(lambda: self.cluster.idle() == len(CLUSTER), 60)
+        found = re.findall(r"^job (\d+), log ", self.submit(*overrides), re.MULTILINE)
         assert found
-        return int(found[1])
+        return [int(job) for job in found]
 
     def log(self, job: int) -> str:
         path = newest_submission(self.run).log(job)
@@ -163,7 +175,10 @@ def test_a_preempted_job_goes_on_where_it_was(cluster: SlurmCluster, undisturbed
     job = run.start()
     run.until_step(6, job)
     urgent = int(
-        cluster.command("sbatch", "--parsable", "-phigh", "-N2", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
+        cluster.command(
+            *("sbatch", "--parsable", "-phigh", "-N2", f"-w{','.join(NODES)}", "--exclusive"),
+            *("-o/dev/null", "--wrap", "sleep 1"),
+        )
     )
     assert cluster.end(urgent) == "COMPLETED"
     run.finish(job)
@@ -174,22 +189,32 @@ def test_a_preempted_job_goes_on_where_it_was(cluster: SlurmCluster, undisturbed
     assert_same_run(run, undisturbed)
 
 
-def test_requeued_by_an_operator_and_stopped_by_a_plain_sigterm(
+def test_requeued_by_an_operator_stopped_by_a_plain_sigterm_and_off_a_crashed_node(
     cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path
 ) -> None:
     """SIGTERM to the steps is what a preemption sends where preempt_send_user_signal is not set."""
     run = SlurmRun(cluster, tmp_path, "checkpoint.save_interval=4")
     job = run.start()
+
+    def until_resumed(restarts: int) -> int:
+        """The step from which the job goes on after so many restarts."""
+        cluster.until(lambda: cluster.facts(job)["Restarts"] == str(restarts) and cluster.state(job) == "RUNNING", 90)
+        cluster.until(lambda: run.log(job).count("resumed from step") == restarts, PATIENCE)
+        return newest_submission(run.run).slices()[-1]["step"]
+
     run.until_step(6, job)
     cluster.command("scontrol", "requeue", str(job))
-    cluster.until(lambda: cluster.facts(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING")
-    cluster.until(lambda: run.log(job).count("resumed from step") == 1, PATIENCE)
-    after = run.job.logged()
-    run.until_step(after + 3, job)
+    run.until_step(until_resumed(1) + 3, job)
     cluster.command("scancel", "--signal=TERM", str(job))
+    stopped = until_resumed(2)
+    assert f"queueing job {job} again" in run.log(job) and f"was stopped at step {stopped} of" in run.log(job)
+    run.until_step(stopped + 3, job)
+    crashed = newest_submission(run.run).slices()[-1]["nodes"][1]
+    cluster.crash(crashed)
+    until_resumed(3)
+    cluster.boot(crashed)
+    assert crashed not in newest_submission(run.run).slices()[-1]["nodes"]
     run.finish(job)
-    assert cluster.facts(job)["Restarts"] == "2"
-    assert f"queueing job {job} again" in run.log(job)
     assert_same_run(run, undisturbed)
 
 
@@ -222,13 +247,79 @@ def test_a_killed_rank_ends_the_job_in_seconds(cluster: SlurmCluster, tmp_path: 
     assert f"job {job} failed" in log and cluster.facts(job)["Restarts"] == "0"
 
 
-def test_a_killed_launcher_takes_its_ranks_along(cluster: SlurmCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["deepspeed.launcher.launch", "slurm_node.py"])
+def test_a_killed_launcher_takes_its_ranks_along(cluster: SlurmCluster, tmp_path: Path, victim: str) -> None:
     run = SlurmRun(cluster, tmp_path, steps=100_000)
     job = run.start()
     run.until_step(1, job)
     ranks = list(cluster.ranks(job).values())
-    launcher = cluster.launchers(job)[0]
-    os.kill(launcher.pid, signal.SIGKILL)
+    cluster.launchers(job, victim)[-1].send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive
     assert cluster.end(job, 30) == "FAILED"
+    cluster.until(lambda: not list(cluster.processes(job)), 30)
+
+
+def test_a_slow_node_and_one_with_a_stopped_rank_are_avoided(
+    cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path
+) -> None:
+    """Writing takes seconds on node-2, which the probe finds; then a rank is stopped on one that has come instead."""
+    slow = {"rank": 1, "node": "node-2", "event": "open", "path": "probe-", "every": True}
+    slow |= {"action": "run", "command": "sleep 5"}
+    run = SlurmRun(
+        cluster,
+        tmp_path,
+        *("checkpoint.save_interval=4", "health.exclude=true", "health.outlier=0.02"),
+        *("health.minimum_step_seconds=4", "health.hang_grace_seconds=3"),
+        environment={"FAULT": json.dumps(slow), "PYTHONPATH": f"{INJECTED}:{ROOT}"},
+    )
+    job = run.start()
+    cluster.until(lambda: cluster.facts(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", PATIENCE)
+    assert "warning: node-2: writing of node-2, " in run.log(job)
+    assert f"queueing job {job} again, without node-2\n" in run.log(job)
+    run.until_step(6, job)
+    first, second = newest_submission(run.run).slices()[-1]["nodes"]
+    assert "node-2" not in (first, second)
+    cluster.ranks(job)[1].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    cluster.until(lambda: f"\nmissing: rank 1 on {second}, which does not answer" in run.log(job), 4 + 60)
+    print(f"named {time.monotonic() - begun:.1f} s after it was stopped")
+    run.finish(job)
+    log = run.log(job)
+    assert "state T (stopped by a signal)" in log and f"rank 0 on {first}, waiting in" in log
+    assert f"queueing job {job} again, without {second}\n" in log
+    assert not {"node-2", second} & set(newest_submission(run.run).slices()[-1]["nodes"])
+    assert cluster.facts(job)["Restarts"] == "2"
+    assert_same_run(run, undisturbed)
+
+
+CONTAINER = """\
+#!/bin/sh
+# A stand-in for a container: processes and mounts of its own, none of Slurm's commands, and a file of its own.
+shift 2  # --image any
+exec unshare --mount --pid --fork --kill-child --mount-proc sh -c '
+    mount -t tmpfs inside /mnt && touch /mnt/inside-the-container
+    mount --bind /dev/null "$(command -v scancel)" && mount --bind /dev/null "$(command -v srun)"
+    exec "$@"' sh "$@"
+"""
+
+
+def test_a_chain_in_a_container_that_is_warned_at_once(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The warning of the first job comes before its step has begun; of the second, while it trains."""
+    contain = tmp_path / "contain"
+    contain.write_text(CONTAINER)
+    contain.chmod(0o755)
+    run = SlurmRun(cluster, tmp_path / "run", f"slurm.container={contain} --image any", "slurm.nodes=1")
+    first, second, third = run.start_chain("--chain", "3")
+    cluster.until(lambda: cluster.state(first) == "RUNNING")
+    cluster.command("scancel", "--batch", "--signal=USR2", str(first))
+    run.finish(first)
+    assert cluster.facts(first)["Restarts"] == "0"
+    run.until_step(run.job.logged() + 3, second)
+    (rank,) = cluster.ranks(second).values()
+    assert (Path("/proc") / str(rank.pid) / "root/mnt/inside-the-container").exists()
+    cluster.command("scancel", "--batch", "--signal=USR2", str(second))
+    run.finish(second)
+    run.finish(third)
+    assert "was stopped at step" in run.log(second) and f"job {third} is done" in run.log(third)
+    assert sorted(run.job.curve()) == list(range(1, STEPS + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import shlex
@@ -271,6 +272,20 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     held = lock_run(tmp_path, patience=5)
     assert held is not None and f"process {os.getpid()}" in (tmp_path / "lock").read_text()
     held.close()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("launch.run_lock.fcntl.lockf", refuse)
+    assert lock_run(tmp_path) is None
+    assert (
+        f"{tmp_path} is on a file system without locks (No locks available): start no second job"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_signal_asks_and_a_forked_child_does_not_hear_it() -> None:

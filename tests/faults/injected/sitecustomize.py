@@ -3,7 +3,8 @@
 FAULT is JSON: {"rank": 1, "event": "os.rename", "path": "00000002.partial", "nth": 1, "action": "kill"}. The audit
 event (docs.python.org/3/library/audit_events.html) is raised before the operation that it announces is done; `path` is
 any part of its first argument. Actions: kill (SIGKILL to itself), raise (RuntimeError) and run (a shell's "command",
-after which the operation goes on).
+after which the operation goes on). With "node" only a rank on that node of a Slurm cluster is struck;
+with "every" at each such moment.
 """
 
 import json
@@ -23,7 +24,7 @@ def install(fault: dict[str, Any]) -> None:
         if event != fault["event"] or not arguments or fault["path"] not in str(arguments[0]):
             return
         seen += 1
-        if seen != fault.get("nth", 1):
+        if seen != fault.get("nth", 1) and not fault.get("every"):
             return
         print(f"fault: rank {fault['rank']}, {event} {arguments[0]}", file=sys.stderr, flush=True)
         if fault["action"] == "kill":
@@ -38,5 +39,6 @@ def install(fault: dict[str, Any]) -> None:
 
 if "FAULT" in os.environ and "RANK" in os.environ:
     wanted = json.loads(os.environ["FAULT"])
-    if wanted["rank"] == int(os.environ["RANK"]):
+    here = wanted.get("node") in (None, os.environ.get("SLURMD_NODENAME"))
+    if here and wanted["rank"] == int(os.environ["RANK"]):
         install(wanted)
