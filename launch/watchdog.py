@@ -185,7 +185,7 @@ class Watchdog:
 
 
 def _last_dump(path: Path) -> str:
-    """What faulthandler wrote last, by itself."""
+    """The training thread's stack as faulthandler wrote it last, by itself; it lists the oldest thread last."""
     text = path.read_text(errors="replace") if path.exists() else ""
     _, mark, last = text.rpartition("Timeout (")
-    return mark + last if mark else ""
+    return last.strip().rpartition("\n\n")[2] if mark else ""
