@@ -39,7 +39,6 @@ class Health:
         name = [start_name()]
         dist.broadcast_object_list(name, src=0)
         folder, pace = HealthFolder(job.run_path, name[0]), Pace.of(job)
-        folder.make()
         patience = Patience(grace=job.health.hang_grace_seconds)
         stops = job.health.on_hang == "stop"
         return cls(

@@ -24,7 +24,7 @@ class HealthFolder:
         self.path = run / "health" / start
 
     def make(self) -> None:
-        """By the one who starts the run, before any other looks."""
+        """Each rank does, before it looks."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "alarm").touch()
 

@@ -190,8 +190,8 @@ def _write_rate(path: Path, load: Load) -> float | None:
             for _ in range(load.file_bytes >> 20):
                 file.write(block)
             os.fsync(file.fileno())
-        seconds = time.perf_counter() - begun
-        path.unlink()
+        return load.file_bytes / (time.perf_counter() - begun)
     except OSError:
         return None
-    return load.file_bytes / seconds
+    finally:
+        path.unlink(missing_ok=True)  # a full disk gets its space back

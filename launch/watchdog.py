@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from launch.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health_folder import HealthFolder
@@ -52,7 +53,7 @@ class Patience:
 
 
 class Watchdog:
-    """One rank's, once the folder is there; `pace` is what the training thread tells it."""
+    """One rank's; `pace` is what the training thread tells it."""
 
     def __init__(
         self, folder: HealthFolder, pace: Pace, rank: int, members: list[Member], patience: Patience, *, stops: bool
@@ -63,9 +64,18 @@ class Watchdog:
         self._wants_stop = threading.Event()
         self._closed = threading.Event()
         self._handled = ""
-        self._stacks = open(folder.stacks(rank), "w+")  # noqa: SIM115 (faulthandler writes into it at any time)
+        self._stacks = self._open()
         self._promise_to_look()
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def _open(self) -> TextIO:
+        """What faulthandler may write into at any time. Without a place for it the run goes on, and is watched less."""
+        try:
+            self._folder.make()
+            return open(self._folder.stacks(self._rank), "w+")
+        except OSError as error:
+            self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
+            return open(os.devnull, "w+")
 
     def wants_stop(self) -> bool:
         """Whether this rank has seen a hang after which the run should end."""
@@ -98,7 +108,7 @@ class Watchdog:
                     called = self._called(current, f"takes longer than {limit:.0f} s: {why}" if overdue else None)
                 except OSError as error:
                     called = overdue
-                    self._say(f"the watchdog cannot use {self._folder.path}: {error}")
+                    self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
                 if called:
                     self._raise_voice(current)
                     looked = time.monotonic()
@@ -146,7 +156,7 @@ class Watchdog:
                     return
             self._speak(reports)
         except OSError as error:
-            self._say(f"the watchdog cannot use {self._folder.path}: {error}")
+            self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
 
     def _answer(self, current: Activity) -> None:
         report = report_on_myself(self._rank, current, ranks_beside(os.getppid()))

@@ -29,7 +29,6 @@ class Case:
     def __init__(self, folder: str, name: str) -> None:
         self.rank = dist.get_rank()
         self.folder = HealthFolder(Path(folder), name)
-        self.folder.make()
         self.members: list[Member] = [Member(0, "", 0)] * WORLD
         dist.all_gather_object(self.members, Member(self.rank, f"host-{self.rank}", os.getpid()))
         self.pace = Pace(Limits(10.0, LIMIT, 60.0))
