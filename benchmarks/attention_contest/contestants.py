@@ -167,7 +167,7 @@ def auto_name(row: Row, ranks: int) -> str | None:
         return mixed_name(plan.by_heads, plan.by_keys)
     if plan.keys == "ring":
         return "zigzag ring"
-    return "exchange, balanced cut" if row.documents else "exchange"
+    return "exchange, balanced cut" if plan.balanced else "exchange"
 
 
 @cache
