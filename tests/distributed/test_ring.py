@@ -332,13 +332,13 @@ def unweighted_merge(size: int) -> Iterator[None]:
 
 @contextmanager
 def documents_of_the_first_row(size: int) -> Iterator[None]:
-    original = parallel.ring._boundaries_by_row
+    original = parallel.ring.document_rows
 
     def by_row(*arguments: Any) -> list[list[int]]:
         rows = original(*arguments)
         return [rows[0]] * len(rows)
 
-    with mock.patch("parallel.ring._boundaries_by_row", by_row):
+    with mock.patch("parallel.ring.document_rows", by_row):
         yield
 
 
