@@ -6,8 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
-from attention_contest.results import Entry, Results, finished, reached, row_key, runs_of, share_of_ideal, tflops
-from attention_contest.rows import ANCHOR, IDEAL, ONE_GPU, TORCH, Bar, Row, bars, grid
+from attention_contest.results import (
+    Entry,
+    Results,
+    finished,
+    newest_shares,
+    reached,
+    row_key,
+    runs_of,
+    share_of_ideal,
+    tflops,
+)
+from attention_contest.rows import ANCHOR, IDEAL, ONE_GPU, TORCH, Bar, Row, all_rows, bars, grid
 
 COLUMNS = [
     "mode",
@@ -38,18 +48,22 @@ def entry_table(entry: Entry) -> str:
         lines.append(
             [
                 f"{name} (auto)" if name == entry.get("auto") else name,
-                f"{mode['forward']:.3f}",
-                f"{mode['forward_backward']:.3f}",
+                _number(mode["forward"]),
+                _number(mode["forward_backward"]),
                 f"{tflops(entry, name):.0f}",
-                "" if whole else f"{share_of_ideal(entry, name, 'forward'):.1%}",
+                "" if whole or mode["forward"] is None else f"{share_of_ideal(entry, name, 'forward'):.1%}",
                 "" if whole else f"{share_of_ideal(entry, name):.1%}",
-                "" if exposed is None else f"{exposed:.3f}",
-                f"{mode['peak_gib']:.2f}",
+                _number(exposed),
+                _number(mode["peak_gib"], 2),
                 f"{max(mode['errors'].values()):.1e}" if mode["errors"] else "",
             ]
         )
     failed = [f"- {name}: {mode['failed']}" for name, mode in entry["modes"].items() if "failed" in mode]
     return "\n".join([_table(lines), *(["", *failed] if failed else [])])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def all_tables(results: Results) -> str:
@@ -120,27 +134,30 @@ def _ratio(bar: Bar, value: float) -> str:
 
 
 def grid_table(results: Results) -> str:
-    """The grid in brief: our fastest mode of the newest run, its share of the ideal, and the fastest peer's."""
+    """The grid in brief: our fastest mode and the fastest peer, each in the newest run that measured it."""
     lines = [["shape", "kernel", "our fastest mode", "share of the ideal", "fastest peer", "its share"]]
-    for row in grid():
+    for row in all_rows():
         for kernel in ("flash_attn_4", "flash_attn_2"):
-            for _, entry in runs_of(results, row, kernel)[:1]:
-                ours, peer = (_best(entry, ours=True), _best(entry, ours=False))
-                if ours is None:
-                    continue
-                theirs = ["", ""] if peer is None else [peer, f"{share_of_ideal(entry, peer):.1%}"]
-                lines.append([row.name, kernel, ours, f"{share_of_ideal(entry, ours):.1%}", *theirs])
+            shares = newest_shares(results, row, kernel)
+            if any(ours for _, ours in shares.values()):
+                lines.append([row.name, kernel, *_best(shares, ours=True), *_best(shares, ours=False)])
     return _table(lines)
 
 
-def _best(entry: Entry, ours: bool) -> str | None:
-    names = [name for name in finished(entry) if name != ONE_GPU and entry["modes"][name]["ours"] == ours]
-    return max(names, key=lambda name: share_of_ideal(entry, name), default=None)
+def _best(shares: dict[str, tuple[float, bool]], ours: bool) -> tuple[str, str]:
+    """Name and share."""
+    of_one_side = {name: share for name, (share, is_ours) in shares.items() if is_ours == ours}
+    if not of_one_side:
+        return "", ""
+    name = max(of_one_side, key=lambda name: of_one_side[name])
+    return name, f"{of_one_side[name]:.1%}"
 
 
 def plot(results: Results, path: Path) -> None:
-    """Share of the ideal over tokens per rank, 32/8 heads: our modes and torch's, causal and packed. Needs matplotlib
-    (pip install 'ringzero[bench]')."""
+    """Share of the ideal over tokens per rank, 32/8 heads, each mode in the newest run that measured it.
+
+    Needs matplotlib (pip install 'ringzero[bench]').
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -153,10 +170,8 @@ def plot(results: Results, path: Path) -> None:
     for axis, (title, mask) in zip(axes, panels.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for length in sorted({row.local_tokens for row in grid()}):
-            for _, entry in runs_of(results, Row(32, 8, length, **mask), "flash_attn_4")[:1]:
-                shares = {name: share_of_ideal(entry, name) for name in finished(entry) if name != ONE_GPU}
-                for name, share in shares.items():
-                    lines.setdefault(name, []).append((length, share))
+            for name, (share, _) in newest_shares(results, Row(32, 8, length, **mask), "flash_attn_4").items():
+                lines.setdefault(name, []).append((length, share))
         for name, points in lines.items():
             style = "--" if name.startswith(TORCH) else "-"
             axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)

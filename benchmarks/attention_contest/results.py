@@ -103,3 +103,13 @@ def reached(entry: Entry, bar: Bar, ours: str | None = None) -> tuple[float, str
 def runs_of(results: Results, row: Row, kernel: str) -> list[tuple[str, Entry]]:
     """Newest first."""
     return sorted(results["rows"].get(row_key(row, kernel), {}).items(), reverse=True)
+
+
+def newest_shares(results: Results, row: Row, kernel: str) -> dict[str, tuple[float, bool]]:
+    """For each mode, in the newest run that measured it: its share of the ideal, and whether it is ours."""
+    found: dict[str, tuple[float, bool]] = {}
+    for _, entry in runs_of(results, row, kernel):
+        for name in finished(entry):
+            if name != ONE_GPU and name not in found:
+                found[name] = share_of_ideal(entry, name), entry["modes"][name]["ours"]
+    return found

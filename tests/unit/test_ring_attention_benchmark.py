@@ -172,6 +172,10 @@ def test_tables_hold_every_run_and_mode() -> None:
     assert text.count("## 32/8 heads, 16k") == 2 and "- peer: ImportError: no" in text
     assert "| 83.3% |" in text and "| 100.0% |" in text
     assert "| exchange | 100.0% | theirs | 62.5% |" in grid_table(results)
+    newer = filled("3", entry(**{ONE_GPU: mode(100), "exchange": mode(80)}))
+    assert "| exchange | 62.5% | theirs | 62.5% |" in grid_table(book.merged([results, newer])), (
+        "each in its newest run"
+    )
     page = "a <!-- bars -->old<!-- end of bars --> b <!-- grid --><!-- end of grid --> c"
     assert renewed(renewed(page, results), results) == renewed(page, results)
     assert "old" not in renewed(page, results) and renewed(page, results).endswith(" c")
