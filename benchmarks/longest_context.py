@@ -21,6 +21,7 @@ import re
 import resource
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,7 @@ def job_for(feature: str, length: int, gpus: int, options: argparse.Namespace) -
 def measure(job: JobConfig, steps: int) -> dict[str, Any]:
     """One attempt, on every rank of its world: the last step's time, and memory of the rank that takes most."""
     device = device_of(int(os.environ["LOCAL_RANK"]))
-    train_step, note = ringzero_row.prepared(
-        job, steps, device, lambda dp_size, dp_rank: random_batches(job, steps, dp_size, dp_rank)
-    )
+    train_step, note = ringzero_row.prepared(job, steps, device, partial(random_batches, job))
     measured, on_gpu = timed_steps(train_step, steps), device.type == "cuda"
     free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     memory = [

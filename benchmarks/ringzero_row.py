@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ from workload import random_batches, record, timed_steps
 
 def measure(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
     """One row, on every rank of its world."""
-    train_step, note = prepared(
-        job, steps, device, lambda dp_size, dp_rank: random_batches(job, steps, dp_size, dp_rank)
-    )
+    train_step, note = prepared(job, steps, device, partial(random_batches, job))
     found = record(job, timed_steps(train_step, steps))
     estimate = peak_memory(job, job.mesh_shape(dist.get_world_size()), device.type)
     return found | {"attention": note, "estimated_gib": estimate / 2**30}

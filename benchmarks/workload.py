@@ -34,6 +34,9 @@ WARM_UP = 2
 """Steps left out: compiling, then the allocator's first full step."""
 
 
+STEPS_OF_DATA = 16
+
+
 def job_of(settings: list[str]) -> JobConfig:
     """The 8B shape on 8,192 tokens under `settings`, TOKENS_PER_STEP whatever the sequence length."""
     settings = [*_SHORT_RUN, *settings]
@@ -53,9 +56,10 @@ def device_of(local_rank: int) -> torch.device:
     return device
 
 
-def random_batches(job: JobConfig, steps: int, dp_size: int, dp_rank: int) -> Batches:
-    """Zipf-distributed tokens, the same for every row of a sequence length: the loss has something to fall for."""
-    count = job.tokens_per_step * (steps + 1)
+def random_batches(job: JobConfig, dp_size: int, dp_rank: int) -> Batches:
+    """Zipf-distributed tokens, the same for every row of a sequence length, however many steps it takes (after
+    STEPS_OF_DATA they repeat): the loss has something to fall for."""
+    count = job.tokens_per_step * STEPS_OF_DATA
     tokens = np.random.default_rng(7).zipf(1.2, count) % job.model.vocab_size
     corpus = Corpus.from_documents("training", tokens.astype(np.uint32), [count], "random")
     sampler = SequenceSampler(corpus, job.training.sequence_length, job.job.seed)

@@ -5,17 +5,19 @@ Shapes: B batch, S sequence, E hidden_size, T ranks of the group.
 
 Of each pair one is the other's backward, so that gradients need no separate synchronisation. A group of one rank costs
 nothing.
+
+They are torch's functional collectives, as DTensor's are: a compiled backward pass (torch 2.11) lost what
+torch.distributed's own wrote into a tensor made there, and all gradients before it were zero.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional_collectives
 
 
 class _CopyToGroup(Function):
@@ -85,22 +87,21 @@ def scatter_sequence(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 def all_reduced(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of `tensor` over `group`, as a new tensor."""
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+    return _finished(functional_collectives.all_reduce(tensor.contiguous(), "sum", group))
 
 
 def gathered(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The ranks' tensors [B, S / T, E] one after the other along the sequence, [B, S, E]."""
-    batch, length, *rest = tensor.shape
-    parts = tensor.new_empty(group.size(), batch, length, *rest)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), tensor.contiguous(), group=group)
-    return parts.transpose(0, 1).reshape(batch, group.size() * length, *rest)  # without a copy where B is 1
+    parts = _finished(functional_collectives.all_gather_tensor(tensor.contiguous(), 0, group))  # [T B, S / T, E]
+    return parts.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)  # without a copy where B is 1
 
 
 def reduce_scattered(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's part [B, S / T, E] of the sum of `tensor` [B, S, E] over `group`."""
-    parts = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()  # without a copy where B is 1
-    part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
-    return part
+    parts = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1)  # without a copy where B is 1
+    return _finished(functional_collectives.reduce_scatter_tensor(parts.contiguous(), "sum", 0, group))
+
+
+def _finished(result: Tensor) -> Tensor:
+    """A collective's result, for which the device waits and not the host; in a compiled function it is plain."""
+    return result.wait() if isinstance(result, functional_collectives.AsyncCollectiveTensor) else result

@@ -36,7 +36,7 @@ def measure(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
     if job.training.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model, job, device), config=config)
-    batches = random_batches(job, steps, dist.get_world_size(), dist.get_rank())
+    batches = random_batches(job, dist.get_world_size(), dist.get_rank())
     made = [
         [(torch.from_numpy(b.input_ids), torch.from_numpy(b.labels)) for b in batches.micro_batches(step)]
         for step in range(steps)

@@ -54,7 +54,7 @@ class SharedTokens(BaseDataLoader):
     """The micro-batches of all steps, made beforehand."""
 
     def __init__(self, job: JobConfig, steps: int, *, dp_world_size: int, dp_rank: int, **_others: Any) -> None:
-        batches = random_batches(job, steps, dp_world_size, dp_rank)
+        batches = random_batches(job, dp_world_size, dp_rank)
         self._made = [batch for step in range(steps) for batch in batches.micro_batches(step)]
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -18,6 +18,7 @@ from launch.build import build_engine
 from launch.config import JobConfig
 from launch.parameters import BYTES, Precision
 from parallel import zero
+from parallel.collectives import functional_collectives
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine
 from tests.distributed.harness import run_distributed
@@ -104,6 +105,16 @@ def counted() -> Iterator[Counter[str]]:
 
         return count
 
+    def counting_functional(kind: str, name: str) -> Any:
+        function = getattr(functional_collectives, name)
+
+        def count(tensor: torch.Tensor, *args: Any) -> Any:
+            whole = args[-1].size() if kind == "all_gather" else 1  # it is given a part
+            bytes_of[kind] += whole * tensor.numel() * tensor.element_size()
+            return function(tensor, *args)
+
+        return mock.patch.object(functional_collectives, name, count)
+
     def counting_ring(operations: list[dist.P2POp]) -> Any:
         for operation in operations:
             if operation.op is dist.isend:
@@ -116,6 +127,9 @@ def counted() -> Iterator[Counter[str]]:
         mock.patch.object(dist, "all_gather", counting("all_gather", dist.all_gather)),
         mock.patch.object(dist, "all_gather_into_tensor", counting("all_gather", dist.all_gather_into_tensor)),
         mock.patch.object(dist, "reduce_scatter_tensor", counting("reduce_scatter", dist.reduce_scatter_tensor)),
+        counting_functional("all_reduce", "all_reduce"),
+        counting_functional("all_gather", "all_gather_tensor"),
+        counting_functional("reduce_scatter", "reduce_scatter_tensor"),
         mock.patch.object(dist, "batch_isend_irecv", counting_ring),
         mock.patch.object(comm.cdb, "all_gather_function", counting("all_gather", comm.cdb.all_gather_function)),
         mock.patch.object(
