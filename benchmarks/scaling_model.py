@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attention_contest.results import finished, load, runs_of, share_of_ideal
+from attention_contest.rows import ONE_GPU, Row
 from launch.config import JobConfig, load_job
 from launch.parameters import count_parameters
+from launch.recompute_plan import recompute_plan
 from model.config import ModelConfig
+from model.recompute import Recompute
 from workload import CONFIG, job_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -90,37 +94,57 @@ class Step:
         return sum(vars(self).values())
 
 
+@dataclass(frozen=True)
+class Computed:
+    """Seconds of one block's passes over one micro-batch: (forward, backward) of each part."""
+
+    products: tuple[float, float]
+    attention: tuple[float, float]
+    elementwise: tuple[float, float]
+
+    @property
+    def passes(self) -> tuple[float, float]:
+        parts = (self.products, self.attention, self.elementwise)
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
 def step_of(job: JobConfig, machine: Machine, gpus: int) -> Step:
     """A step of `job` at ZeRO stage 2 or 3, without tensor parallelism, on `gpus`."""
-    training, parallel, figures = job.training, job.parallel, machine.figures
-    assert parallel.tensor_parallel_size == 1 and parallel.zero_stage in (2, 3)
-    cp, length, rows = parallel.context_parallel_size, training.sequence_length, training.micro_batch_size
-    tokens, accumulation = rows * length // cp, job.accumulation_steps(gpus)
-    layers, again = job.model.num_hidden_layers, training.activation_checkpointing
-    share = tokens / figures["tokens"]
-
-    products_again = again in ("attention", "full")
-    products = [
-        share * figures["products_forward"],
-        share * (figures["products_backward"] + products_again * figures["products_forward"]),
-    ]
-    split = rows / cp / (machine.share(length // cp) if cp > 1 else 1)
-    attend = [split * machine.attention(direction, length) for direction in ("forward", "backward")]
-    attend[1] += attend[0] * (again == "full")
-    once = tokens * elementwise_bytes(job.model) / figures["elementwise_bytes_per_second"]
-    elementwise = [once, once * (2 + (again != "none"))]
-    computed = [sum(parts) for parts in zip(products, attend, elementwise, strict=True)]
-
-    gradients = gradient_seconds(job.model, machine, gpus)
-    exposed = layers * communication(job, machine, gpus, computed) + once_a_micro_batch(job, machine, gpus)
+    assert job.parallel.tensor_parallel_size == 1 and job.parallel.zero_stage in (2, 3)
+    accumulation, share = job.accumulation_steps(gpus), local_tokens(job) / machine.figures["tokens"]
+    plan = recompute_plan(job, job.mesh_shape(gpus), "cuda")
+    blocks = [computed(job, machine, policy) for policy in plan.policies]
+    exposed = sum(communication(job, machine, gpus, block.passes) for block in blocks)
     return Step(
-        products=accumulation * layers * sum(products),
-        attention=accumulation * layers * sum(attend),
-        elementwise=accumulation * layers * sum(elementwise),
-        head=accumulation * share * figures["head"],
-        gradients=accumulation * gradients,
-        communication=accumulation * exposed + once_a_step(job, machine, gpus),
+        products=accumulation * sum(sum(block.products) for block in blocks),
+        attention=accumulation * sum(sum(block.attention) for block in blocks),
+        elementwise=accumulation * sum(sum(block.elementwise) for block in blocks),
+        head=accumulation * share * machine.figures["head"],
+        gradients=accumulation * gradient_seconds(job.model, machine, gpus),
+        communication=accumulation * (exposed + once_a_micro_batch(job, machine, gpus))
+        + once_a_step(job, machine, gpus),
         optimizer=optimizer_seconds(job.model, machine, gpus),
+    )
+
+
+def local_tokens(job: JobConfig) -> int:
+    """t."""
+    return job.training.micro_batch_size * job.training.sequence_length // job.parallel.context_parallel_size
+
+
+def computed(job: JobConfig, machine: Machine, again: Recompute) -> Computed:
+    """A block that computes `again` in its backward pass."""
+    cp, length, figures = job.parallel.context_parallel_size, job.training.sequence_length, machine.figures
+    share = local_tokens(job) / figures["tokens"]
+    forward = share * figures["products_forward"]
+    products = share * figures["products_backward"] + forward * (again in ("attention", "full"))
+    split = job.training.micro_batch_size / cp / (machine.share(length // cp) if cp > 1 else 1)
+    attend, attend_back = (split * machine.attention(direction, length) for direction in ("forward", "backward"))
+    once = local_tokens(job) * elementwise_bytes(job.model) / figures["elementwise_bytes_per_second"]
+    return Computed(
+        products=(forward, products),
+        attention=(attend, attend_back + attend * (again == "full")),
+        elementwise=(once, once * (2 + (again != "none"))),
     )
 
 
@@ -133,25 +157,33 @@ def elementwise_bytes(model: ModelConfig) -> float:
     return BF16 * (9 * model.hidden_size + 2 * (model.hidden_size + keys) + 3 * model.intermediate_size)
 
 
-def communication(job: JobConfig, machine: Machine, gpus: int, computed: list[float]) -> float:
+def communication(job: JobConfig, machine: Machine, gpus: int, passes: tuple[float, float]) -> float:
     """What a block's communication adds to its computing, forward and backward together.
 
-    Stage 3 gathers the block in both directions; both stages reduce its gradients. While links are busy, products
-    keep the measured share of their speed; what takes longer than computing waits.
+    While links are busy, products keep the measured share of their speed; what takes longer than computing waits.
     """
     block = block_parameters(job.model)
-    gather = machine.collective("gather", BF16 * block, gpus) * (job.parallel.zero_stage == 3)
-    reduce = machine.collective("reduce", FP32 * block, gpus)
+    gather = gathering(job, machine, gpus, block)
     lost = 1 - machine.figures["products_share_beside_gathering"]
-    busy = [gather, gather + reduce]
-    return sum(max(lost * links, links - compute) for links, compute in zip(busy, computed, strict=True))
+    busy = [gather, gather + reduction(job, machine, gpus, block)]
+    return sum(max(lost * links, links - compute) for links, compute in zip(busy, passes, strict=True))
+
+
+def gathering(job: JobConfig, machine: Machine, gpus: int, parameters: int) -> float:
+    """Of parameters before they are used: stage 3 only."""
+    return machine.collective("gather", BF16 * parameters, gpus) if job.parallel.zero_stage == 3 else 0.0
+
+
+def reduction(job: JobConfig, machine: Machine, gpus: int, parameters: int) -> float:
+    """Of their gradients in fp32. DeepSpeed's stage 2 all-reduces them, which moves them twice."""
+    once = machine.collective("reduce", FP32 * parameters, gpus)
+    return once if job.parallel.zero_stage == 3 else 2 * once
 
 
 def once_a_micro_batch(job: JobConfig, machine: Machine, gpus: int) -> float:
     """The first block's gathering and the last one's reduction, which nothing hides; embedding and head, likewise."""
-    block, tables = block_parameters(job.model), 2 * job.model.vocab_size * job.model.hidden_size
-    gather = machine.collective("gather", BF16 * (block + tables), gpus) * (job.parallel.zero_stage == 3)
-    return gather + machine.collective("reduce", FP32 * (block + tables / 2), gpus)
+    block, table = block_parameters(job.model), job.model.vocab_size * job.model.hidden_size
+    return gathering(job, machine, gpus, block + 2 * table) + reduction(job, machine, gpus, block + table)
 
 
 def once_a_step(job: JobConfig, machine: Machine, gpus: int) -> float:
@@ -175,6 +207,16 @@ def optimizer_seconds(model: ModelConfig, machine: Machine, gpus: int) -> float:
     return update + AROUND_ADAMW_BYTES * share / figures["elementwise_bytes_per_second"]
 
 
+def product_flops(model: ModelConfig, tokens: int) -> float:
+    """Of one block's matrix products, forward."""
+    return 2.0 * tokens * (block_parameters(model) - 2 * model.hidden_size)
+
+
+def head_flops(model: ModelConfig, tokens: int) -> float:
+    """Of the head's products, forward and backward."""
+    return 6.0 * tokens * model.vocab_size * model.hidden_size
+
+
 def block_parameters(model: ModelConfig) -> int:
     """n."""
     shallower = model.model_copy(update={"num_hidden_layers": model.num_hidden_layers - 1})
@@ -183,13 +225,10 @@ def block_parameters(model: ModelConfig) -> int:
 
 def load_machine() -> Machine:
     """The figures under docs/."""
-    attention = json.loads((DOCS / "ring_attention.json").read_text())["rows"]
-    shares: dict[int, float] = {}
-    for row in attention.values():
-        shape = row["row"]
-        if shape["heads"] == 32 and not (shape["documents"] or shape["window"]):
-            best = max(mode.get("share_of_ideal", 0.0) for mode in row["modes"].values())
-            shares[shape["local_tokens"]] = max(best, shares.get(shape["local_tokens"], 0.0))
+    attention, shares = load(DOCS / "ring_attention.json"), {}
+    for tokens in (2048, 4096, 8192, 16384, 32768):
+        for _, entry in runs_of(attention, Row(32, 8, tokens), "flash_attn_4")[:1]:
+            shares[tokens] = max(share_of_ideal(entry, mode) for mode in finished(entry) if mode != ONE_GPU)
     return Machine(json.loads((DOCS / "machine.json").read_text()), shares)
 
 
@@ -246,10 +285,10 @@ def scaling_table(machine: Machine) -> str:
         f"| layout | network | {' | '.join(f'{size} GPUs' for size in sizes)} |",
         "|" + " --- |" * (len(sizes) + 2),
     ]
-    half = Machine(machine.figures, machine.attention_share, network=machine.network / 2)
+    quarter = replace(machine, network=machine.network / 4)
     for name, settings in layouts.items():
         job = load_job(CONFIG, ["data.document_mask=false", *settings])
-        for network, model in (("400 Gb/s a GPU", machine), ("200 Gb/s a GPU", half)):
+        for network, model in (("400 Gb/s a GPU", machine), ("100 Gb/s a GPU", quarter)):
             cells = []
             for gpus in sizes:
                 if gpus < job.parallel.context_parallel_size:
@@ -266,8 +305,7 @@ def figures_table(machine: Machine) -> str:
     """Markdown: the inputs."""
     found = machine.figures
     model = job_of([]).model
-    block = block_parameters(model)
-    flops = 2 * found["tokens"] * block
+    flops = product_flops(model, found["tokens"])
     lines = ["| part, one GPU | measured | that is |", "| --- | --- | --- |"]
 
     def products(direction: str, times: int) -> None:
@@ -287,7 +325,7 @@ def figures_table(machine: Machine) -> str:
                 f"| attention ({found['kernel']}), {tokens:,} tokens, {direction} | {1e3 * seconds:.2f} ms | "
                 f"{work / seconds / 1e12:.0f} TFLOP/s |"
             )
-    head = 6 * found["tokens"] * model.vocab_size * model.hidden_size / found["head"] / 1e12
+    head = head_flops(model, found["tokens"]) / found["head"] / 1e12
     lines.append(f"| head and loss, forward and backward | {1e3 * found['head']:.2f} ms | {head:.0f} TFLOP/s |")
     for name, title in (
         ("elementwise", "elementwise work"),
@@ -296,8 +334,9 @@ def figures_table(machine: Machine) -> str:
         ("reduce", "reducing a block's gradients, received"),
     ):
         lines.append(f"| {title} | {found[f'{name}_bytes_per_second'] / 1e9:,.0f} GB/s | |")
-    kept = found["products_share_beside_gathering"]
-    lines.append(f"| products beside gathering keep | {kept:.1%} of their speed | |")
+    if found["products_share_beside_gathering"] < 1:
+        kept = found["products_share_beside_gathering"]
+        lines.append(f"| products beside gathering keep | {kept:.1%} of their speed | |")
     return "\n".join(lines)
 
 

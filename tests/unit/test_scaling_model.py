@@ -53,6 +53,25 @@ def test_a_step_on_two_gpus() -> None:
     assert step.total == pytest.approx(sum(vars(step).values()))
 
 
+def test_stage_2_gathers_once_and_reduces_twice_over() -> None:
+    step = step_of(job_of([SELECTIVE, "parallel.zero_stage=2"]), MACHINE, 2)
+    parameters, block, table = 8_030_261_248, 218_112_000, 128256 * 4096
+    reduced = 2 * 2 / 3e11  # all-reduced, fp32, half of it received, at 300 GB/s
+    alone = reduced * (block + table)
+    assert step.communication == pytest.approx(8 * (32 * 0.1 * reduced * block + alone) + parameters / 3e11)
+
+
+def test_a_plan_of_two_policies_costs_what_its_blocks_cost() -> None:
+    policies = {"auto": ["training.memory_budget_gib=130"], "none": [], "selective": []}
+    auto, none, selective = (
+        step_of(
+            job_of(["training.micro_batch_size=2", f"training.activation_checkpointing={policy}", *more]), MACHINE, 2
+        )
+        for policy, more in policies.items()
+    )
+    assert none.total < auto.total < selective.total
+
+
 def test_recomputation_costs_what_it_computes() -> None:
     steps = {
         policy: step_of(job_of([f"training.activation_checkpointing={policy}"]), MACHINE, 2)
