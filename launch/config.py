@@ -259,7 +259,7 @@ class HealthSection(Section):
     hang_grace_seconds: float = Field(default=60.0, ge=0)
     """How long after that a step may still end by itself; the run then saves before it ends."""
     straggler: float = Field(default=1.3, gt=1)
-    """Times its peers' median at five logged steps in a row, from which on a rank is named as slow."""
+    """Times its peers' median at ten logged steps in a row, from which on a rank is named as slow."""
 
 
 Word = Annotated[str, Field(pattern=r"^\S+$")]

@@ -170,7 +170,9 @@ def verdict(
     for rank in missing:
         member, report = members[rank], reports.get(rank)
         if report is None:
-            state = states.get(rank, "nobody on its node answers, so the node itself may be gone")
+            beside = any(members[other].host == member.host for other in reports)
+            unseen = "no such process" if beside else "nobody on its node answers, so the node itself may be gone"
+            state = states.get(rank, unseen)
             lines.append(f"missing: rank {rank} on {member.host}, which does not answer; process {member.pid}: {state}")
             lines += [f"    {line}" for line in dumps.get(rank, "").splitlines()[: 2 * _FRAMES]]
         else:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from launch.hang_report import Member
 from launch.probes import fastest
 
-_IN_A_ROW = 5
+_IN_A_ROW = 10
+"""Looks; after fewer, ranks that share a busy CPU would be named by chance."""
 _LEAST_DATA_SECONDS = 0.05
 """Waiting for data that takes less than this holds up nobody."""
 _SIZES = {"cuda": 4096, "cpu": 192}
@@ -42,7 +43,7 @@ class Finding:
     scalars: dict[str, float]
     """For TensorBoard and metrics.jsonl."""
     named: str | None
-    """The rank that has been slow at five looks in a row; said once."""
+    """The rank that has been slow at ten looks in a row; said once."""
 
 
 class Stragglers:

@@ -276,10 +276,11 @@ class SlurmCluster:
         self._started.append(process)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and process.poll() is None:
-            # Until it has become the program asked for, the child has not entered all its namespaces.
+            # Until it has become the program asked for (or what that becomes), the child has not entered all its
+            # namespaces. Parents are listed before their children.
             for child in psutil.Process(process.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    if child.name() == "bash":
+                    if child.name() not in ("nsenter", "unshare"):
                         return child.pid
             time.sleep(0.02)
         raise RuntimeError(f"{name} did not start: {(self.scratch / f'{name}.log').read_text()}")

@@ -219,7 +219,7 @@ def test_requeued_by_an_operator_stopped_by_a_plain_sigterm_and_off_a_crashed_no
 
 
 def test_a_time_limit_and_a_cancelled_job(cluster: SlurmCluster, tmp_path: Path) -> None:
-    run = SlurmRun(cluster, tmp_path, "slurm.time=1", "slurm.stop_seconds=20", steps=100_000)
+    run = SlurmRun(cluster, tmp_path, "slurm.time=1", "slurm.stop_seconds=40", steps=100_000)
     job = run.start()
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", PATIENCE)
     saved = newest_submission(run.run).saved_step()
@@ -265,11 +265,11 @@ def test_a_slow_node_and_one_with_a_stopped_rank_are_avoided(
 ) -> None:
     """Writing takes seconds on node-2, which the probe finds; then a rank is stopped on one that has come instead."""
     slow = {"rank": 1, "node": "node-2", "event": "open", "path": "probe-", "every": True}
-    slow |= {"action": "run", "command": "sleep 5"}
+    slow |= {"action": "run", "command": "sleep 3"}
     run = SlurmRun(
         cluster,
         tmp_path,
-        *("checkpoint.save_interval=4", "health.exclude=true", "health.outlier=0.02"),
+        *("checkpoint.save_interval=4", "health.exclude=true", "health.outlier=0.05"),
         *("health.minimum_step_seconds=4", "health.hang_grace_seconds=3"),
         environment={"FAULT": json.dumps(slow), "PYTHONPATH": f"{INJECTED}:{ROOT}"},
     )

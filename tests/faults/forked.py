@@ -63,6 +63,15 @@ class Forked(Started):
             assert process.exitcode is not None, f"still running after {PATIENCE} s:\n{self.output[-8000:]}"
         return max(abs(process.exitcode) for process in self._ranks)
 
+    def exit_status(self, rank: int) -> int:
+        """Once it has ended."""
+        self.until(lambda: self._ranks[rank].exitcode is not None)
+        return int(self._ranks[rank].exitcode)
+
+    def resume(self, rank: int) -> None:
+        """SIGCONT."""
+        os.kill(self._ranks[rank].pid, signal.SIGCONT)
+
     def kill(self, rank: int) -> None:
         """SIGKILL."""
         self._ranks[rank].kill()

@@ -1,0 +1,75 @@
+"""Probes and the search for slow ranks, on real groups: what one bad rank or node changes, every rank agrees on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launch import probes, stragglers
+from launch.hang_report import Member
+from launch.probes import Rates, outliers, probe, summary
+from launch.stragglers import Finding, Stragglers
+from tests.distributed.harness import run_distributed
+
+WORLD = 4
+CPU = torch.device("cpu")
+SLOW = 3.0
+"""Seconds that a planted fault adds to what takes milliseconds."""
+
+
+def probed(folder: str, nodes: int, slow_writer: int | None) -> list[Rates]:
+    """With the ranks on so many nodes; rank `slow_writer` writes to a slow disk."""
+    rank = dist.get_rank()
+    members = [Member(one, f"node-{one * nodes // WORLD}", one) for one in range(WORLD)]
+    fsync = probes.os.fsync
+    if rank == slow_writer:
+        probes.os.fsync = lambda number: (time.sleep(SLOW), fsync(number))
+    found = probe(CPU, rank, members, Path(folder))
+    probes.os.fsync = fsync
+    assert not list(Path(folder).iterdir())
+    assert summary(found, 1.0).startswith("probed in 1.0 s")
+    slow = [outlier for outlier in outliers(found, members, 0.3) if "writing" in outlier.what]
+    expected = [f"node-{slow_writer * nodes // WORLD}"] if slow_writer is not None and nodes > 1 else []
+    assert [outlier.node for outlier in slow] == expected, slow
+    return found
+
+
+def test_every_rank_knows_what_all_have_measured(tmp_path: Path) -> None:
+    for nodes, slow_writer in ((1, None), (2, 2), (4, 3)):
+        told = run_distributed(probed, WORLD, str(tmp_path), nodes, slow_writer)
+        assert told == [told[0]] * WORLD
+        for rank, rates in enumerate(told[0]):
+            assert rates.matmul > 1e6
+            assert (rates.node is None) == (nodes == WORLD)
+            assert (rates.pairs is None) == (nodes == 1)
+            assert (rates.write is None) == (rank % (WORLD // nodes) > 0)
+
+
+def looked(slow: int) -> list[Finding | None]:
+    """What each of 14 looks finds, while rank `slow` is slow from the third to the 13th."""
+    rank, fastest = dist.get_rank(), probes.fastest
+    members = [Member(one, f"node-{one}", one) for one in range(WORLD)]
+    search = Stragglers(CPU, members, ratio=1.5)
+    found = []
+    for look in range(1, 15):
+        late = rank == slow and 3 <= look <= 13
+        stragglers.fastest = lambda *_, late=late: 0.02 if late else 0.01
+        found.append(search.look(0.0))
+    stragglers.fastest = fastest
+    return found
+
+
+def test_a_rank_that_is_slow_ten_times_in_a_row_is_named_once() -> None:
+    told = run_distributed(looked, WORLD, 2)
+    assert told == [told[0]] * WORLD
+    first, *found = told[0]
+    assert first is None
+    named = {number: one.named for number, one in enumerate(found, start=2) if one.named}
+    assert named == {
+        13: "rank 2 on node-2 was the slowest at 10 logged steps in a row, 2.00 x the median of the others in computing"
+    }
+    assert found[5].scalars["slowest_over_median"] == 2.0 and found[5].scalars["slowest_rank"] == 2.0
+    assert [number for number, one in enumerate(found, start=2) if "straggler" in one.scalars] == [13, 14]
