@@ -1,7 +1,8 @@
 """What the launcher tells a process through its environment: the only place that reads it.
 
 The `deepspeed` launcher sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; torchrun says
-LOCAL_WORLD_SIZE for LOCAL_SIZE. Without any of them the process is a world of one.
+LOCAL_WORLD_SIZE for LOCAL_SIZE; of a step of several tasks, started by `srun`, Slurm's own variables say all of it.
+Without any of them the process is a world of one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from launch.processes import die_with_parent
+from launch.slurm_world import world_of_step
 
 _FIRST_WORD_SECONDS = 20.0
 """How long rank 0 has to report a fault. The launcher looks once a second and ends all ranks once one has failed."""
@@ -39,6 +41,9 @@ def place_in_world() -> Place:
 
     A launcher takes this process with it, even if it is killed and cannot pass that on.
     """
+    step = world_of_step(os.environ)
+    if "WORLD_SIZE" not in os.environ and step is not None:
+        os.environ.update(step)
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -66,12 +66,18 @@ def process_state(pid: int) -> str:
     return f"state {letter} ({_STATES.get(letter, 'unknown')}){sleeps}"
 
 
+def local_rank(child: Child) -> str | None:
+    """What a launcher, or srun where it is the launcher, has told a child; None for one that is no rank."""
+    return child.environment.get("LOCAL_RANK") or child.environment.get("SLURM_LOCALID")
+
+
 def ranks_beside(launcher: int) -> dict[int, str]:
-    """Rank -> state of the ranks that a launcher has started."""
+    """Rank -> state of the ranks that a launcher (or srun's daemon) has started."""
     found = {}
     for child in children(launcher):
-        if "RANK" in child.environment:
-            found[int(child.environment["RANK"])] = process_state(child.pid)
+        rank = child.environment.get("RANK") or child.environment.get("SLURM_PROCID")
+        if rank is not None:
+            found[int(rank)] = process_state(child.pid)
     return found
 
 

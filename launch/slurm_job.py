@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.health_folder import HealthFolder
+from launch.slurm_world import meeting_port
 from launch.submission import Submission, point_latest, ready
 
 _DEAF = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
@@ -88,7 +89,7 @@ class Slice:
             *submission.container,
             *(submission.python, "-u", submission.node_script),
             *("--nodes", ",".join(nodes), "--processes", str(submission.processes_per_node)),
-            *("--port", str(_port(int(self.job_id), self.restart)), "--logs", str(logs)),
+            *("--port", str(meeting_port(int(self.job_id), self.restart)), "--logs", str(logs)),
             *("--health", str(self.health.path)),
             *("--", submission.train_script, "--config", str(submission.config)),
         ]
@@ -150,11 +151,6 @@ class Slice:
         """What Slurm says of this job."""
         found = re.search(rf"\b{name}=(\S+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
         return found[1] if found else None
-
-
-def _port(job_id: int, restart: int) -> int:
-    """A port for the ranks to meet at, below those that the kernel gives away: no two jobs of a node share one."""
-    return 12000 + (job_id * 8 + restart % 8) % 20000
 
 
 def _output(*command: str) -> str:

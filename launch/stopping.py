@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launch.environment import Place
-from launch.processes import children
+from launch.processes import children, local_rank
 
 STOPPED = 75
 """Exit status of a run that has saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
@@ -56,7 +56,7 @@ class StopRequests:
                 self._asked.set()
 
     def _a_rank_of_this_node_is_gone(self) -> bool:
-        present = {child.environment.get("LOCAL_RANK") for child in children(os.getppid()) if child.alive}
+        present = {local_rank(child) for child in children(os.getppid()) if child.alive}
         return self._place.local_size > 1 and len(present - {None}) < self._place.local_size
 
 

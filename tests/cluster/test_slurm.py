@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -245,6 +246,25 @@ def test_a_killed_rank_ends_the_job_in_seconds(cluster: SlurmCluster, tmp_path: 
     assert "rank 3 on node-2 was killed by signal 9 (SIGKILL); the last it said" in log
     assert not re.search(r"rank [012] on node-\d", log.partition("rank 3 on node-2")[0])
     assert f"job {job} failed" in log and cluster.facts(job)["Restarts"] == "0"
+
+
+def test_ranks_that_srun_starts_itself(cluster: SlurmCluster, undisturbed: SlurmRun, tmp_path: Path) -> None:
+    """SIGTERM stops them, too, and the same command goes on."""
+    run = SlurmRun(cluster, tmp_path)
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(run.job.config)]
+    train += [override for override in run.overrides if not override.startswith("slurm.")]
+    script = tmp_path / "own.sbatch"
+    exports = "".join(f"export {name}={value}\n" for name, value in ENVIRONMENT.items())
+    step = shlex.join(["srun", "--cpus-per-task=4", "--cpu-bind=none", *train])
+    script.write_text(f"#!/bin/bash\n{exports}trap '' TERM\n{step}; echo status $?\n{step}\n")
+    options = ["-N2", "--ntasks-per-node=1", f"-o{tmp_path}/own.log"]
+    job = int(cluster.command("sbatch", "--parsable", *options, str(script)))
+    cluster.until(lambda: run.job.logged() >= 6, PATIENCE)
+    cluster.command("scancel", "--signal=TERM", f"{job}.0")
+    assert cluster.end(job, PATIENCE) == "COMPLETED", (tmp_path / "own.log").read_text()
+    log = (tmp_path / "own.log").read_text()
+    assert "status 75" in log and "resumed from step" in log
+    assert_same_run(run, undisturbed)
 
 
 @pytest.mark.parametrize("victim", ["deepspeed.launcher.launch", "slurm_node.py"])

@@ -6,6 +6,7 @@ import base64
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import slurm_job, slurm_node, status, stopping, submit, watchdog
 from launch.batch_script import render
@@ -22,9 +24,18 @@ from launch.config import load_job
 from launch.health_folder import HealthFolder
 from launch.rules import slurm_seconds
 from launch.run_lock import RunBusy, lock_run
+from launch.slurm_world import first_host, meeting_port, tasks_per_node, world_of_step
 from launch.submission import Submission
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks_of(language: str) -> list[str]:
+    """Those of docs/slurm.md."""
+    text = (ROOT / "docs" / "slurm.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -258,6 +269,54 @@ def test_gpus_are_those_that_slurm_gave(tmp_path: Path, monkeypatch: pytest.Monk
     node = slurm_node.Node(["a", "b"], 1, 2, tmp_path, tmp_path / "health" / "7-0")
     (world,) = (word.partition("=")[2] for word in node._launcher([], 1) if word.startswith("--world_info"))
     assert json.loads(base64.urlsafe_b64decode(world)) == {"a": [0, 1], "b": ["4", "5"]}
+
+
+def test_ranks_that_srun_starts_know_their_world() -> None:
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NUM_TASKS": "7",
+        "SLURM_STEP_TASKS_PER_NODE": "4,3",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+    }
+    world = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "LOCAL_SIZE": "3", "MASTER_ADDR": "gpu07"}
+    assert world_of_step(step) == world | {"MASTER_PORT": str(meeting_port(7, 0))}
+    own = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert world_of_step(step | own) == world | own
+    assert world_of_step(step | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty
+    assert world_of_step({key: value for key, value in step.items() if key != "SLURM_STEP_ID"}) is None  # a job script
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1] and tasks_per_node("8") == [8]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node-1", "node-1"), ("a[07-12,20],b3", "a07"), ("a3,b[1-2]", "a3"), ("r[1-2]n4-ib,x", "r1n4-ib")],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("block", blocks_of("yaml"))
+def test_the_containers_of_the_documentation_reach_the_nodes(
+    slurm: Path, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load(block)["slurm"]
+    made = submitted(*(f"slurm.{key}={json.dumps(value)}" for key, value in settings.items()))
+    slice_of(made, monkeypatch, saves=200)
+    (called,) = [line for line in slurm.read_text().splitlines() if line.startswith("srun ")]
+    words = called.split()
+    node = next(number for number, word in enumerate(words) if word.endswith("slurm_node.py"))
+    before = " ".join(words[: node - 2])
+    if "container" in settings:
+        assert before.endswith(settings["container"])
+    for option in settings.get("srun_options", []):
+        assert option in before
+    assert words[node - 2] == settings["python"]
+    script = (made.folder / "job.sbatch").read_text()
+    assert f"exec {settings['python']} -u " in script
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
