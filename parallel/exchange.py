@@ -23,6 +23,7 @@ from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangeCall, ExchangePlan, exchange_plan
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
+from parallel.lanes import Lanes
 from parallel.sequence import document_rows
 from parallel.transport import Arrival, Transport
 
@@ -94,9 +95,13 @@ class ExchangeAttention(AttentionOperator):
     ) -> tuple[Tensor, Tensor, Tensor]:
         out = q.new_empty(q.shape) if out is None else out
         lse_shape, kept_shape = self.saved_shapes(q, k)
-        lse: Tensor | None = None
         kept = k.new_empty(kept_shape)
-        jobs = self._gather(self._rows(q, documents), k, v, kept)
+        planned = self._rows(q, documents)
+        turns = sum(len(rows.calls) for rows in planned)
+        lanes, lse = Lanes(q.device, turns), torch.empty(0)
+        if turns > 1:
+            lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+        jobs = self._gather(planned, k, v, kept)
         for remote in (False, True):  # first what needs no peer
             for rows, buffer, arrival in jobs:
                 if remote and arrival is not None:
@@ -105,22 +110,20 @@ class ExchangeAttention(AttentionOperator):
                 for call in rows.calls:
                     if call.remote != remote:
                         continue
-                    _, part = self.kernel.forward(
-                        _part(q, call.queries),
-                        _some(keys, call.keys),
-                        _some(values, call.keys),
-                        self.scale,
-                        call.mask,
-                        out=_part(out, call.queries),
-                    )
-                    if call.queries is None:
-                        lse = part
-                        continue
-                    if lse is None:
-                        lse = part.new_empty(lse_shape)
-                    batch_rows, tokens = call.queries
-                    lse[batch_rows, :, tokens] = part
-        assert lse is not None, "a plan has calls"
+                    with lanes.turn():
+                        _, part = self.kernel.forward(
+                            _part(q, call.queries),
+                            _some(keys, call.keys),
+                            _some(values, call.keys),
+                            self.scale,
+                            call.mask,
+                            out=_part(out, call.queries),
+                        )
+                        if call.queries is None:
+                            lse = part
+                        else:
+                            lse[call.queries[0], :, call.queries[1]] = part
+        lanes.join()
         return out, lse, kept
 
     def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
@@ -138,13 +141,15 @@ class ExchangeAttention(AttentionOperator):
         for rows, buffer, arrival in jobs:
             if arrival is not None:
                 arrival.wait()
-            of_keys = KeyGradients(self.transport, rows.plan, buffer)
+            of_keys, lanes = KeyGradients(self.transport, rows.plan, buffer), Lanes(q.device, len(rows.calls))
             keys, values = sides(buffer)
-            for call in rows.calls:
-                if not call.remote:
-                    of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
-                with of_keys.of(call.keys) as (dk_part, dv_part):
-                    self._backward_call(call, keys, values, dout, saved, (dq, dk_part, dv_part))
+            for call, *rest in (rows.calls[number:] for number in range(len(rows.calls))):
+                with lanes.turn():
+                    with of_keys.of(call.keys) as (dk_part, dv_part):
+                        self._backward_call(call, keys, values, dout, saved, (dq, dk_part, dv_part))
+                    if call is rows.calls[0] and not any(later.remote for later in rest):
+                        of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
+            lanes.join()
             of_keys.send_home()
             gradients.append((rows.rows, of_keys))
         for batch_rows, of_keys in gradients:
