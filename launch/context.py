@@ -105,11 +105,7 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
         traffic = own * pair * (2 * (by_keys - 1) + by_keys * 4 // width)
     tokens = rows * length // mesh.context_parallel_size
     traffic += tokens * (by_heads - 1) // by_heads * 4 * (query_heads + kv_heads) * job.model.head_dim * width
-    groups = max(
-        count
-        for count in (1, 2, 4)
-        if kv_heads // by_heads % count == 0 and (count == 1 or tokens >= count * _TOKENS_PER_HEAD_GROUP)
-    )
+    groups = max(1, min(3, kv_heads // by_heads, tokens // _TOKENS_PER_HEAD_GROUP))
     reason = "as configured"
     if configured == "auto":
         reason = f"a layer receives {traffic / 2**20:,.1f} MiB"
