@@ -9,7 +9,7 @@ parallelism, so its mask, packed documents and window need nothing more, and its
 is at its best. Around a ring or an exchange over R groups the tokens are those of one rank in zigzag order of R.
 
 While the inner operator works on one group of heads the others travel: only the first arrival and the last departure
-are exposed, so the first and the last group are the smallest. Groups take turns on two streams (`lanes`).
+are exposed, so the first and the last group are the smallest.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model.kernels import AttentionOperator, Documents, KernelOperator
+from model.kernels import AttentionOperator, Documents
 from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets
 from parallel.copy_engine import copy_rows
 from parallel.fused import Heads, pack_heads, unpack_heads
-from parallel.lanes import Lanes
 from parallel.transport import Arrival, Transport
 
 
@@ -56,18 +55,16 @@ class UlyssesAttention(AttentionOperator):
         inputs, outputs = kept.split([there.numel, back.numel]) if self.keep else (q.new_empty(there.numel), kept)
         wholes = there.by_group(inputs)
         arrivals = there.gather(wholes)
-        lanes, returning = self._lanes(q), []
+        returning = []
         for group, arrival in enumerate(arrivals):
             arrival.wait()
             slot = back.slot(group)
-            with lanes.turn():
-                whole_q, whole_k, whole_v = there.split(wholes[group], group)
-                _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=slot.transpose(0, 1))
-                returning.append(back.send(slot, group))
-                back.lse_by_group(lse)[group].copy_(part)
-                if self.keep:
-                    back.by_group(outputs)[group].copy_(slot)
-        lanes.join()
+            whole_q, whole_k, whole_v = there.split(wholes[group], group)
+            _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=slot.transpose(0, 1))
+            returning.append(back.send(slot, group))
+            back.lse_by_group(lse)[group].copy_(part)
+            if self.keep:
+                back.by_group(outputs)[group].copy_(slot)
         for arrival in returning:
             arrival.wait()
         return out, lse, kept
@@ -85,7 +82,7 @@ class UlyssesAttention(AttentionOperator):
             kept_inputs, kept_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
             inputs, outputs = kept.split([kept_inputs.numel, kept_outputs.numel])
         lse_by_group = _Trade(self, (q,), k).lse_by_group(lse)
-        lanes, returning = self._lanes(q), []
+        returning = []
         for group, arrival in enumerate(arrivals):
             arrival.wait()
             whole_dout, *whole = there.split(wholes[group], group)
@@ -96,17 +93,11 @@ class UlyssesAttention(AttentionOperator):
             into_q, into_k, into_v = back.split(slot, group)
             whole_q, whole_k, whole_v, whole_out = whole
             part = Saved(whole_q, whole_k, whole_v, whole_out, lse_by_group[group], q.new_empty(0), documents)
-            with lanes.turn():
-                self.inner.backward(whole_dout, part, targets=(into_q, into_k, into_v))
-                returning.append(back.send(slot, group))
-        lanes.join()
+            self.inner.backward(whole_dout, part, targets=(into_q, into_k, into_v))
+            returning.append(back.send(slot, group))
         for arrival in returning:
             arrival.wait()
         return dq, dk, dv
-
-    def _lanes(self, q: Tensor) -> Lanes:
-        """Two for groups of heads, unless the inner operator has messages of its own, whose order is that of one."""
-        return Lanes(q.device, self.head_groups if isinstance(self.inner, KernelOperator) else 1)
 
     def chunks(self, rank: int, length: int) -> list[slice]:
         """Where the `length` tokens of `rank` stand among the group's, in their local order."""
