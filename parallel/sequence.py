@@ -29,6 +29,8 @@ _STEPS = 128
 """So finely a balanced cut is chosen, in parts of a rank's tokens."""
 _TILE = 128
 """Kernels compute tiles: a token costs about as much as this many pairs whatever it sees."""
+_FETCHED = 256
+"""Pairs that cost as much as fetching a key and sending its gradient home: 924 / (H / K) on an H200 over NVLink."""
 
 
 def check_sequence_length(sequence_length: int, context_parallel_size: int) -> None:
@@ -76,24 +78,40 @@ def zigzag_parts(sequence_length: int, context_parallel_size: int) -> list[Part]
 def balanced_parts(
     sequence_length: int, context_parallel_size: int, boundaries: Sequence[int], window: int | None = None
 ) -> list[Part]:
-    """Each rank's part of one sequence with documents 0 = b0 < b1 < ... < S: the zigzag where there is only one."""
+    """Each rank's part of one sequence with documents 0 = b0 < b1 < ... < S: the zigzag where there is only one.
+
+    Of all cuts the one whose busier side, and what the sides fetch of each other, cost least.
+    """
+    if len(boundaries) == 2:
+        return zigzag_parts(sequence_length, context_parallel_size)
     length = sequence_length // context_parallel_size
-    step = max(1, length // _STEPS)
-    # The most even first: of equally good cuts it is taken.
-    lefts = sorted({0, length, *range(length // 2 % step, length, step)}, key=lambda left: abs(2 * left - length))
-    work = _work(boundaries, window)
+    work, cut_off = _work(boundaries, window), _cut_off(boundaries, window)
     low, high, parts = 0, sequence_length, []
-    for ranks in range(context_parallel_size, 1, -1):
-        share = (work(high) - work(low)) / ranks
+    for others in range(context_parallel_size - 1, 0, -1):
+        whole, shift = work(high) - work(low), high - length - low  # a cut at low + left is one at low + left + shift
 
-        def excess(left: int, low: int = low, high: int = high, share: float = share) -> float:
-            right = high - (length - left)
-            return abs(work(low + left) - work(low) + work(high) - work(right) - share)
+        def cost(left: int, low: int = low, high: int = high, whole: int = whole, others: int = others) -> float:
+            first, second = low + left, high - (length - left)
+            mine = work(first) - work(low) + work(high) - work(second)
+            return max(mine, (whole - mine) / others) + _FETCHED * max(cut_off(first), cut_off(second))
 
-        left = min(lefts, key=excess)
+        lefts = {0, length, *range(length // 2 % (step := max(1, length // _STEPS)), length, step)}
+        ends = {bound - low - moved for bound in boundaries for moved in (0, shift)}  # where no document is cut
+        lefts |= {left for left in ends if 0 <= left <= length}
+        left = min(sorted(lefts, key=lambda left: abs(2 * left - length)), key=cost)  # of equal ones the most even
         parts.append(_ranges((low, low + left), (high - (length - left), high)))
         low, high = low + left, high - (length - left)
     return [*parts, [(low, high)]]
+
+
+def _cut_off(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]:
+    """A function: how many keys before a position are seen from there on."""
+
+    def cut_off(position: int) -> int:
+        seen = position - boundaries[bisect_right(boundaries, position) - 1]
+        return seen if window is None else min(seen, window - 1)
+
+    return cut_off
 
 
 def _work(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]:
