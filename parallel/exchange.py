@@ -62,7 +62,8 @@ class ExchangeAttention(AttentionOperator):
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
     rank's outputs [B, L, H, D]. `balanced` says that sequences were cut as their documents balance. `keep_gathered`
-    keeps fetched keys and values for the backward pass; otherwise they are fetched again.
+    keeps fetched keys and values for the backward pass; otherwise they are fetched again. `two_streams` lets a rank's
+    kernel calls take turns (`lanes`).
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class ExchangeAttention(AttentionOperator):
         deterministic: bool = False,
         balanced: bool = False,
         keep_gathered: bool = True,
+        two_streams: bool = False,
     ):
         super().__init__()
         self.transport, self.kernel, self.scale = transport, kernel, scale
         self.window, self.deterministic = window, deterministic
-        self.balanced, self.keep_gathered = balanced, keep_gathered
+        self.balanced, self.keep_gathered, self.two_streams = balanced, keep_gathered, two_streams
         self.size, self.rank = transport.group.size(), transport.rank
         self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
@@ -98,7 +100,7 @@ class ExchangeAttention(AttentionOperator):
         kept = k.new_empty(kept_shape)
         planned = self._rows(q, documents)
         turns = sum(len(rows.calls) for rows in planned)
-        lanes, lse = Lanes(q.device, turns), torch.empty(0)
+        lanes, lse = self._lanes(q, turns), torch.empty(0)
         if turns > 1:
             lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
         jobs = self._gather(planned, k, v, kept)
@@ -141,7 +143,7 @@ class ExchangeAttention(AttentionOperator):
         for rows, buffer, arrival in jobs:
             if arrival is not None:
                 arrival.wait()
-            of_keys, lanes = KeyGradients(self.transport, rows.plan, buffer), Lanes(q.device, len(rows.calls))
+            of_keys, lanes = KeyGradients(self.transport, rows.plan, buffer), self._lanes(q, len(rows.calls))
             keys, values = sides(buffer)
             for call, *rest in (rows.calls[number:] for number in range(len(rows.calls))):
                 with lanes.turn():
@@ -155,6 +157,9 @@ class ExchangeAttention(AttentionOperator):
         for batch_rows, of_keys in gradients:
             of_keys.collect(*(x if batch_rows is None else x[batch_rows] for x in (dk, dv)))
         return dq, dk, dv
+
+    def _lanes(self, q: Tensor, turns: int) -> Lanes:
+        return Lanes(q.device, turns if self.two_streams else 1)
 
     def _backward_call(
         self, call: _Call, keys: Tensor, values: Tensor, dout: Tensor, saved: Saved, targets: Gradients

@@ -2,7 +2,8 @@
 
 An attention kernel leaves more and more multiprocessors idle as it ends: its last blocks are as long as any other. On
 another stream the next kernel's blocks move in as they leave, and what is done before and after a kernel (sums, copies,
-conversions) runs beside its neighbour.
+conversions) runs beside its neighbour. The first stream goes first where both have blocks waiting: otherwise the end of
+its work would wait for the second's kernel.
 """
 
 from __future__ import annotations
@@ -45,4 +46,4 @@ class Lanes:
 
 @cache
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)

@@ -103,8 +103,8 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         memory = transport(stage.device, number)
         return UlyssesAttention(memory, KernelOperator(kernel, **settings), head_groups=groups)
 
-    def exchange(number: int = 0, balanced: bool = False) -> AttentionOperator:
-        return ExchangeAttention(transport(stage.device, number), kernel, balanced=balanced, **settings)
+    def exchange(number: int = 0, **variant: bool) -> AttentionOperator:
+        return ExchangeAttention(transport(stage.device, number), kernel, **variant, **settings)
 
     def exchange_within_heads(by_heads: int) -> AttentionOperator:
         neighbours, across = split_transports(stage.device, by_heads)
@@ -116,6 +116,8 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         if by_heads and groups <= row.key_value_heads // stage.ranks:
             found[heads_name(groups)] = partial(entry, partial(heads, groups))
     found["exchange"] = partial(entry, exchange)
+    if not row.documents and stage.device.type == "cuda":
+        found["exchange, two streams"] = partial(entry, partial(exchange, two_streams=True))
     if row.documents:
         found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
     if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):

@@ -45,6 +45,7 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
         "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
+        "exchange on two streams": ExchangeAttention(memory, kernel, two_streams=True, **settings),
         "exchange by messages": ExchangeAttention(messages, kernel, **settings),
         "ring": RingAttention(group, kernel, **settings),
     }

@@ -89,9 +89,11 @@ def cost_of(parts: list[list[tuple[int, int]]], boundaries: list[int], window: i
         queries = tokens_of(part)
         first = np.array(boundaries)[np.searchsorted(boundaries, queries, side="right") - 1]
         first = np.maximum(first, queries - window + 1)
-        seen = np.unique(np.concatenate([np.arange(low, query + 1) for low, query in zip(first, queries, strict=True)]))
+        seen = np.zeros(boundaries[-1] + 1, dtype=int)
+        np.add.at(seen, first, 1)
+        np.add.at(seen, queries + 1, -1)
         work.append((queries - first + 1 + 128).sum())
-        fetched.append(len(np.setdiff1d(seen, queries)))
+        fetched.append(len(np.setdiff1d(np.flatnonzero(seen.cumsum() > 0), queries)))
     return max(work) + 256 * max(fetched)
 
 
