@@ -51,6 +51,7 @@ def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroS
         overlap=job.parallel.overlap_communication,
         offload_optimizer=job.parallel.offload_optimizer,
         offload_parameters=job.parallel.offload_parameters,
+        secondary_partition_size=job.parallel.secondary_partition_size,
     )
 
 

@@ -77,6 +77,9 @@ class ParallelSection(Section):
     offload_parameters: Literal["none", "cpu"] = "none"
     """cpu keeps this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
     arXiv:2104.07857); needs zero_stage 3 and offload_optimizer."""
+    secondary_partition_size: int = Field(default=1, ge=1)
+    """Neighbours in data x context, such as those of one node, that share a second copy of the parameters, so that the
+    backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide data x context. 1: none."""
 
 
 class BlendedCorpus(Section):

@@ -39,6 +39,7 @@ def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[R
         mesh.data_parallel_size * mesh.context_parallel_size,
         offload_optimizer=job.parallel.offload_optimizer != "none",
         offload_parameters=job.parallel.offload_parameters != "none",
+        secondary_partition_size=job.parallel.secondary_partition_size,
     )
     activations = estimate_activations(
         job.model,

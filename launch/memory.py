@@ -47,6 +47,7 @@ def estimate_states(
     *,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
+    secondary_partition_size: int = 1,
 ) -> States:
     """The states of `parameters` elements that `zero_size` = dp x cp ranks hold, as DeepSpeed 0.19 keeps them.
 
@@ -56,17 +57,18 @@ def estimate_states(
     - Stages 1 to 3: fp32 masters are kept beside the parameters, fp32 ones too, and shared out with the moments.
     - Stage 1, bf16: the backward pass writes bf16 gradients, which are added to whole fp32 ones: 6 bytes.
     - Stage 2 shares gradients out, stage 3 parameters too.
+    - A secondary partition is a second share of the parameters, of that many ranks.
     - An offloaded optimizer keeps in host memory masters, moments, two copies of the share of fp32 gradients (one
       accumulates, one is what the update reads) and, below stage 3, the updated share in the parameters' type.
     """
-    share = -(-parameters // zero_size)
+    share, width = -(-parameters // zero_size), BYTES[precision]
+    secondary = width * -(-parameters // secondary_partition_size) if secondary_partition_size > 1 else 0
     if zero_stage == 0:
         return States(4 * parameters, 4 * parameters, 0, 8 * parameters)
     if offload_optimizer:
-        width = BYTES[precision]
         updated = width * share if zero_stage < 3 else 0
         return States(
-            parameters=width * (share if zero_stage == 3 else parameters),
+            parameters=width * (share if zero_stage == 3 else parameters) + secondary,
             gradients=8 * share,
             master_weights=4 * share + updated,
             moments=8 * share,
@@ -74,7 +76,7 @@ def estimate_states(
         )
     gradient_bytes = 6 if zero_stage == 1 and precision == "bf16" else 4
     return States(
-        parameters=BYTES[precision] * (share if zero_stage == 3 else parameters),
+        parameters=width * (share if zero_stage == 3 else parameters) + secondary,
         gradients=gradient_bytes * (share if zero_stage >= 2 else parameters),
         master_weights=4 * share,
         moments=8 * share,

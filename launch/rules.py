@@ -325,6 +325,34 @@ def _offloaded_parameters_are_partitioned(job: Job) -> None:
         )
 
 
+@_rule(
+    "parallel.secondary_partition_size",
+    "parallel.zero_stage",
+    "parallel.offload_parameters",
+    "parallel.tensor_parallel_size",
+)
+def _secondary_partitions_are_whole(job: Job) -> None:
+    size, stage, offload = (
+        job.parallel.secondary_partition_size,
+        job.parallel.zero_stage,
+        job.parallel.offload_parameters,
+    )
+    if size > 1 and (stage < 3 or offload != "none"):
+        raise ValueError(
+            f"secondary_partition_size ({size}) above 1 needs zero_stage 3 (here {stage}) and offload_parameters none "
+            f"(here {offload}), as a second copy of partitioned parameters on the device; set both, or "
+            "parallel.secondary_partition_size=1"
+        )
+    if job.world_size is None or job.world_size % job.parallel.tensor_parallel_size:
+        return
+    ranks = job.world_size // job.parallel.tensor_parallel_size
+    if ranks % size:
+        raise ValueError(
+            f"secondary_partition_size ({size}) must divide data x context ({ranks} ranks here); valid: "
+            f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+        )
+
+
 @_rule("training.offload_activations", "training.activation_checkpointing")
 def _offloaded_activations_are_few(job: Job) -> None:
     policy = job.training.activation_checkpointing

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as _deepspeed_ops
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import groups as _deepspeed_groups
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
@@ -76,10 +77,20 @@ def partitioner(mesh: ParallelMesh, settings: ZeroSettings) -> Callable[[nn.Modu
     if settings.stage < 3:
         return lambda module: None
     config, mpu = deepspeed_config(settings), ModelParallelUnit(mesh)
+    # DeepSpeed would make groups of consecutive ranks of the world, which mix the slices of tensor parallelism, and its
+    # engine takes what it finds here.
+    secondary = mesh.split_zero(settings.secondary_partition_size) if settings.secondary_partition_size > 1 else None
+    _deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = secondary
 
     def partition(module: nn.Module) -> None:
         # The group must be named: without it, tensor-parallel shards of rank 0 would be broadcast to all ranks.
-        deepspeed.zero.Init(module=module, data_parallel_group=mesh.zero_group, mpu=mpu, config_dict_or_path=config)
+        deepspeed.zero.Init(
+            module=module,
+            data_parallel_group=mesh.zero_group,
+            zero_param_parallel_group=secondary,
+            mpu=mpu,
+            config_dict_or_path=config,
+        )
 
     return partition
 
@@ -322,6 +333,7 @@ class ZeroEngine:
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
             if persistent:
                 persistent[0].all_gather(persistent)
+            optimizer.invalidate_secondary_tensor()
 
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

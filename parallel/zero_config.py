@@ -39,6 +39,9 @@ class ZeroSettings:
     """Where master weights and moments live and are updated."""
     offload_parameters: Offload = "none"
     """Where the partitioned parameters of stage 3 live while they are not gathered."""
+    secondary_partition_size: int = 1
+    """Neighbours in dp x cp that share a second copy of the parameters, from which the backward pass gathers; 1: none
+    (hpZ of ZeRO++, arXiv:2306.10209, section 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -
             "stage3_gather_16bit_weights_on_model_save": False,
             # DeepSpeed's replacement of torch's linear is compiled anew for each parameter, and saves nothing here.
             "memory_efficient_linear": False,
+            "zero_hpz_partition_size": settings.secondary_partition_size,
             "offload_optimizer": {"device": settings.offload_optimizer},
             "offload_param": {"device": settings.offload_parameters},
         },

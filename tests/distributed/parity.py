@@ -137,6 +137,8 @@ def all_cases() -> list[Case]:
         Case(2, 1, 2, stage, False, parallel="offload_optimizer: cpu" + ", offload_parameters: cpu" * (stage == 3))
         for stage in (2, 3)
     ]
+    layouts = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 1)]
+    offloaded += [Case(*layout, 3, layout[0] == 1, parallel="secondary_partition_size: 2") for layout in layouts]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
     parked = [

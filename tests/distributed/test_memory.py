@@ -17,10 +17,12 @@ from parallel.zero_config import Offload
 from parallel.zero_inference import InferenceEngine
 from tests.distributed.harness import run_distributed
 
-LAYOUTS: list[tuple[int, Precision, Offload]] = [
-    *((stage, precision, "none") for stage in range(4) for precision in ("fp32", "bf16")),
-    *((stage, "bf16", "cpu") for stage in (2, 3)),
+LAYOUTS: list[tuple[int, Precision, Offload, int]] = [
+    *((stage, precision, "none", 1) for stage in range(4) for precision in ("fp32", "bf16")),
+    *((stage, "bf16", "cpu", 1) for stage in (2, 3)),
+    (3, "bf16", "none", 2),
 ]
+"""Stage, precision, where the optimizer is, ranks of a secondary partition."""
 WIDTH, DEPTH = 384, 8  # matrices above the size up to which stage 3 keeps parameters whole (100,000 elements)
 BUFFER = 2 * 4 * WIDTH**2  # bytes: below stage 3 two buckets take turns, each as large as the largest gradient
 SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
@@ -46,11 +48,19 @@ def _layers(
     return model, shards
 
 
-def _held_by_one(mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload) -> tuple[int, int]:
+def _held_by_one(
+    mesh: ParallelMesh, stage: int, precision: Precision, offload: Offload, secondary: int
+) -> tuple[int, int]:
     before = _storages()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     settings = zero_config.ZeroSettings(
-        stage, precision, micro_batch_size=1, accumulation_steps=3, gradient_clipping=1.0, offload_optimizer=offload
+        stage,
+        precision,
+        micro_batch_size=1,
+        accumulation_steps=3,
+        gradient_clipping=1.0,
+        offload_optimizer=offload,
+        secondary_partition_size=secondary,
     )
     model, shards = _layers(mesh, settings, dtype if stage > 0 else torch.float32)
     engine = zero.ZeroEngine(
@@ -81,10 +91,18 @@ def _storages() -> dict[int, int]:
 def test_states_and_host_copies_are_as_estimated() -> None:
     parameters = DEPTH * WIDTH**2
     for rank, held in enumerate(run_distributed(held_bytes, 2)):
-        for (stage, precision, offload), (found, copies) in zip(LAYOUTS, held, strict=True):
-            expected = estimate_states(parameters, stage, precision, 2, offload_optimizer=offload == "cpu").total
+        for (stage, precision, offload, secondary), (found, copies) in zip(LAYOUTS, held, strict=True):
+            expected = estimate_states(
+                parameters,
+                stage,
+                precision,
+                2,
+                offload_optimizer=offload == "cpu",
+                secondary_partition_size=secondary,
+            ).total
             layout = (
-                f"rank {rank}, stage {stage}, {precision}, {offload} offloaded: {found} bytes held, {expected} expected"
+                f"rank {rank}, stage {stage}, {precision}, {offload} offloaded, secondary {secondary}: {found} bytes "
+                f"held, {expected} expected"
             )
             assert 0.995 * expected <= found <= expected + BUFFER, layout
             saved = 0 if stage == 0 and rank else host_copies(parameters, stage, 2)

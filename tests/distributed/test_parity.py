@@ -20,6 +20,7 @@ import launch.feed
 import launch.trainer
 import parallel.collectives
 import parallel.key_gradients
+import parallel.mesh
 import parallel.ring
 import parallel.tensor
 import parallel.transport
@@ -43,7 +44,7 @@ def test_layout_computes_what_one_process_computes(case: Case) -> None:
 def test_the_cases_cover_what_they_should() -> None:
     cases = all_cases()
     assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
-    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 108
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 112
 
 
 # -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------
@@ -143,6 +144,13 @@ def norm_without_the_tensor_parallel_mark() -> None:
     deepspeed.initialize = forgetful
 
 
+def secondary_partitions_of_consecutive_ranks() -> None:
+    """As DeepSpeed makes them by itself: with tensor parallelism they mix slices of different ranks."""
+    parallel.mesh.ParallelMesh.split_zero = lambda mesh, size: parallel.mesh._own_group(  # type: ignore[method-assign]
+        mesh.rank, [list(range(first, first + size)) for first in range(0, mesh.shape.world_size, size)]
+    )
+
+
 def mean_of_means() -> None:
     """Each rank normalises by its own tokens: wrong wherever labels are masked unevenly."""
 
@@ -173,6 +181,10 @@ def mean_of_means() -> None:
         (key_gradients_stay_away, Case(1, 2, 1, 2, False, mode="exchange")),
         (shards_are_contiguous, Case(1, 2, 1, 2, False)),
         (norm_without_the_tensor_parallel_mark, Case(2, 1, 1, 3, False)),
+        (
+            secondary_partitions_of_consecutive_ranks,
+            Case(2, 1, 2, 3, False, parallel="secondary_partition_size: 2"),
+        ),
         (mean_of_means, Case(1, 1, 2, 1, False)),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

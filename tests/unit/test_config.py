@@ -349,6 +349,10 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
             "which needs activation_checkpointing attention or full (here selective)",
         ),
         (
+            ["parallel.secondary_partition_size=2", "parallel.zero_stage=2"],
+            "secondary_partition_size (2) above 1 needs zero_stage 3 (here 2)",
+        ),
+        (
             ["training.memory_budget_gib=70", "training.activation_checkpointing=full"],
             "memory_budget_gib (70) is read by activation_checkpointing auto only (here full)",
         ),
@@ -387,6 +391,13 @@ def test_checkpoint_rules_let_sound_keys_pass(tmp_path: Path) -> None:
 
 def test_named_kernels_need_not_be_here(tmp_path: Path) -> None:
     assert load(tmp_path, "model.attention_backend=flash_attn_4").model.attention_backend == "flash_attn_4"
+
+
+def test_secondary_partitions_divide_the_ranks(tmp_path: Path) -> None:
+    overrides = ["parallel.tensor_parallel_size=2", "parallel.secondary_partition_size=4"]
+    assert load(tmp_path, *overrides).parallel.secondary_partition_size == 4
+    message = "secondary_partition_size (4) must divide data x context (6 ranks here); valid: 1, 2, 3, 6"
+    assert message in report(tmp_path, *overrides, "training.global_batch_size=12", world_size=12)
 
 
 @pytest.mark.parametrize(
