@@ -103,7 +103,8 @@ class ParallelMesh:
         """This rank's group of `size` neighbours in dp x cp. Collective over the world."""
         tps, cps, dps = range(self.tp_size), range(self.cp_size), range(self.dp_size)
         rows = [[self.shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]
-        return _own_group(self.rank, [row[start : start + size] for row in rows for start in range(0, len(row), size)])
+        neighbours = [row[start : start + size] for row in rows for start in range(0, len(row), size)]
+        return _own_group("secondary partition", self.rank, neighbours)
 
     def warm_up(self, device: torch.device) -> None:
         """One collective in every group, on the device that will train. Collective over the world.
