@@ -54,7 +54,8 @@ def test_killed_and_moved_with_corpora_added_reweighted_and_left_out_nothing_is_
 
 def files_of(tiny: TinyJob) -> dict[Path, bytes]:
     """What a run has that must not be lost."""
-    return {path: path.read_bytes() for path in tiny.run.rglob("*") if path.is_file() and path.name != "lock"}
+    paths = [*tiny.checkpoints.rglob("*"), *(tiny.run / "data").iterdir(), tiny.run / "metrics.jsonl"]
+    return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
 def test_bad_corpora_at_a_resume_are_one_error_each_and_lose_nothing(tmp_path: Path) -> None:
