@@ -153,8 +153,12 @@ def _best(shares: dict[str, tuple[float, bool]], ours: bool) -> tuple[str, str]:
     return name, f"{of_one_side[name]:.1%}"
 
 
+FAMILIES = ["CUDA graphs", "within heads", "heads", "exchange", "ring-flash-attn", "zigzag ring", TORCH, "yunchang"]
+"""Lines of the plot: a mode belongs to the first of these that its name holds, and the fastest of a family is drawn."""
+
+
 def plot(results: Results, path: Path) -> None:
-    """Share of the ideal over tokens per rank, 32/8 heads, each mode in the newest run that measured it.
+    """Share of the ideal over tokens per rank, 32/8 heads, flash_attn_4, each mode in the newest run that measured it.
 
     Needs matplotlib (pip install 'ringzero[bench]').
     """
@@ -165,23 +169,37 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
-    panels = {"causal": {}, "packed documents, seed 1": {"documents": 1}, "window 4,096": {"window": 4096}}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4.2), sharey=True)
-    for axis, (title, mask) in zip(axes, panels.items(), strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for length in sorted({row.local_tokens for row in grid()}):
-            for name, (share, _) in newest_shares(results, Row(32, 8, length, **mask), "flash_attn_4").items():
-                lines.setdefault(name, []).append((length, share))
-        for name, points in lines.items():
-            style = "--" if name.startswith(TORCH) else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+    masks: dict[str, dict[str, int]] = {
+        "causal": {},
+        "packed documents, seed 1": {"documents": 1},
+        "window 4,096": {"window": 4096},
+    }
+    panels = {title: lines for title, mask in masks.items() if (lines := _lines(results, mask))}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for family, points in lines.items():
+            style = "--" if family in (TORCH, "ring-flash-attn", "yunchang") else "-"
+            colour = f"C{FAMILIES.index(family)}"
+            axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3, label=family)
         axis.set(title=f"{title}, 32/8 heads", xlabel="tokens per rank", ylim=(0, 1.05))
         axis.set_xscale("log", base=2)
         axis.axhline(1, color="grey", linewidth=0.5)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
-        if lines:
-            axis.legend(fontsize=7)
-    axes[0].set_ylabel("forward + backward, share of the ideal")
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("forward + backward, share of the ideal")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _lines(results: Results, mask: dict[str, int]) -> dict[str, list[tuple[int, float]]]:
+    """For each family its points (tokens per rank, share of the ideal)."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for length in sorted({row.local_tokens for row in grid()}):
+        best: dict[str, float] = {}
+        for name, (share, _) in newest_shares(results, Row(32, 8, length, **mask), "flash_attn_4").items():
+            family = next(family for family in FAMILIES if family in name)
+            best[family] = max(share, best.get(family, 0))
+        for family, share in best.items():
+            lines.setdefault(family, []).append((length, share))
+    return lines
