@@ -56,7 +56,8 @@ def copy_late() -> list[dict[str, Any]]:
         corpus = Corpus.from_documents("training", tokens, [len(tokens)], "0")
         batches = Batches(SequenceSampler(corpus, LENGTH, seed=0), 2, 1, 1, 0)
         trainer = Trainer(job, mesh, engine, batches, Mock(), SilentMonitor(), Mock(), {})
-        for step in range(2):  # the second snapshot uses the buffer of the first
+        engine.snapshot(copy=True).wait()  # makes the buffer, which may wait for the device
+        for step in range(2):
             before: Parts = {key: part.detach().cpu().clone() for key, part in parts(engine.fragments()).items()}
             with torch.cuda.stream(engine._host_copies._stream):
                 torch.cuda._sleep(_CYCLES)
