@@ -15,7 +15,7 @@ from launch.environment import Place, node_name, start_name, under_slurm
 from launch.hang_report import Member
 from launch.health_folder import HealthFolder
 from launch.pace import Pace
-from launch.probes import outliers, probe, summary
+from launch.probes import Links, outliers, probe, summary
 from launch.stragglers import Stragglers
 from launch.watchdog import Patience, Watchdog
 
@@ -52,12 +52,14 @@ class Health:
         if not wanted.probe or self.place.world_size == 1:
             return []
         begun = time.perf_counter()
-        found = probe(device, self.place.rank, self.members, self.folder.path)
+        links = Links(self.place.rank, self.members)
+        found = probe(device, self.place.rank, self.members, links, self.folder.path)
         slow = outliers(found, self.members, wanted.outlier)
         if slow:  # once may be chance
             before = {outlier.what for outlier in slow}
-            found = probe(device, self.place.rank, self.members, self.folder.path)
+            found = probe(device, self.place.rank, self.members, links, self.folder.path)
             slow = [outlier for outlier in outliers(found, self.members, wanted.outlier) if outlier.what in before]
+        links.close()
         lines = [summary(found, time.perf_counter() - begun), *(f"warning: {outlier.words}" for outlier in slow)]
         if not slow or not wanted.exclude or not under_slurm():
             return lines

@@ -59,22 +59,49 @@ class Outlier:
     words: str
 
 
-def probe(device: torch.device, rank: int, members: Sequence[Member], folder: Path) -> list[Rates]:
-    """Every rank's rates, in the order of ranks. Collective over the world; takes seconds, nearly all of them to
-    connect."""
-    nodes = _nodes(members)
-    names = list(nodes)
-    load, here = LOADS[device.type], names.index(members[rank].host)
+class Links:
+    """This rank's groups for as long as it measures: its node's, and those of its node and each neighbour."""
+
+    def __init__(self, rank: int, members: Sequence[Member]) -> None:
+        """Collective over the world, for each group by turns: torch names groups that only their members make by what
+        else there is, and would give a name twice."""
+        nodes = _nodes(members)
+        ranks, own = list(nodes.values()), list(nodes).index(members[rank].host)
+        self.node = _group(ranks, [(one,) for one in range(len(ranks))], own)
+        self.pairs = [_group(ranks, meeting, own) for meeting in pairings(len(ranks))]
+        """One for each round; None where this node sits out."""
+
+    def close(self) -> None:
+        """Their buffers would stay for the whole run."""
+        for group in (self.node, *self.pairs):
+            if group is not None and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+
+def _group(ranks: Sequence[list[int]], nodes: Sequence[tuple[int, ...]], own: int) -> dist.ProcessGroup | None:
+    """Makes a group of each tuple of nodes; the one with this node, None if there is none or it holds one rank."""
+    mine = None
+    for numbers in nodes:
+        those = [rank for number in numbers for rank in ranks[number]]
+        whole = len(those) == dist.get_world_size()
+        group = dist.group.WORLD if whole else dist.new_group(those, group_desc="probe")
+        if own in numbers and len(those) > 1:
+            mine = group
+    return mine
+
+
+def probe(device: torch.device, rank: int, members: Sequence[Member], links: Links, folder: Path) -> list[Rates]:
+    """Every rank's rates, in the order of ranks. Collective over the world; takes a second or two."""
+    load = LOADS[device.type]
     matmul = _matmul_rate(device, load)
-    node = _within(nodes[names[here]], device, load)
+    node = _within(links.node, device, load)
     pairs = []
-    for meeting in pairings(len(names)):
-        partner = next((pair for pair in meeting if here in pair), None)
+    for pair in links.pairs:
         dist.barrier()  # neighbours start together; the others must not compute meanwhile
-        if partner is not None:
-            pairs.append(_within([one for number in partner for one in nodes[names[number]]], device, load))
+        pairs.append(_within(pair, device, load))
     dist.barrier()
-    write = _write_rate(folder / f"probe-{rank}", load) if nodes[names[here]][0] == rank else None
+    leads = _nodes(members)[members[rank].host][0] == rank
+    write = _write_rate(folder / f"probe-{rank}", load) if leads else None
     mine = Rates(matmul, node, max((rate for rate in pairs if rate is not None), default=None), write)
     found: list[Rates] = [mine] * len(members)
     dist.all_gather_object(found, mine)
@@ -149,18 +176,14 @@ def _matmul_rate(device: torch.device, load: Load) -> float:
     return 2 * size**3 / fastest(lambda: left @ right, device, _MATMUL_SECONDS)
 
 
-def _within(ranks: Sequence[int], device: torch.device, load: Load) -> float | None:
-    """Bytes/s of an all-reduce among `ranks`, which all call this at once; None for one alone."""
-    if len(ranks) < 2:
+def _within(group: dist.ProcessGroup | None, device: torch.device, load: Load) -> float | None:
+    """Bytes/s of an all-reduce in `group`, whose ranks all call this at once; None for none."""
+    if group is None:
         return None
-    whole = len(ranks) == dist.get_world_size()
-    # Only its members make it: otherwise every rank would wait for every pair of nodes.
-    group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+    size = dist.get_world_size(group)
     message = torch.ones(load.message_bytes // 4, device=device)
     seconds = fastest(lambda: dist.all_reduce(message, group=group), device)
-    if not whole:
-        dist.destroy_process_group(group)  # its buffers would stay for the whole run
-    return 2 * (len(ranks) - 1) / len(ranks) * load.message_bytes / seconds
+    return 2 * (size - 1) / size * load.message_bytes / seconds
 
 
 def fastest(work: Callable[[], object], device: torch.device, at_least: float = 0.0) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.health_folder import HealthFolder
 from launch.submission import LATEST, Submission, newest_submission
 
 
@@ -40,6 +41,8 @@ def report(submission: Submission, run: Path) -> str:
         ("nodes", " ".join(slices[-1]["nodes"]) if slices else "none yet"),
         ("step", f"{logged.get('step', saved)} of {total}{speed}"),
         ("loss", f"{logged['loss']:.4f}" if isinstance(logged.get("loss"), float) else "none yet"),
+        *([("avoided", ",".join(slices[-1]["excluded"]))] if slices and slices[-1].get("excluded") else []),
+        *[("hung", str(told)) for told in _verdicts(run, slices)[-1:]],
         ("checkpoint", f"step {saved} in {submission.checkpoint_location}" if saved else "none yet"),
         ("log", str(submission.log(slices[-1]["job"] if slices else newest))),
         ("ranks' logs", str(submission.folder / LATEST)),
@@ -63,6 +66,12 @@ def _state(job_id: int) -> str:
         ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", str(job_id)], capture_output=True, text=True
     ).stdout.strip()
     return f"{past.replace('|', ', exit code ')}" if past else "not in the queue any more"
+
+
+def _verdicts(run: Path, slices: Sequence[dict[str, Any]]) -> list[Path]:
+    """What the watchdogs of this submission's starts have said, oldest first."""
+    names = [f"{start['job']}-{start['restart']}" for start in slices if "job" in start]
+    return [told for name in names for told in HealthFolder(run, name).told()]
 
 
 def _last_logged(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     --check                say whether the job is valid and how it would be laid out, and stop; needs no GPU
     --world_size N         processes to check for; without it, the size that the slurm section asks for, else tp x cp
 
-Exit status: 0 done, 1 failed, 2 the configuration is wrong, 75 stopped by SIGUSR2 or SIGTERM with a checkpoint saved.
+Exit status: 0 done, 1 failed, 2 the configuration is wrong, 75 stopped by SIGUSR2 or SIGTERM with a checkpoint saved,
+76 ended by the watchdog of a run that hung.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from launch import probes, stragglers
 from launch.hang_report import Member
-from launch.probes import Rates, outliers, probe, summary
+from launch.probes import Links, Rates, outliers, probe, summary
 from launch.stragglers import Finding, Stragglers
 from tests.distributed.harness import run_distributed
 
 WORLD = 4
 CPU = torch.device("cpu")
-SLOW = 3.0
+SLOW = 2.0
 """Seconds that a planted fault adds to what takes milliseconds."""
 
 
@@ -27,7 +27,10 @@ def probed(folder: str, nodes: int, slow_writer: int | None) -> list[Rates]:
     fsync = probes.os.fsync
     if rank == slow_writer:
         probes.os.fsync = lambda number: (time.sleep(SLOW), fsync(number))
-    found = probe(CPU, rank, members, Path(folder))
+    links = Links(rank, members)
+    for _ in range(2):  # as after an outlier
+        found = probe(CPU, rank, members, links, Path(folder))
+    links.close()
     probes.os.fsync = fsync
     assert not list(Path(folder).iterdir())
     assert summary(found, 1.0).startswith("probed in 1.0 s")
@@ -38,14 +41,15 @@ def probed(folder: str, nodes: int, slow_writer: int | None) -> list[Rates]:
 
 
 def test_every_rank_knows_what_all_have_measured(tmp_path: Path) -> None:
-    for nodes, slow_writer in ((1, None), (2, 2), (4, 3)):
+    for nodes, slow_writer in ((1, None), (2, 2), (3, 2), (4, 3)):
         told = run_distributed(probed, WORLD, str(tmp_path), nodes, slow_writer)
         assert told == [told[0]] * WORLD
         for rank, rates in enumerate(told[0]):
             assert rates.matmul > 1e6
-            assert (rates.node is None) == (nodes == WORLD)
+            alone = [one * nodes // WORLD for one in range(WORLD)].count(rank * nodes // WORLD) == 1
+            assert (rates.node is None) == alone
             assert (rates.pairs is None) == (nodes == 1)
-            assert (rates.write is None) == (rank % (WORLD // nodes) > 0)
+            assert (rates.write is None) == (rank > 0 and rank * nodes // WORLD == (rank - 1) * nodes // WORLD)
 
 
 def looked(slow: int) -> list[Finding | None]:

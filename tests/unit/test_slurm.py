@@ -229,10 +229,14 @@ def test_a_job_that_hung_is_queued_again_without_the_nodes_to_blame(
     ended: list[int] = []
     monkeypatch.setattr(slurm_job.os, "kill", lambda pid, number: ended.append(number))
     slice_of(made, monkeypatch, saves=5)
+    before = capsys.readouterr().out
     requeue, update = slurm.read_text().splitlines()[-2:]
     assert requeue == "scontrol requeue 7" and update == "scontrol update JobId=7 ExcNodeList=node-3,node-4,node-5"
+    assert status.main([str(made.run)]) == 0
+    asked = capsys.readouterr().out
+    assert f"hung         {folder.path}/verdict-0.txt" in asked and "avoided      node-3" in asked
     assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    told = capsys.readouterr().out
+    told = before + asked
     assert "job 7 hung, and stopped at step 5 of 200" in told
     assert "queueing job 7 again, without node-4 node-5" in told
 
