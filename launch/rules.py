@@ -364,6 +364,15 @@ def _offloaded_activations_are_few(job: Job) -> None:
         )
 
 
+@_rule("training.offload_activations", "parallel.context_parallel_graphs")
+def _recordings_stay(job: Job) -> None:
+    if job.training.offload_activations != "none" and job.parallel.context_parallel_graphs:
+        raise ValueError(
+            f"offload_activations is {job.training.offload_activations} with context_parallel_graphs, whose recordings "
+            "keep their memory on the device; set one of them to none or false"
+        )
+
+
 @_rule("training.memory_budget_gib", "training.activation_checkpointing")
 def _a_budget_is_for_auto(job: Job) -> None:
     budget, policy = job.training.memory_budget_gib, job.training.activation_checkpointing

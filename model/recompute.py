@@ -45,7 +45,7 @@ def recomputed(function: Callable[..., Any], policy: Recompute, store: Store | N
         return function
     if policy == "full":
         return partial(checkpoint, function, use_reentrant=False)
-    if policy == "attention" and store is not None and not torch.compiler.is_compiling():
+    if policy == "attention" and not torch.compiler.is_compiling() and store is not None:
         # What a selective checkpoint keeps is not seen by autograd, nor by a store, unless it is compiled.
         return partial(checkpoint, function, use_reentrant=False, context_fn=partial(_attention_in, store))
     kept = (attention_op, *_PRODUCTS) if policy == "selective" else (attention_op,)

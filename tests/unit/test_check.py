@@ -24,7 +24,7 @@ from model.recompute import Recompute
 from model.rope import rotary_tables
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-WORLD_SIZES = {"quickstart": 4, "llama3-8b-8k": 8, "llama3-8b-8k-tp2": 16, "llama3-8b-128k": 32}
+WORLD_SIZES = {"quickstart": 4, "llama3-8b-8k": 8, "llama3-8b-8k-tp2": 16, "llama3-8b-128k": 32, "llama3-8b-512k": 2}
 
 
 def test_every_configuration_is_listed() -> None:

@@ -353,6 +353,14 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
             "secondary_partition_size (2) above 1 needs zero_stage 3 (here 2)",
         ),
         (
+            [
+                "training.offload_activations=cpu",
+                "training.activation_checkpointing=full",
+                "parallel.context_parallel_graphs=true",
+            ],
+            "with context_parallel_graphs, whose recordings keep their memory on the device",
+        ),
+        (
             ["training.memory_budget_gib=70", "training.activation_checkpointing=full"],
             "memory_budget_gib (70) is read by activation_checkpointing auto only (here full)",
         ),
