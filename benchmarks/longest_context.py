@@ -40,6 +40,8 @@ LENGTHS = [2**exponent for exponent in range(20, 12, -1)]
 """From 1,048,576 tokens down to 8,192."""
 BUILD_SECONDS = 120
 """Of an attempt's time, for its processes to start and its model to be built."""
+HOST_SHARE = 0.9
+"""Of the host's memory: the rest is for the processes themselves. A host without memory ends more than an attempt."""
 ASSUMED_SHARE = 0.5
 """Of the GPU's peak FLOP/s, by which the time of a step is foretold."""
 BEGIN, END = "<!-- longest_context.py -->", "<!-- end -->"
@@ -252,6 +254,7 @@ def _machine(seconds: float) -> Machine:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         host = min(host, int(text))
+    host = int(HOST_SHARE * host)
     if not torch.cuda.is_available():
         return Machine(host, host, 1.0, seconds)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
