@@ -59,6 +59,11 @@ def test_every_command_runs(command: str) -> None:
         ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr
         assert "valid on" in ended.stdout
+    elif words[-1] == "--table":
+        ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        rates = re.findall(r"^\| [^|]+ \| ([\d,]+) \|", README.read_text(), re.MULTILINE)
+        assert rates and all(f"| {rate} |" in ended.stdout for rate in rates), "the table above it shows other figures"
     elif words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words[1]
         in_ci = re.search(rf"\bmake {re.escape(words[1])}\b", (ROOT / ".ci" / "run").read_text())
