@@ -12,7 +12,7 @@ from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.exchange import ExchangeAttention
 from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
-from parallel.sequence import chunk_starts
+from parallel.sequence import balanced_parts, zigzag_parts
 from parallel.transport import MessageTransport, SymmetricTransport, make_transport
 from parallel.ulysses import UlyssesAttention
 from tests.distributed.harness import run_distributed
@@ -45,6 +45,7 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
         "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
+        "exchange, balanced cut": ExchangeAttention(memory, kernel, balanced=True, **settings),
         "exchange on two streams": ExchangeAttention(memory, kernel, two_streams=True, **settings),
         "exchange by messages": ExchangeAttention(messages, kernel, **settings),
         "ring": RingAttention(group, kernel, **settings),
@@ -62,19 +63,19 @@ def _errors(backend: str) -> dict[tuple[str, str, str], float]:
     full = [
         torch.randn(1, S, heads, D, device="cuda", dtype=torch.bfloat16, generator=generator) for heads in (H, K, K, H)
     ]
-    chunk = S // (2 * dist.get_world_size())
-    starts = chunk_starts(S, dist.get_world_size(), dist.get_rank())
-    mine = torch.cat([torch.arange(start, start + chunk) for start in starts]).cuda()
-    local = [tensor[:, mine] for tensor in full]
-    found = {}
+    size, rank, found = dist.get_world_size(), dist.get_rank(), {}
     for mask, (boundaries, window) in MASKS.items():
         documents = Documents.from_boundaries(boundaries, "cuda") if boundaries else None
         settings = {"scale": D**-0.5, "window": window}
         reference = KernelOperator(KERNELS["math"], **settings)
-        expected = [tensor[:, mine] for tensor in _run(reference, [tensor.float() for tensor in full], documents)]
-        whole = KernelOperator(KERNELS[backend], **settings)
-        single = _relative([tensor[:, mine] for tensor in _run(whole, full, documents)], expected)
+        exact = _run(reference, [tensor.float() for tensor in full], documents)
+        by_one_call = _run(KernelOperator(KERNELS[backend], **settings), full, documents)
         for name, operator in operators(backend, window).items():
+            balanced = "balanced" in name and documents is not None
+            parts = balanced_parts(S, size, boundaries, window) if balanced else zigzag_parts(S, size)
+            mine = torch.cat([torch.arange(*piece) for piece in parts[rank]]).cuda()
+            local, expected, one_call = ([tensor[:, mine] for tensor in of] for of in (full, exact, by_one_call))
+            single = _relative(one_call, expected)
             errors = [_relative(_run(operator, local, documents), expected) for _ in range(3)]
             for tensor, alone, *others in zip(("out", "dq", "dk", "dv"), single, *errors, strict=True):
                 found[mask, name, tensor] = max(others) / alone
