@@ -255,11 +255,16 @@ def test_ranks_that_srun_starts_itself(cluster: SlurmCluster, undisturbed: Slurm
     train += [override for override in run.overrides if not override.startswith("slurm.")]
     script = tmp_path / "own.sbatch"
     exports = "".join(f"export {name}={value}\n" for name, value in ENVIRONMENT.items())
-    step = shlex.join(["srun", "--cpus-per-task=4", "--cpu-bind=none", *train])
+    step = shlex.join(["srun", "--cpu-bind=none", *train])
     script.write_text(f"#!/bin/bash\n{exports}trap '' TERM\n{step}; echo status $?\n{step}\n")
     options = ["-N2", "--ntasks-per-node=1", f"-o{tmp_path}/own.log"]
     job = int(cluster.command("sbatch", "--parsable", *options, str(script)))
-    cluster.until(lambda: run.job.logged() >= 6, PATIENCE)
+
+    def trains() -> bool:
+        assert cluster.state(job) in ("PENDING", "RUNNING"), (tmp_path / "own.log").read_text()
+        return run.job.logged() >= 6
+
+    cluster.until(trains, PATIENCE)
     cluster.command("scancel", "--signal=TERM", f"{job}.0")
     assert cluster.end(job, PATIENCE) == "COMPLETED", (tmp_path / "own.log").read_text()
     log = (tmp_path / "own.log").read_text()
