@@ -115,6 +115,7 @@ def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatc
     for step in range(6, 30):
         pace.begin(STEP, step)
     assert pace.limit(STEP)[0] == 120.0 and "health.minimum_step_seconds" in (pace.note() or "")
+    assert pace.limit("evaluation")[0] == 1800.0  # nor when there has been one
     assert pace.current == Activity(STEP, 29, pace.current.began) and str(pace.current) == "step 29"
 
 
@@ -143,6 +144,7 @@ def test_outliers_are_named_with_their_peers() -> None:
     alone = [Member(rank, f"node-{rank}", 0) for rank in range(4)]
     words = [one.words for one in outliers(found, alone, 0.7)]
     assert "node-3: writing of node-3, 1 B/s, is 0% of its peers' 1 GB/s" in words and len(words) == 3
+    assert len(outliers([rates(), rates(matmul=3e14)], alone[:2], 0.6)) == 1  # itself is not among its peers
     assert not outliers([rates(node=None, pairs=None)] * 2, MEMBERS[:2], 0.99)
     assert "matmul 600 TFLOP/s (300 T to 600 T)" in summary(found, 1.0)
 
