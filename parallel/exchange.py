@@ -139,10 +139,17 @@ class ExchangeAttention(AttentionOperator):
             like.new_empty(like.shape) if target is None else target
             for like, target in zip((q, k, v), targets, strict=True)
         )
-        gradients = []
+        under_way: list[tuple[slice | None, KeyGradients]] = []
+
+        def collect_one() -> None:
+            batch_rows, of_keys = under_way.pop(0)
+            of_keys.collect(*(x if batch_rows is None else x[batch_rows] for x in (dk, dv)))
+
         for rows, buffer, arrival in jobs:
             if arrival is not None:
                 arrival.wait()
+            if len(under_way) == 2:  # their slots are still to be read, and a transport has few
+                collect_one()
             of_keys, lanes = KeyGradients(self.transport, rows.plan, buffer), self._lanes(q, len(rows.calls))
             keys, values = sides(buffer)
             for call, *rest in (rows.calls[number:] for number in range(len(rows.calls))):
@@ -153,9 +160,9 @@ class ExchangeAttention(AttentionOperator):
                         of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
             lanes.join()
             of_keys.send_home()
-            gradients.append((rows.rows, of_keys))
-        for batch_rows, of_keys in gradients:
-            of_keys.collect(*(x if batch_rows is None else x[batch_rows] for x in (dk, dv)))
+            under_way.append((rows.rows, of_keys))
+        while under_way:
+            collect_one()
         return dq, dk, dv
 
     def _lanes(self, q: Tensor, turns: int) -> Lanes:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.kernels import KERNELS
+from model.kernels import KERNELS, Documents
 from parallel.exchange import ExchangeAttention
 from parallel.exchange_plan import exchange_plan
 from parallel.sequence import balanced_parts, document_rows
-from parallel.transport import MessageTransport
+from parallel.transport import MessageTransport, Place, Rows
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_ring import (
     CASES,
@@ -148,3 +151,39 @@ def test_what_is_sent_is_what_was_planned() -> None:
     counted = run_distributed(_messages, 4)
     assert all(sent == planned for sent, planned in counted)
     assert 0 < sum(sent for sent, _ in counted) == 6 * 4 * 2 * B * 2 * 8  # six borders between ranks, a window of 5 - 1
+
+
+class FewSlots(MessageTransport):
+    """Hands out the same four slots in turn, as peers' memory does."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__(group)
+        self.uses, self.memory = 0, [torch.empty(2**18) for _ in range(4)]
+
+    def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return self.memory[self.uses % 4][: math.prod(shape)].view(tuple(shape)).fill_(9)
+
+    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Any:
+        self.uses += 1
+        arrival: Any = super().exchange(slot, rows, place)
+        while arrival.works:  # the slot may be written again as soon as its turn comes
+            arrival.works.pop().wait()
+        return arrival
+
+
+def _many_rows() -> bool:
+    """Whether a batch of seven rows with documents of their own is the same in few slots."""
+    group, generator = dist.group.WORLD, torch.Generator().manual_seed(dist.get_rank())
+    bounds = sorted({row * 32 + cut for row in range(7) for cut in (0, 3 + 2 * row, 25)} | {224})
+    documents, found = Documents.from_boundaries(bounds, "cpu"), []
+    inputs = [torch.randn(7, 16, heads, 8, generator=generator) for heads in (4, 2, 2, 4)]
+    for transport, keep in itertools.product((MessageTransport(group), FewSlots(group)), (True, False)):
+        attend = ExchangeAttention(transport, KERNELS["math"], scale=SCALE, keep_gathered=keep)
+        q, k, v = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+        out = attend(q, k, v, documents)
+        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])])
+    return all(torch.equal(one, other) for results in found for one, other in zip(results, found[0], strict=True))
+
+
+def test_a_transport_needs_few_slots() -> None:
+    assert run_distributed(_many_rows, 2) == [True, True]
