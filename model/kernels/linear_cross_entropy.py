@@ -51,7 +51,8 @@ def linear_cross_entropy(
     hidden [N, E], weight [V, E], labels [N] int64, IGNORED_LABEL where a token carries no loss. Where the weight is a
     slice of a larger vocabulary, `combine` joins the slices' statistics, and the gradient of `hidden` is this slice's
     term of a sum. Under autocast the products are computed in autocast's dtype, and the gradients keep the inputs'.
-    `compiled` fuses the softmax between the products (torch.compile), which in plain operators takes half their time.
+    `compiled` fuses the softmax between the products (torch.compile), which in plain operators takes two thirds of
+    their time (docs/log.md, the trace of ZeRO-3: 205 of 303 ms).
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
