@@ -23,7 +23,6 @@ from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangeCall, ExchangePlan, exchange_plan
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
-from parallel.lanes import Lanes
 from parallel.sequence import document_rows
 from parallel.transport import Arrival, Transport
 
@@ -62,8 +61,7 @@ class ExchangeAttention(AttentionOperator):
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
     rank's outputs [B, L, H, D]. `balanced` says that sequences were cut as their documents balance. `keep_gathered`
-    keeps fetched keys and values for the backward pass; otherwise they are fetched again. `two_streams` lets a rank's
-    kernel calls take turns (`lanes`).
+    keeps fetched keys and values for the backward pass; otherwise they are fetched again.
     """
 
     def __init__(
@@ -76,12 +74,11 @@ class ExchangeAttention(AttentionOperator):
         deterministic: bool = False,
         balanced: bool = False,
         keep_gathered: bool = True,
-        two_streams: bool = False,
     ):
         super().__init__()
         self.transport, self.kernel, self.scale = transport, kernel, scale
         self.window, self.deterministic = window, deterministic
-        self.balanced, self.keep_gathered, self.two_streams = balanced, keep_gathered, two_streams
+        self.balanced, self.keep_gathered = balanced, keep_gathered
         self.size, self.rank = transport.group.size(), transport.rank
         self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
@@ -99,9 +96,8 @@ class ExchangeAttention(AttentionOperator):
         lse_shape, kept_shape = self.saved_shapes(q, k)
         kept = k.new_empty(kept_shape)
         planned = self._rows(q, documents)
-        turns = sum(len(rows.calls) for rows in planned)
-        lanes, lse = self._lanes(q, turns), torch.empty(0)
-        if turns > 1:
+        lse = torch.empty(0)
+        if sum(len(rows.calls) for rows in planned) > 1:
             lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
         jobs = self._gather(planned, k, v, kept)
         for remote in (False, True):  # first what needs no peer
@@ -112,20 +108,18 @@ class ExchangeAttention(AttentionOperator):
                 for call in rows.calls:
                     if call.remote != remote:
                         continue
-                    with lanes.turn():
-                        _, part = self.kernel.forward(
-                            _part(q, call.queries),
-                            _some(keys, call.keys),
-                            _some(values, call.keys),
-                            self.scale,
-                            call.mask,
-                            out=_part(out, call.queries),
-                        )
-                        if call.queries is None:
-                            lse = part
-                        else:
-                            lse[call.queries[0], :, call.queries[1]] = part
-        lanes.join()
+                    _, part = self.kernel.forward(
+                        _part(q, call.queries),
+                        _some(keys, call.keys),
+                        _some(values, call.keys),
+                        self.scale,
+                        call.mask,
+                        out=_part(out, call.queries),
+                    )
+                    if call.queries is None:
+                        lse = part
+                    else:
+                        lse[call.queries[0], :, call.queries[1]] = part
         return out, lse, kept
 
     def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
@@ -150,23 +144,18 @@ class ExchangeAttention(AttentionOperator):
                 arrival.wait()
             if len(under_way) == 2:  # their slots are still to be read, and a transport has few
                 collect_one()
-            of_keys, lanes = KeyGradients(self.transport, rows.plan, buffer), self._lanes(q, len(rows.calls))
+            of_keys = KeyGradients(self.transport, rows.plan, buffer)
             keys, values = sides(buffer)
             for call, *rest in (rows.calls[number:] for number in range(len(rows.calls))):
-                with lanes.turn():
-                    with of_keys.of(call.keys) as (dk_part, dv_part):
-                        self._backward_call(call, keys, values, dout, saved, (dq, dk_part, dv_part))
-                    if call is rows.calls[0] and not any(later.remote for later in rest):
-                        of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
-            lanes.join()
+                with of_keys.of(call.keys) as (dk_part, dv_part):
+                    self._backward_call(call, keys, values, dout, saved, (dq, dk_part, dv_part))
+                if call is rows.calls[0] and not any(later.remote for later in rest):
+                    of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
             of_keys.send_home()
             under_way.append((rows.rows, of_keys))
         while under_way:
             collect_one()
         return dq, dk, dv
-
-    def _lanes(self, q: Tensor, turns: int) -> Lanes:
-        return Lanes(q.device, turns if self.two_streams else 1)
 
     def _backward_call(
         self, call: _Call, keys: Tensor, values: Tensor, dout: Tensor, saved: Saved, targets: Gradients

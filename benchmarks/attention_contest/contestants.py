@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attention_contest.rows import HEAD_DIM, ONE_GPU, TRIALS, Row
+from attention_contest.rows import HEAD_DIM, ONE_GPU, Row
 from launch.config import JobConfig
 from launch.context import context_plan
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
@@ -116,8 +116,6 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         if by_heads and groups <= row.key_value_heads // stage.ranks:
             found[heads_name(groups)] = partial(entry, partial(heads, groups))
     found["exchange"] = partial(entry, exchange)
-    if not row.documents and stage.device.type == "cuda":
-        found[TRIALS[0]] = partial(entry, partial(exchange, two_streams=True))
     if row.documents:
         found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
     if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from attention_contest.rows import IDEAL, ONE_GPU, TRIALS, Bar, Row
+from attention_contest.rows import IDEAL, ONE_GPU, Bar, Row
 
 Entry = dict[str, Any]
 """{"row": Row's fields, "kernel": name, "gpus": P, "auto": name, "modes": {name: what was measured of it, or
@@ -88,7 +88,7 @@ def reached(entry: Entry, bar: Bar, ours: str | None = None) -> tuple[float, str
     """How many times as fast as the bar's rival our fastest mode (or the one that is named) was in this run, this mode
     and the rival; None if not measured."""
     names = list(finished(entry))
-    candidates = (name for name in names if entry["modes"][name]["ours"] and name not in (ONE_GPU, *TRIALS))
+    candidates = (name for name in names if entry["modes"][name]["ours"] and name != ONE_GPU)
     ours = fastest(entry, (name for name in candidates if ours in (None, name)))
     if ours is None or ONE_GPU not in names:
         return None
@@ -110,6 +110,6 @@ def newest_shares(results: Results, row: Row, kernel: str) -> dict[str, tuple[fl
     found: dict[str, tuple[float, bool]] = {}
     for _, entry in runs_of(results, row, kernel):
         for name in finished(entry):
-            if name not in (ONE_GPU, *TRIALS) and name not in found:
+            if name != ONE_GPU and name not in found:
                 found[name] = share_of_ideal(entry, name), entry["modes"][name]["ours"]
     return found

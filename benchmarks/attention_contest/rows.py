@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 HEAD_DIM = 128
 ONE_GPU = "one GPU, whole sequence"
-TRIALS = ("exchange, two streams",)
-"""Forms of ours that are measured but that no job can choose: no bar is met by them."""
 MEDIAN_DOCUMENT, SIGMA = 1024, 1.2
 
 

@@ -46,7 +46,6 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
         "exchange, balanced cut": ExchangeAttention(memory, kernel, balanced=True, **settings),
-        "exchange on two streams": ExchangeAttention(memory, kernel, two_streams=True, **settings),
         "exchange by messages": ExchangeAttention(messages, kernel, **settings),
         "ring": RingAttention(group, kernel, **settings),
     }

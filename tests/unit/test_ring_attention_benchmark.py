@@ -24,7 +24,6 @@ from attention_contest.rows import (
     ONE_GPU,
     RING_FLASH_ATTN,
     TORCH,
-    TRIALS,
     Bar,
     Row,
     all_rows,
@@ -116,7 +115,6 @@ def test_shares_and_bars() -> None:
     one["modes"]["torch context_parallel (cuDNN, allgather)"] = mode(65, ours=False)
     one["modes"]["torch context_parallel (cuDNN, alltoall)"] = mode(60, ours=False)
     one["modes"]["another peer"] = mode(40, ours=False)
-    one["modes"][TRIALS[0]] = mode(51)  # no job can choose it
     ideal, against_torch, unmet = (Bar(ROW, "flash_attn_4", rival, 1, 1) for rival in (IDEAL, TORCH, RING_FLASH_ATTN))
     assert book.reached(one, ideal) == (pytest.approx(50 / 52), "exchange", IDEAL)
     peer = "torch context_parallel (cuDNN, alltoall)"
