@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.check import layout_report
-from launch.config import ConfigError, JobConfig, load_job
+from launch.config import SECTIONS, ConfigError, JobConfig, load_job
+from launch.rules import RULES, Rule
 from launch.schema_docs import reference
 from launch.stored_model import stored_model, write_model
 from launch.yaml_strict import read_yaml, write_yaml
@@ -146,6 +148,22 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         "      world size (4) must be a multiple of tensor_parallel_size x context_parallel_size (3 x 1 = 3); "
         "start 3 processes or change the sizes"
     )
+
+
+def test_rules_are_reported_in_the_order_of_the_sections(tmp_path: Path) -> None:
+    overrides = ["profile.steps=[9, 11]", "training.micro_batch_size=3", "model.vocab_size=255", "data.files=[a.txt]"]
+    told = re.findall(
+        r"command line: (\w+)\.", report(tmp_path, "parallel.zero_stage=0", "training.precision=fp16", *overrides)
+    )
+    assert told == ["model", "parallel", "data", "profile"]
+
+
+@pytest.mark.parametrize(("needs", "check"), RULES, ids=[check.__name__ for _, check in RULES])
+def test_a_rule_names_every_key_that_it_reads(needs: tuple, check: Rule) -> None:
+    """Or its verdict would be about a key that is in error itself."""
+    read = set(re.findall(r"job\.(\w+)\.(\w+)", inspect.getsource(check)))
+    assert read, "a rule that reads no key"
+    assert {(section, key) for section, key in read if key in SECTIONS[section].model_fields} <= set(needs)
 
 
 @pytest.mark.parametrize(

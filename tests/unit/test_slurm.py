@@ -22,8 +22,8 @@ from launch import slurm_job, slurm_node, status, stopping, submit, watchdog
 from launch.batch_script import render
 from launch.config import load_job
 from launch.health_folder import HealthFolder
-from launch.rules import slurm_seconds
 from launch.run_lock import RunBusy, lock_run
+from launch.sections.slurm import slurm_seconds
 from launch.slurm_world import first_host, meeting_port, tasks_per_node, world_of_step
 from launch.submission import Submission
 

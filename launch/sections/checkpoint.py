@@ -1,0 +1,66 @@
+"""Section `checkpoint`, and the rules that are about it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launch.continuity import acceptable, acceptable_keys
+from launch.rules import Job, rule
+from launch.sections.base import Section
+from launch.storage import check_client
+
+
+class CheckpointSection(Section):
+    """Saving and resuming (docs/checkpoints.md)."""
+
+    directory: str | None = Field(default=None, min_length=1)
+    """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name};
+    {name} stands for job.name. null is checkpoints in the run directory."""
+    save_interval: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = Field(default=3, ge=1)
+    """Checkpoints kept; older ones are removed after a new one is complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep for good, too, those at multiples of so many steps; 0: none."""
+    asynchronous: bool = True
+    """Write in the background: training waits only for a copy of its state to host memory, 12 bytes for each parameter
+    that a rank keeps. false writes from the state itself, and training waits."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """What a failed save does in the middle of a run: warn goes on, stop ends the job, as a failed last
+    save always does."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto continues from the newest checkpoint if there is one, required fails if there is none."""
+    accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Keys that may differ from the checkpoint's at a resume although they change the run, such as optimizer.betas;
+    data accepts other tokens."""
+
+
+@rule("checkpoint.keep_every", "checkpoint.save_interval")
+def _what_is_kept_is_saved(job: Job) -> None:
+    every, interval = job.checkpoint.keep_every, job.checkpoint.save_interval
+    if every and (not interval or every % interval):
+        raise ValueError(
+            f"keep_every ({every}) must be a multiple of save_interval ({interval}), or no checkpoint would be at its "
+            f"steps; nearest valid: {max(1, round(every / interval)) * interval if interval else 'save_interval > 0'}"
+        )
+
+
+@rule("checkpoint.directory")
+def _storage_can_be_reached(job: Job) -> None:
+    """Its client is installed; whether the place exists and may be written is seen when the job runs."""
+    directory = job.checkpoint.directory
+    if directory is None:
+        return
+    try:
+        check_client(directory)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"nothing here reads {directory} ({error}); give a path, or install the client") from None
+
+
+@rule("checkpoint.accept_changes")
+def _changes_can_be_accepted(job: Job) -> None:
+    unknown = [key for key in job.checkpoint.accept_changes if not acceptable(key)]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is no key that a resume refuses; those are {acceptable_keys()}")

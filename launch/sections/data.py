@@ -1,0 +1,97 @@
+"""Section `data`, and the rules that are about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launch.encoders import BYTES
+from launch.rules import Job, rule
+from launch.sections.base import Section
+
+
+class BlendedCorpus(Section):
+    """One corpus of the blend."""
+
+    path: str = Field(min_length=1)
+    """Path of its .bin and .idx without either ending, relative to the working directory; a glob joins several shards
+    in the order of their names."""
+    weight: float = Field(default=1.0, ge=0)
+    """Its share of the sequences, relative to the other weights; 0 reads nothing. It may change when a
+    run is resumed."""
+    name: str | None = Field(default=None, min_length=1)
+    """What checkpoints and the audit call it; null takes the last part of the path."""
+
+    @property
+    def label(self) -> str:
+        """The name, given or taken from the path."""
+        return self.name or Path(self.path).name
+
+
+class DataSection(Section):
+    """The corpus and how it becomes tokens (docs/data.md)."""
+
+    source: Literal["python_stdlib", "files", "indexed"]
+    """python_stdlib reads the running interpreter's own library; files reads what data.files names; indexed reads the
+    token files of data.blend."""
+    files: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Glob patterns of the text files, relative to the working directory; only with source: files."""
+    blend: Annotated[tuple[BlendedCorpus, ...], Field(strict=False)] = ()
+    """Corpora in Megatron's indexed format, with weights; only with source: indexed."""
+    tokenizer: str = Field(default=BYTES, min_length=1)
+    """bytes, or the path of a Hugging Face tokenizer.json. With source: indexed it serves prompts and samples only."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of each corpus held out for evaluation; whole documents go to one side or the other."""
+    validation_paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Corpora of their own for evaluation, written like the path of a blend; then nothing is held out. Only with
+    source: indexed."""
+    packing: Literal["split", "best_fit"] = "split"
+    """How documents fill sequences. split: one after the other, cut where a sequence ends. best_fit: rearranged among
+    64 sequences at a time, so that few are cut; nothing is padded either way."""
+    document_mask: bool = False
+    """A token sees only its own document, where several are packed in one sequence."""
+    cache_directory: str | None = None
+    """Where token files of texts are kept between runs; null is ~/.cache/ringzero."""
+
+
+@rule("data.files", "data.source")
+def _source_has_its_files(job: Job) -> None:
+    if job.data.source == "files" and not job.data.files:
+        raise ValueError("files is empty but source is files; give glob patterns, such as [data/*.txt]")
+    if job.data.source != "files" and job.data.files:
+        raise ValueError(
+            f"files is given but source ({job.data.source}) does not read it; remove files or set source: files"
+        )
+
+
+@rule("data.blend", "data.source")
+def _source_has_its_blend(job: Job) -> None:
+    source, blend = job.data.source, job.data.blend
+    if source == "indexed" and not blend:
+        raise ValueError("blend is empty but source is indexed; list corpora, such as [{path: data/web, weight: 1}]")
+    if source != "indexed" and blend:
+        raise ValueError(f"blend is given but source ({source}) does not read it; remove it or set source: indexed")
+    if blend and not any(corpus.weight for corpus in blend):
+        raise ValueError(f"all {len(blend)} weights are 0, so nothing would be read; give one a weight > 0")
+
+
+@rule("data.blend")
+def _corpora_have_names_of_their_own(job: Job) -> None:
+    labels = [corpus.label for corpus in job.data.blend]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(
+            f"{len(labels)} corpora have {len(set(labels))} names: {', '.join(twice)} comes twice, and a checkpoint "
+            "tells corpora apart by name; add name: to one"
+        )
+
+
+@rule("data.validation_paths", "data.source")
+def _validation_paths_are_indexed(job: Job) -> None:
+    if job.data.validation_paths and job.data.source != "indexed":
+        raise ValueError(
+            f"validation_paths is given but source ({job.data.source}) does not read it; remove it, and data."
+            "validation_fraction holds a part out, or set source: indexed"
+        )

@@ -1,0 +1,56 @@
+"""Rules about section `model`, whose keys are in `model.config`."""
+
+from __future__ import annotations
+
+import torch
+
+from launch.rules import Job, rule
+from model.kernels import KERNELS
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@rule("model.vocab_size", "data.tokenizer", "data.source")
+def _bytes_fit_the_vocabulary(job: Job) -> None:
+    if job.data.source != "indexed" and job.data.tokenizer == "bytes" and job.model.vocab_size < 256:
+        raise ValueError(
+            f"vocab_size ({job.model.vocab_size}) must be at least 256 for tokenizer bytes, "
+            "which has 256 tokens; raise it or give a tokenizer.json"
+        )
+
+
+@rule(
+    "model.attention_backend",
+    "model.head_dim",
+    "model.sliding_window",
+    "data.document_mask",
+    "parallel.context_parallel_size",
+    "job.device",
+    "training.precision",
+    "training.deterministic",
+)
+def _named_kernel_takes_the_job(job: Job) -> None:
+    """What a kernel declares, not whether this machine has it: the login node need not."""
+    backend = job.model.attention_backend
+    if backend == "auto":
+        return
+
+    def refusal(name: str) -> str | None:
+        capabilities = KERNELS[name].capabilities
+        device = capabilities.device_types[0] if job.job.device == "auto" else job.job.device
+        return capabilities.refusal(
+            device_type=device,
+            dtype=_DTYPES[job.training.resolve_precision(device)],
+            head_dim=job.model.head_dim,
+            window=job.model.sliding_window is not None,
+            documents=job.data.document_mask,
+            rectangular=job.parallel.context_parallel_size > 1,
+            deterministic=job.training.deterministic,
+        )
+
+    why_not = refusal(backend)
+    if why_not is not None:
+        able = [name for name in KERNELS if refusal(name) is None]
+        raise ValueError(
+            f"attention_backend {backend} cannot run this job: it {why_not}; choose {' or '.join(['auto', *able])}"
+        )

@@ -1,0 +1,22 @@
+"""Section `monitor`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from launch.sections.base import Section
+
+
+class MonitorSection(Section):
+    """What is written while training."""
+
+    log_interval: int = Field(default=10, ge=1)
+    """Steps between lines of the log."""
+    histograms: bool = False
+    """Histograms of parameters in TensorBoard, at each evaluation."""
+    progress_bar: Literal["auto", "on", "off"] = "auto"
+    """auto shows one on a terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""

@@ -1,0 +1,61 @@
+"""Section `optimizer`, and the rule that is about it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launch.rules import Job, rule
+from launch.sections.base import Section
+
+
+class OptimizerSection(Section):
+    """AdamW (arXiv:1711.05101) and its learning-rate schedule."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak of the schedule."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.95)
+    """Decay of Adam's two running means, each in [0, 1)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second mean."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices; norms are left alone."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after the warmup: cosine to the minimum, constant and a last decay (WSD, arXiv:2404.06395), or
+    constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise to the peak."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last step's learning rate as a share of the peak; not used by constant."""
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Share of all steps that wsd spends decaying."""
+
+
+@rule(
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.decay_fraction",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.global_batch_size",
+    "training.sequence_length",
+)
+def _schedule_fits_the_run(job: Job) -> None:
+    if job.training.max_steps is None and job.training.max_tokens is None:
+        return  # another rule's to report
+    total, warmup = job.training.total_steps, job.optimizer.warmup_steps
+    if warmup > total:
+        raise ValueError(
+            f"warmup_steps ({warmup}) must not exceed the job's steps ({total}); "
+            "lower it, or raise training.max_steps or training.max_tokens"
+        )
+    decay = round(job.optimizer.decay_fraction * total)
+    if job.optimizer.schedule == "wsd" and warmup + decay > total:
+        raise ValueError(
+            f"warmup_steps ({warmup}) and wsd's decay ({job.optimizer.decay_fraction} of {total} steps, {decay}) "
+            f"exceed the job's steps ({total}) together; lower warmup_steps to {total - decay} or less, "
+            "or lower decay_fraction"
+        )

@@ -1,0 +1,157 @@
+"""Section `parallel`, and the rules that are about it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from launch.rules import Job, rule
+from launch.sections.base import Section
+from launch.sections.training import TrainingSection
+from parallel.mesh import MeshShape
+from parallel.sequence import check_sequence_parallel
+from parallel.tensor import check_head_divisibility
+
+
+class ParallelSection(Section):
+    """How the job is spread over processes; the data-parallel size is what remains of the world."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
+    sequence_parallel: Literal["auto", True, False] = "auto"
+    """Between the layers that tensor parallelism splits, each of its ranks holds and computes its part of the tokens
+    (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that split each sequence (ring attention)."""
+    context_parallel_mode: Literal["auto", "heads", "exchange", "ring"] = "auto"
+    """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
+    partial results are merged, which needs memory for one rank's keys only. heads: as many ranks as divide the KV heads
+    of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto takes what
+    receives the fewest bytes, exchanging keys only while those of a layer fit in 1 GiB."""
+    context_parallel_graphs: bool = False
+    """Replay attention as CUDA graphs: up to about 4,096 tokens a rank the host takes longer to issue it than the GPUs
+    to run it. Costs memory for a copy of each layer's inputs and gradients. GPUs of one host, without documents."""
+    zero_stage: int = Field(default=3, ge=0, le=3)
+    """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
+    too."""
+    gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over data x context; bf16 halves that traffic and rounds each sum."""
+    overlap_communication: bool = True
+    """ZeRO reduces gradients, and at stage 3 fetches parameters, beside computing."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu keeps master weights and moments in host memory and makes the update there (ZeRO-Offload, arXiv:2101.06840);
+    needs zero_stage 2 or 3."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """cpu keeps this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
+    arXiv:2104.07857); needs zero_stage 3 and offload_optimizer."""
+    secondary_partition_size: int = Field(default=1, ge=1)
+    """Neighbours in data x context, such as those of one node, that share a second copy of the parameters, so that the
+    backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide data x context. 1: none."""
+
+
+def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
+    """Whether hidden states are split over tensor-parallel ranks too."""
+    if parallel.sequence_parallel != "auto":
+        return parallel.sequence_parallel and parallel.tensor_parallel_size > 1
+    try:
+        check_sequence_parallel(training.sequence_length, parallel.context_parallel_size, parallel.tensor_parallel_size)
+    except ValueError:
+        return False
+    return parallel.tensor_parallel_size > 1
+
+
+@rule("parallel.tensor_parallel_size", "model.num_attention_heads", "model.num_key_value_heads")
+def _heads_split_evenly(job: Job) -> None:
+    check_head_divisibility(
+        job.model.num_attention_heads, job.model.num_key_value_heads, job.parallel.tensor_parallel_size
+    )
+
+
+@rule("parallel.tensor_parallel_size", "model.intermediate_size")
+def _inner_projections_split_evenly(job: Job) -> None:
+    width, size = job.model.intermediate_size, job.parallel.tensor_parallel_size
+    if width % size:
+        below = width // size * size
+        raise ValueError(
+            f"intermediate_size ({width}) must be divisible by tensor_parallel_size ({size}); "
+            f"nearest valid widths: {f'{below}, ' if below else ''}{below + size}"
+        )
+
+
+@rule(
+    "parallel.sequence_parallel",
+    "training.sequence_length",
+    "parallel.context_parallel_size",
+    "parallel.tensor_parallel_size",
+)
+def _tokens_split_evenly(job: Job) -> None:
+    if job.parallel.sequence_parallel is True:
+        check_sequence_parallel(
+            job.training.sequence_length, job.parallel.context_parallel_size, job.parallel.tensor_parallel_size
+        )
+
+
+@rule("parallel.tensor_parallel_size", "parallel.context_parallel_size")
+def _mesh_fits_the_world(job: Job) -> None:
+    if job.world_size is not None:
+        MeshShape.fit(job.world_size, job.parallel.tensor_parallel_size, job.parallel.context_parallel_size)
+
+
+@rule("parallel.offload_optimizer", "parallel.zero_stage")
+def _offloaded_states_are_shared(job: Job) -> None:
+    if job.parallel.offload_optimizer != "none" and job.parallel.zero_stage < 2:
+        raise ValueError(
+            f"offload_optimizer is {job.parallel.offload_optimizer}, which needs zero_stage 2 or 3 (here "
+            f"{job.parallel.zero_stage}): whole gradients would stay on the device; set parallel.zero_stage=2 or "
+            "parallel.offload_optimizer=none"
+        )
+
+
+@rule("parallel.offload_parameters", "parallel.offload_optimizer", "parallel.zero_stage")
+def _offloaded_parameters_are_partitioned(job: Job) -> None:
+    if job.parallel.offload_parameters == "none":
+        return
+    if job.parallel.zero_stage < 3 or job.parallel.offload_optimizer == "none":
+        raise ValueError(
+            f"offload_parameters is {job.parallel.offload_parameters}, which needs zero_stage 3 (here "
+            f"{job.parallel.zero_stage}) and offload_optimizer cpu (here {job.parallel.offload_optimizer}); set both, "
+            "or parallel.offload_parameters=none"
+        )
+
+
+@rule(
+    "parallel.secondary_partition_size",
+    "parallel.zero_stage",
+    "parallel.offload_parameters",
+    "parallel.tensor_parallel_size",
+)
+def _secondary_partitions_are_whole(job: Job) -> None:
+    size, stage, offload = (
+        job.parallel.secondary_partition_size,
+        job.parallel.zero_stage,
+        job.parallel.offload_parameters,
+    )
+    if size > 1 and (stage < 3 or offload != "none"):
+        raise ValueError(
+            f"secondary_partition_size ({size}) above 1 needs zero_stage 3 (here {stage}) and offload_parameters none "
+            f"(here {offload}), as a second copy of partitioned parameters on the device; set both, or "
+            "parallel.secondary_partition_size=1"
+        )
+    if job.world_size is None or job.world_size % job.parallel.tensor_parallel_size:
+        return
+    ranks = job.world_size // job.parallel.tensor_parallel_size
+    if ranks % size:
+        raise ValueError(
+            f"secondary_partition_size ({size}) must divide data x context ({ranks} ranks here); valid: "
+            f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+        )
+
+
+@rule("parallel.zero_stage", "training.precision")
+def _fp16_has_master_weights(job: Job) -> None:
+    if job.training.precision == "fp16" and job.parallel.zero_stage == 0:
+        raise ValueError(
+            "zero_stage (0) must be 1 or more with precision fp16, because DeepSpeed's stage 0 would "
+            "accumulate gradients in fp16; set parallel.zero_stage=1 or training.precision=bf16"
+        )

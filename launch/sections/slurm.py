@@ -1,0 +1,99 @@
+"""Section `slurm`, and the rule that is about it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from launch.rules import Job, rule
+from launch.sections.base import Section
+
+Word = Annotated[str, Field(pattern=r"^\S+$")]
+"""What stands on one `#SBATCH` line without blanks."""
+
+Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
+
+
+class SlurmSection(Section):
+    """What to ask Slurm for (docs/slurm.md)."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of the job."""
+    gpus_per_node: int = Field(default=8, ge=1)
+    """GPUs of each node, one process each; with job.device: cpu, processes."""
+    gres: Word | None = "gpu"
+    """The generic resource that is a GPU, such as gpu or gpu:h100; null asks for none, as job.device: cpu does."""
+    partition: Word | None = None
+    """Partition to submit to; null takes the cluster's default."""
+    account: Word | None = None
+    """Account to charge."""
+    qos: Word | None = None
+    """Quality of service."""
+    reservation: Word | None = None
+    """Reservation to run in."""
+    time: str | None = Field(default=None, pattern=r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$")
+    """Time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    constraint: Word | None = None
+    """Node features to require."""
+    exclude: Word | None = None
+    """Nodes to keep away from, such as node[3,7-9]."""
+    exclusive: bool = True
+    """Take whole nodes, with all their CPUs and memory."""
+    cpus_per_node: int | None = Field(default=None, ge=1)
+    """CPUs of each node; null takes all that Slurm gives. Without exclusive that may be one for all processes."""
+    memory: Word | None = None
+    """Memory of each node, such as 500G; null takes the cluster's default, or all of it with exclusive."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str | int] = Field(
+        default_factory=dict
+    )
+    """Variables that every process gets, such as NCCL_SOCKET_IFNAME: ib0."""
+    modules: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    """Loaded by `module load` before anything else."""
+    setup: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """Lines of bash that run on the first node before the job starts."""
+    python: str | None = Field(default=None, min_length=1)
+    """Interpreter on the nodes; null is the one that submits."""
+    container: Line | None = None
+    """Words before the command of each node, such as apptainer exec --nv image.sif; what srun itself takes goes into
+    srun_options."""
+    sbatch_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """More `#SBATCH` lines, such as --mail-type=END."""
+    srun_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """More options of srun, one each, such as --container-image=image.sqsh."""
+    template: str | None = Field(default=None, min_length=1)
+    """File to render in place of the built-in job script; it holds {directives}, {setup} and {command}."""
+    stop_seconds: int = Field(default=120, ge=1)
+    """How long before the time limit the job is told to save and make room."""
+    max_restarts: int = Field(default=20, ge=0)
+    """How often a job that was stopped is queued again."""
+    max_idle_slices: int = Field(default=2, ge=1)
+    """Starts in a row from one and the same step, after which a job is not queued again."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
+
+
+def slurm_seconds(limit: str) -> int:
+    """Seconds of a time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@rule("slurm.stop_seconds", "slurm.time")
+def _a_slice_has_time_to_train(job: Job) -> None:
+    if job.slurm.time is None:
+        return
+    limit, lead = slurm_seconds(job.slurm.time), job.slurm.stop_seconds
+    if 0 < limit <= lead:
+        raise ValueError(
+            f"stop_seconds ({lead}) must be less than the time limit ({job.slurm.time}, {limit} s), or the job is told "
+            "to stop as it starts; raise slurm.time or lower slurm.stop_seconds"
+        )

@@ -1,0 +1,154 @@
+"""Section `training`, and the rules that are about it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from launch.parameters import Precision
+from launch.rules import Job, rule
+from launch.sections.base import Section
+from parallel.sequence import check_sequence_length
+
+
+class TrainingSection(Section):
+    """Batches, length, precision and evaluation."""
+
+    sequence_length: int = Field(ge=1)
+    """Tokens of one sequence, before it is split over context-parallel ranks."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences of one forward pass of one data-parallel rank."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences of one optimizer step, all ranks together. Gradient accumulation is derived from it."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop at the first step that has seen this many tokens; with max_steps too, whichever comes first."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on GPUs and fp32 on CPUs; fp16 brings loss scaling."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
+    activation_checkpointing: Literal["auto", "none", "selective", "attention", "full"] = "none"
+    """What a block computes again in the backward pass, to keep less. selective: norms, rotation and activation, but no
+    matrix product and no attention. attention: everything but attention (and its messages). full: everything, from the
+    block's input. auto: the least that fits in memory, by the estimate of --check: the first blocks may have another
+    policy than the rest."""
+    memory_budget_gib: float | None = Field(default=None, gt=0)
+    """Memory of one rank that auto fills; null is 90 % of the device's memory."""
+    offload_activations: Literal["none", "cpu"] = "none"
+    """cpu keeps in host memory what blocks keep (their input, and attention's output), and fetches it one block ahead
+    in the backward pass; for very long sequences, with activation_checkpointing attention or full."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without tensor parallelism (whose
+    gradients come out wrong there) and without mlp_tile_tokens."""
+    mlp_tile_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
+    tensors never exist whole; for very long sequences. null computes all at once."""
+    evaluation_interval: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates only at the end."""
+    evaluation_batches: int = Field(default=8, ge=1)
+    """Global batches of one evaluation."""
+    deterministic: bool = False
+    """Ask torch and the attention kernel for bitwise repeatable results, at some cost in speed."""
+    sample_tokens: int = Field(default=0, ge=0)
+    """Length of the sample that the trained model writes at the end; 0 writes none."""
+    sample_prompt: str = ""
+    """What the sample starts from."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, all ranks together."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps until max_steps or max_tokens is reached, whichever comes first."""
+        limits = [self.max_steps] if self.max_steps is not None else []
+        if self.max_tokens is not None:
+            limits.append(-(-self.max_tokens // self.tokens_per_step))
+        return min(limits)
+
+    def resolve_precision(self, device_type: str) -> Precision:
+        """The precision that this job uses on "cpu" or "cuda"."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if device_type == "cuda" else "fp32"
+
+
+def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+    """Raises ValueError unless each data-parallel rank gets a whole number of micro batches."""
+    unit = micro_batch_size * data_parallel_size
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        raise ValueError(
+            f"global_batch_size ({global_batch_size}) must be divisible by micro_batch_size x "
+            f"data_parallel_size ({micro_batch_size} x {data_parallel_size} = {unit}); nearest valid sizes: "
+            f"{f'{below}, ' if below else ''}{below + unit}"
+        )
+
+
+@rule("training.sequence_length", "parallel.context_parallel_size")
+def _sequence_splits_evenly(job: Job) -> None:
+    check_sequence_length(job.training.sequence_length, job.parallel.context_parallel_size)
+
+
+@rule("training.compile", "parallel.tensor_parallel_size")
+def _compiled_blocks_split_no_heads(job: Job) -> None:
+    size = job.parallel.tensor_parallel_size
+    if job.training.compile is True and size > 1:
+        raise ValueError(
+            f"compile is true with tensor_parallel_size ({size}) above 1, where gradients come out wrong on GPUs; set "
+            "compile to auto or false"
+        )
+
+
+@rule(
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "parallel.tensor_parallel_size",
+    "parallel.context_parallel_size",
+)
+def _global_batch_divides(job: Job) -> None:
+    ranks_per_replica = job.parallel.tensor_parallel_size * job.parallel.context_parallel_size
+    if job.world_size is None or job.world_size % ranks_per_replica:  # the second is another rule's to report
+        data_parallel_size = 1
+    else:
+        data_parallel_size = job.world_size // ranks_per_replica
+    check_global_batch(job.training.global_batch_size, job.training.micro_batch_size, data_parallel_size)
+
+
+@rule("training.max_steps", "training.max_tokens")
+def _job_ends(job: Job) -> None:
+    if job.training.max_steps is None and job.training.max_tokens is None:
+        raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
+
+
+@rule("training.offload_activations", "training.activation_checkpointing")
+def _offloaded_activations_are_few(job: Job) -> None:
+    policy = job.training.activation_checkpointing
+    if job.training.offload_activations != "none" and policy not in ("attention", "full"):
+        raise ValueError(
+            f"offload_activations is {job.training.offload_activations}, which needs activation_checkpointing "
+            f"attention or full (here {policy}), or more would cross to the host than its link carries; set one of "
+            "these, or training.offload_activations=none"
+        )
+
+
+@rule("training.offload_activations", "parallel.context_parallel_graphs")
+def _recordings_stay(job: Job) -> None:
+    if job.training.offload_activations != "none" and job.parallel.context_parallel_graphs:
+        raise ValueError(
+            f"offload_activations is {job.training.offload_activations} with context_parallel_graphs, whose recordings "
+            "keep their memory on the device; set one of them to none or false"
+        )
+
+
+@rule("training.memory_budget_gib", "training.activation_checkpointing")
+def _a_budget_is_for_auto(job: Job) -> None:
+    budget, policy = job.training.memory_budget_gib, job.training.activation_checkpointing
+    if budget is not None and policy != "auto":
+        raise ValueError(
+            f"memory_budget_gib ({budget:g}) is read by activation_checkpointing auto only (here {policy}); remove it, "
+            "or set training.activation_checkpointing=auto"
+        )
