@@ -88,7 +88,7 @@ class Measurement:
         self.squares = inputs.squared_errors([result for result in results if result is not None], contestant.positions)
         del out, results
         self.gradient = inputs.dense_gradient[:, at]
-        self.peak_gib, self.kernels = self._peak(), self._kernels()
+        self.peak_gib, self.profiled = self._peak(), self._profiled()
         with contestant.context(), torch.no_grad():
             self.forward()
 
@@ -112,8 +112,7 @@ class Measurement:
     def result(self) -> dict[str, Any]:
         """Of the slowest rank: milliseconds (median over the rounds), GiB beyond the inputs; relative errors."""
         forward, both = (statistics.median(self.rounds[kind]) for kind in self.rounds)
-        kernels = -1.0 if self.kernels is None else self.kernels
-        slowest = torch.tensor([forward, both, self.peak_gib, kernels, both - kernels], device=self.device)
+        slowest = torch.tensor([forward, both, self.peak_gib, *(self.profiled or (0.0, 0.0))], device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         dist.all_reduce(self.squares)
         forward, both, peak_gib, kernels, exposed = slowest.tolist()
@@ -122,8 +121,8 @@ class Measurement:
             "forward": forward,
             "forward_backward": both,
             "peak_gib": peak_gib,
-            "kernels": None if self.kernels is None else kernels,
-            "exposed": None if self.kernels is None else exposed,
+            "kernels": None if self.profiled is None else kernels,
+            "exposed": None if self.profiled is None else exposed,
             "errors": dict(zip(NAMES, errors, strict=True)),
         }
 
@@ -139,24 +138,36 @@ class Measurement:
             self.both()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
 
-    def _kernels(self) -> float | None:
-        """Milliseconds of one forward + backward in which a kernel of attention runs on this GPU, by the profiler."""
+    def _profiled(self) -> tuple[float, float] | None:
+        """Milliseconds of one forward + backward in which a kernel of attention runs on this GPU, and in which none
+        does: both of the same repetitions, so that neither the GPU's clock nor the profiler comes between them."""
         if self.device.type != "cuda":
             return None
         dist.barrier()
         torch.cuda.synchronize()
-        repetitions = 2
+        repetitions = 4
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             with self.contestant.context():
                 for _ in range(repetitions):
                     self.both()
             torch.cuda.synchronize()
-        spans = sorted(
-            (event.time_range.start, event.time_range.end)
+        events = [
+            (event.name, event.time_range.start, event.time_range.end)
             for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and ATTENTION_KERNEL.search(event.name)
-        )
-        return covered(spans) / 1e3 / repetitions if spans else None
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        found = attention_and_rest(events)
+        return None if found is None else (found[0] / 1e3 / repetitions, found[1] / 1e3 / repetitions)
+
+
+def attention_and_rest(events: list[tuple[str, float, float]]) -> tuple[float, float] | None:
+    """Of a GPU's activity (name, start, end), from its first to its last moment: the time with and the time without a
+    kernel of attention; None where there is no such kernel."""
+    spans = sorted((start, end) for name, start, end in events if ATTENTION_KERNEL.search(name))
+    if not spans:
+        return None
+    attention = covered(spans)
+    return attention, max(end for _, _, end in events) - min(start for _, start, _ in events) - attention
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from attention_contest import results as book
 from attention_contest.contestants import Stage, auto_name, our_contestants
-from attention_contest.measure import Inputs, Measurement, covered, measure_row
+from attention_contest.measure import Inputs, Measurement, attention_and_rest, covered, measure_row
 from attention_contest.reference import sampled_attention
 from attention_contest.report import all_tables, bars_table, grid_table
 from attention_contest.rows import (
@@ -156,6 +156,17 @@ def test_documents_are_long_tailed_and_the_same_everywhere() -> None:
 def test_covered_time_counts_what_overlaps_once() -> None:
     assert covered([(0, 2), (1, 3), (1.5, 2), (5, 6)]) == 4
     assert covered([]) == 0
+
+
+def test_exposed_time_is_what_the_profiled_repetitions_spend_without_attention() -> None:
+    forward, backward = "void flash_fwd_kernel<x>", "kernel_cutlass_FlashAttentionBackwardSm90"
+    alone = [(forward, 10.0, 13.0), (backward, 13.0, 20.0)] * 2 + [(forward, 20.0, 23.0), (backward, 23.0, 30.0)]
+    assert attention_and_rest(alone) == (20, 0), "one GPU, one kernel after the other"
+    copies = [("Memcpy DtoD", 8.0, 11.0), ("add_shares", 19.5, 20.5), ("Memcpy DtoD", 30.0, 30.5)]
+    assert attention_and_rest(alone + copies) == (20, 2.5), "beside a kernel nothing is exposed"
+    waiting = [(forward, 10.0, 13.0), (backward, 15.0, 20.0)]
+    assert attention_and_rest(waiting) == (8, 2), "a GPU without work is"
+    assert attention_and_rest(copies) is None
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
