@@ -1,114 +1,34 @@
-"""Conversion against transformers itself: its logits, and what it loads of ours. And every refusal."""
+"""Conversion against transformers itself: its logits, what it loads of ours, and what no family can say."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from launch.config import JobConfig
-from launch.convert import from_hf, main, to_hf
+from launch.convert import from_hf, to_hf
 from launch.hugging_face import UnsupportedModel, config_for, model_from
 from launch.initial_weights import _unused_tokenizer
-from launch.safetensors_folder import INDEX, SINGLE
-from launch.stored_model import WeightsError, parameter_shapes, stored_model, write_model
-from launch.weights import Part, open_weights
-from model.attention import KernelAttention
-from model.config import SHAPE_KEYS, ModelConfig, RopeScaling
-from model.gpt import GPT
-from model.kernels import KERNELS
-
-B, S, V = 2, 40, 61
-
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**tiny(), tie_word_embeddings=True),
-    "llama, llama3 scaling": lambda: LlamaConfig(
-        **tiny(), rope_parameters=LLAMA3 | {"rope_theta": 900.0, "original_max_position_embeddings": 16}
-    ),
-    "llama, MHA, biases": lambda: LlamaConfig(**tiny(num_key_value_heads=4), attention_bias=True),
-    "mistral, window, wide heads": lambda: MistralConfig(**tiny(head_dim=20), sliding_window=7),
-    "mistral, no window": lambda: MistralConfig(**tiny(), sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**tiny(), use_sliding_window=False),
-    "qwen2, yarn": lambda: Qwen2Config(
-        **tiny(num_key_value_heads=1),
-        tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 5000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    "qwen3": lambda: Qwen3Config(**tiny(head_dim=16), tie_word_embeddings=True),
-    "qwen3, window on all layers, linear scaling": lambda: Qwen3Config(
-        **tiny(head_dim=12),
-        use_sliding_window=True,
-        sliding_window=9,
-        max_window_layers=0,
-        rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
-    ),
-}
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return shape | heads | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2} | changes
-
-
-def downloaded(config: PreTrainedConfig, folder: Path, **options: Any) -> Any:
-    """A model of transformers with weights far from any special value (biases and norms too), saved in `folder`."""
-    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
-    theirs.save_pretrained(folder, **options)
-    return theirs
-
-
-def ours(folder: Path) -> GPT:
-    """The model that a converted folder holds, in fp32."""
-    config, weights = stored_model(folder), open_weights(folder)
-    model = GPT(config, KernelAttention(KERNELS["cpu"], config))
-    with torch.no_grad():
-        weights.read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
-    return model
-
-
-def tokens() -> Tensor:
-    return torch.randint(V, (B, S), generator=torch.Generator().manual_seed(2))
-
-
-@torch.no_grad()
-def their_logits(model: Any) -> Tensor:
-    return model(tokens()).logits
-
-
-@torch.no_grad()
-def our_logits(model: GPT) -> Tensor:
-    logits = model(tokens(), torch.arange(S).expand(B, S))
-    assert isinstance(logits, Tensor)
-    return logits
+from launch.safetensors_folder import SINGLE
+from model.config import RopeScaling
+from tests.unit.transformers_models import (
+    CONFIGS,
+    LLAMA3,
+    downloaded,
+    our_logits,
+    ours,
+    their_logits,
+    tiny,
+    write_tokenizer,
+)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -156,18 +76,6 @@ def test_files_of_tokenizer_and_generation_go_along(tmp_path: Path) -> None:
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert back.generation_config.temperature == 0.7 and back.generation_config.eos_token_id == [2, 7]
 
-
-def write_tokenizer(path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(path))
-
-
-# -- config.json -------------------------------------------------------------------------------------------------------
 
 V4_LLAMA = {
     "model_type": "llama",
@@ -225,114 +133,6 @@ def test_what_no_family_has_is_refused() -> None:
         config_for(model, max_position_embeddings=8, dtype="float32")
 
 
-# -- folders that must not be converted --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded") / "model"
-    downloaded(CONFIGS["llama, llama3 scaling"](), folder, max_shard_size="30KB")
-    return folder
-
-
-def damaged(source: Path, target: Path, damage: Callable[[Path], object]) -> Path:
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    damage(target)
-    return target
-
-
-def first_shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Changes the tensors of the shard that holds the first block's q_proj."""
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        if "model.layers.0.self_attn.q_proj.weight" in tensors:
-            change(tensors)
-            save_file(tensors, file)
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (lambda folder: first_shard(folder).unlink(), "lacks 1 of . shards that its index names: model-00001"),
-        (lambda folder: first_shard(folder).write_bytes(b"\x10" * 50), "it is cut or damaged, get it again"),
-        (lambda folder: rewrite(folder, lambda t: t.update({Q: t[Q][:-1].clone()})), r"q_proj.weight is \[31, 32\]"),
-        (lambda folder: rewrite(folder, lambda t: t.pop(Q)), "promises 1 tensors that no shard holds, such as model"),
-        (lambda folder: rewrite(folder, lambda t: t.update(x=t[Q].clone())), "1 tensors that the model has not, such"),
-        (lambda folder: rewrite(folder, lambda t: t.update({Q: t[Q].char()})), "is I8; only F32, BF16, F16 are read"),
-        (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 9 of 30 tensors"),
-        (lambda folder: edit_config(folder, model_type="mamba"), "model_type 'mamba'"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
-        (lambda folder: (folder / INDEX).unlink(), "has neither model.safetensors nor"),
-    ],
-)  # fmt: skip
-def test_a_damaged_folder_leaves_nothing(
-    sharded: Path, tmp_path: Path, damage: Callable[[Path], object], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = damaged(sharded, tmp_path / "bad", damage)
-    with pytest.raises((WeightsError, UnsupportedModel), match=complaint):
-        from_hf(folder, tmp_path / "out")
-    assert main(["from-hf", str(folder), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
-    assert not [path for path in tmp_path.iterdir() if path != folder]
-
-
-def test_pickles_are_refused(sharded: Path, tmp_path: Path) -> None:
-    def damage(folder: Path) -> None:
-        for file in [*folder.glob("*.safetensors"), folder / INDEX]:
-            file.unlink()
-        torch.save({}, folder / "pytorch_model.bin")
-
-    with pytest.raises(WeightsError, match=r"pickled weights \(\*.bin\).*save them as safetensors first"):
-        from_hf(damaged(sharded, tmp_path / "bad", damage), tmp_path / "out")
-
-
-def test_a_failing_write_leaves_nothing(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("launch.safetensors_folder.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        from_hf(sharded, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_is_overwritten(sharded: Path, tmp_path: Path) -> None:
-    from_hf(sharded, tmp_path / "out")
-    with pytest.raises(WeightsError, match="exists already"):
-        from_hf(sharded, tmp_path / "out")
-    with pytest.raises(WeightsError, match="exists already"):
-        to_hf(tmp_path / "out", tmp_path / "out")
-
-
-def test_folders_of_another_kind_are_named(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match="is a Hugging Face folder; convert it once: python launch/convert.py from-hf"
-    ):
-        open_weights(sharded)
-    with pytest.raises(WeightsError, match="is neither a run .* nor a converted model"):
-        open_weights(tmp_path)
-    from_hf(sharded, tmp_path / "out")
-    write_model(tmp_path / "out", stored_model(tmp_path / "out").model_copy(update={"intermediate_size": 52}))
-    with pytest.raises(WeightsError, match=r"gate_proj.weight is \[48, 32\], but its description makes it \[52, 32\]"):
-        open_weights(tmp_path / "out")
-
-
 def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
     job = JobConfig.from_yaml(
         "{model: {vocab_size: 300, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
@@ -344,8 +144,6 @@ def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "hugging_face" / "tokenizer.json")
     assert _unused_tokenizer(job, tmp_path).endswith("tokenizer.json, but data.tokenizer is bytes")
 
-
-# -- memory ------------------------------------------------------------------------------------------------------------
 
 MEASURED = """
 import sys
@@ -383,36 +181,3 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     peaks = [int(line) for line in ended.stdout.split()]
     assert megabytes > 180 and len(peaks) == 2 and max(peaks) < 80, (peaks, megabytes)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
-
-
-# -- the shape keys ----------------------------------------------------------------------------------------------------
-
-
-def test_shape_keys_are_those_that_change_parameters() -> None:
-    base: dict[str, Any] = {
-        "vocab_size": V,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    others: dict[str, Any] = {
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-        "qk_norm": True,
-        "attention_bias": "qkv",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 5.0,
-        "rope_scaling": {"factor": 2.0},
-        "sliding_window": 3,
-        "initializer_range": 0.1,
-        "init_from": "somewhere",
-        "attention_backend": "math",
-    }
-    changes = {key: value * 2 for key, value in base.items()} | others
-    assert changes.keys() == ModelConfig.model_fields.keys(), "every key is tried"
-    shapes = parameter_shapes(ModelConfig(**base))
-    for key, value in changes.items():
-        changed = parameter_shapes(ModelConfig.model_validate(base | {"num_key_value_heads": 2} | {key: value}))
-        assert (changed != shapes) == (key in SHAPE_KEYS), key

@@ -1,0 +1,125 @@
+"""Folders that must not be converted: what is said, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from launch.convert import from_hf, main, to_hf
+from launch.hugging_face import UnsupportedModel
+from launch.safetensors_folder import INDEX
+from launch.stored_model import WeightsError, stored_model, write_model
+from launch.weights import open_weights
+from tests.unit.transformers_models import CONFIGS, downloaded
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    downloaded(CONFIGS["llama, llama3 scaling"](), folder, max_shard_size="30KB")
+    return folder
+
+
+def damaged(source: Path, target: Path, damage: Callable[[Path], object]) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    damage(target)
+    return target
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes the tensors of the shard that holds the first block's q_proj."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.layers.0.self_attn.q_proj.weight" in tensors:
+            change(tensors)
+            save_file(tensors, file)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: first_shard(folder).unlink(), "lacks 1 of . shards that its index names: model-00001"),
+        (lambda folder: first_shard(folder).write_bytes(b"\x10" * 50), "it is cut or damaged, get it again"),
+        (lambda folder: rewrite(folder, lambda t: t.update({Q: t[Q][:-1].clone()})), r"q_proj.weight is \[31, 32\]"),
+        (lambda folder: rewrite(folder, lambda t: t.pop(Q)), "promises 1 tensors that no shard holds, such as model"),
+        (lambda folder: rewrite(folder, lambda t: t.update(x=t[Q].clone())), "1 tensors that the model has not, such"),
+        (lambda folder: rewrite(folder, lambda t: t.update({Q: t[Q].char()})), "is I8; only F32, BF16, F16 are read"),
+        (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 9 of 30 tensors"),
+        (lambda folder: edit_config(folder, model_type="mamba"), "model_type 'mamba'"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
+        (lambda folder: (folder / INDEX).unlink(), "has neither model.safetensors nor"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_leaves_nothing(
+    sharded: Path, tmp_path: Path, damage: Callable[[Path], object], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged(sharded, tmp_path / "bad", damage)
+    with pytest.raises((WeightsError, UnsupportedModel), match=complaint):
+        from_hf(folder, tmp_path / "out")
+    assert main(["from-hf", str(folder), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not [path for path in tmp_path.iterdir() if path != folder]
+
+
+def test_pickles_are_refused(sharded: Path, tmp_path: Path) -> None:
+    def damage(folder: Path) -> None:
+        for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+            file.unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+
+    with pytest.raises(WeightsError, match=r"pickled weights \(\*.bin\).*save them as safetensors first"):
+        from_hf(damaged(sharded, tmp_path / "bad", damage), tmp_path / "out")
+
+
+def test_a_failing_write_leaves_nothing(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("launch.safetensors_folder.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        from_hf(sharded, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(sharded: Path, tmp_path: Path) -> None:
+    from_hf(sharded, tmp_path / "out")
+    with pytest.raises(WeightsError, match="exists already"):
+        from_hf(sharded, tmp_path / "out")
+    with pytest.raises(WeightsError, match="exists already"):
+        to_hf(tmp_path / "out", tmp_path / "out")
+
+
+def test_folders_of_another_kind_are_named(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match="is a Hugging Face folder; convert it once: python launch/convert.py from-hf"
+    ):
+        open_weights(sharded)
+    with pytest.raises(WeightsError, match="is neither a run .* nor a converted model"):
+        open_weights(tmp_path)
+    from_hf(sharded, tmp_path / "out")
+    write_model(tmp_path / "out", stored_model(tmp_path / "out").model_copy(update={"intermediate_size": 52}))
+    with pytest.raises(WeightsError, match=r"gate_proj.weight is \[48, 32\], but its description makes it \[52, 32\]"):
+        open_weights(tmp_path / "out")
