@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from documents import markdown, renewed
 from launch.config import JobConfig, load_job
 from launch.context import context_plan
 from launch.memory import estimate_activations, estimate_states, working_copies
@@ -25,7 +26,7 @@ from parallel.mesh import MeshShape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "parallelism.md"
-BEGIN, END = "<!-- layout_costs.py -->", "<!-- end -->"
+MARK = "layout_costs.py"
 GPUS_8K, GPUS_128K = 8, 32
 LAYOUTS_8K = [(1, 1, stage) for stage in range(4)] + [(2, 1, 1), (2, 1, 2), (2, 1, 3), (8, 1, 1), (1, 2, 3), (2, 2, 2)]
 LAYOUTS_128K = [(2, 8, 3), (4, 8, 2), (8, 4, 2), (2, 16, 3), (1, 32, 3)]
@@ -115,16 +116,16 @@ def table() -> str:
     """Markdown: the shape of Llama-3 8B in bf16 at 8,192 and at 131,072 tokens, micro batches of one sequence."""
     names = ["GPUs", "tokens", "tp x cp x dp", "ZeRO", "recompute", "states", "activations", "peak"]
     names += ["tp", "cp exchange", "cp ring", "ZeRO", "ZeRO a step"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     short, long = CONFIGS / "llama3-8b-8k.yaml", CONFIGS / "llama3-8b-128k.yaml"
     for tp, cp, stage in LAYOUTS_8K:
         for checkpointing in ("none", "full"):
-            lines.append(_row(short, GPUS_8K, tp, cp, stage, checkpointing))
-    lines += [_row(long, GPUS_128K, tp, cp, stage, "full") for tp, cp, stage in LAYOUTS_128K]
-    return "\n".join(lines)
+            rows.append(_row(short, GPUS_8K, tp, cp, stage, checkpointing))
+    rows += [_row(long, GPUS_128K, tp, cp, stage, "full") for tp, cp, stage in LAYOUTS_128K]
+    return markdown(names, rows)
 
 
-def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) -> str:
+def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) -> list[str]:
     sizes = [f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}"]
     job = load_job(
         config, [*sizes, f"parallel.zero_stage={stage}", f"training.activation_checkpointing={recompute}"], gpus
@@ -144,7 +145,7 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
         for payload in (exchange_payload, ring_payload)
     ]
     each, once = (payload.sent(zero_size) for payload in zero_payloads(local, stage, precision, head))
-    cells = [
+    return [
         str(gpus),
         f"{job.training.sequence_length:,}",
         f"{tp} x {cp} x {mesh.data_parallel_size}",
@@ -153,7 +154,6 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
         *(f"{size / 2**30:.1f}" for size in (states, activations, states + activations)),
         *(f"{size / 1e9:.1f}" if size else "-" for size in (over_tp, *over_cp, each, once)),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precision) -> int:
@@ -169,14 +169,8 @@ def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precis
     ).peak
 
 
-def renewed(document: str) -> str:
-    """The document with the table that stands between its two markers replaced."""
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        DOCUMENT.write_text(renewed(DOCUMENT.read_text()))
+        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), {MARK: table()}))
     else:
         print(table())

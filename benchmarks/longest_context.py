@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 import ringzero_row
+from documents import markdown, renewed
 from launch.config import JobConfig
 from launch.footprint import footprint
 from launch.recompute_plan import recompute_plan
@@ -44,7 +45,7 @@ HOST_SHARE = 0.9
 """Of the host's memory: the rest is for the processes themselves. A host without memory ends more than an attempt."""
 ASSUMED_SHARE = 0.5
 """Of the GPU's peak FLOP/s, by which the time of a step is foretold."""
-BEGIN, END = "<!-- longest_context.py -->", "<!-- end -->"
+MARK = "longest_context.py"
 
 _FULL = ("training.activation_checkpointing=full",)
 _TILES = ("training.mlp_tile_tokens=8192", "parallel.context_parallel_mode=exchange")
@@ -158,9 +159,11 @@ def measure(job: JobConfig, steps: int) -> dict[str, Any]:
 
 def table(results: Results) -> str:
     """Markdown: for each number of GPUs and set of features the longest length that trained, and what the next did."""
+    if not results:
+        return "Not measured yet."
     columns = ["GPUs", "features", "layers", "tokens", "s a step", "tokens/s/GPU", "MFU, causal", "peak GiB"]
     columns += ["estimate GiB", "on the host, all ranks, GiB", "twice as long"]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    lines = []
     groups = dict.fromkeys((row["gpus"], row["features"], row["layers"]) for row in results.values())
     for gpus, features, layers in groups:
         rows = {
@@ -178,8 +181,8 @@ def table(results: Results) -> str:
         else:
             cells += ["none"] + [""] * 6
         beyond = rows.get(2 * max(trained) if trained else min(rows), {})
-        lines.append(f"| {' | '.join([*cells, beyond.get('failed', '').replace('|', ' ')])} |")
-    return "\n".join(lines)
+        lines.append([*cells, beyond.get("failed", "").replace("|", " ")])
+    return markdown(columns, lines)
 
 
 def main() -> None:
@@ -209,9 +212,7 @@ def main() -> None:
             _search(feature, options)
     text = table(_read(options.output))
     if options.document:
-        page = options.document.read_text()
-        before, rest = page.split(BEGIN)
-        options.document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        options.document.write_text(renewed(options.document.read_text(), {MARK: text}))
     print(text)
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import ringzero_row
+from documents import markdown
 from launch.bigram import conditional_bigram_entropy
 from launch.config import load_job
 from launch.corpora import load_corpora, samplers
@@ -123,10 +124,9 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: each curve beside the baseline. Raises ValueError where curves read different corpora."""
     if len({curve["corpus"] for curve in results.values()}) > 1:
         raise ValueError("these curves read different corpora; run them with one Python interpreter's library")
-    lines = ["| run | kernel | loss, step 1 | last 20 steps | RMS difference | largest | s/step | |"]
-    lines.append("|" + " --- |" * 8)
     if BASELINE not in results:
-        return "\n".join([*lines, f"{BASELINE!r} is missing: nothing to compare with"])
+        return f"{BASELINE!r} is missing: nothing to compare with"
+    lines = []
     noise = max((_rms(results, name) for name in results if CURVES[name].noise), default=math.nan)
     for name in (name for name in CURVES if name in results):
         curve, rms = results[name], _rms(results, name)
@@ -134,9 +134,10 @@ def table(results: dict[str, Any]) -> str:
         verdict = "" if name == BASELINE else "noise" if CURVES[name].noise else f"{rms / noise:.2f} x the noise"
         figures = [f"{curve['losses'][0]:.5f}", f"{statistics.mean(curve['losses'][-20:]):.4f}", f"{rms:.2e}"]
         figures += [f"{largest:.2e}", f"{statistics.median(curve['all_seconds']):.3f}", verdict]
-        lines.append(f"| {name} | {curve['kernel']} | {' | '.join(figures)} |")
+        lines.append([name, curve["kernel"], *figures])
+    columns = ["run", "kernel", "loss, step 1", "last 20 steps", "RMS difference", "largest", "s/step", ""]
     entropy = results[BASELINE]["bigram_entropy"]
-    return "\n".join([*lines, "", f"Bigram entropy of the text: {entropy:.4f} nats per byte."])
+    return f"{markdown(columns, lines)}\n\nBigram entropy of the text: {entropy:.4f} nats per byte."
 
 
 def differences(results: dict[str, Any], name: str) -> list[float]:

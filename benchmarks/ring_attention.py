@@ -37,9 +37,9 @@ import torch.distributed as dist
 from attention_contest import results as book
 from attention_contest.report import all_tables, bars_table, entry_table, grid_table, plot
 from attention_contest.rows import ANCHOR, ONE_GPU, Row, all_rows, bars
+from documents import renewed
 
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
-SUMMARIES = {"bars": bars_table, "grid": grid_table}
 PACKAGES = ["flash-attn", "flash-attn-4", "ring-flash-attn", "yunchang", "triton"]
 
 
@@ -153,7 +153,7 @@ def write_report(results: book.Results) -> None:
     (DOCUMENTS / "ring_attention_table.md").write_text(full_table(results))
     plot(results, DOCUMENTS / "ring_attention.svg")
     page = DOCUMENTS / "ring_attention.md"
-    page.write_text(renewed(page.read_text(), results))
+    page.write_text(renewed(page.read_text(), summaries(results)))
 
 
 def full_table(results: book.Results) -> str:
@@ -165,15 +165,9 @@ def full_table(results: book.Results) -> str:
     )
 
 
-def renewed(page: str, results: book.Results) -> str:
-    """The page with what stands between each pair of markers replaced."""
-    for name, summary in SUMMARIES.items():
-        head, rest = page.split(f"<!-- {name} -->")
-        page = (
-            f"{head}<!-- {name} -->\n\n{summary(results)}\n\n<!-- end of {name} -->"
-            + rest.split(f"<!-- end of {name} -->")[1]
-        )
-    return page
+def summaries(results: book.Results) -> dict[str, str]:
+    """What stands in docs/ring_attention.md, by the names of its marks."""
+    return {"bars": bars_table(results), "grid": grid_table(results)}
 
 
 if __name__ == "__main__":

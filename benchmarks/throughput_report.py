@@ -6,9 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from documents import markdown, renewed
+
 Row = dict[str, Any]
 Results = dict[str, Row]
-BEGIN, END = "<!-- train_throughput.py -->", "<!-- end -->"
+MARK = "train_throughput.py"
 _COLOURS = {"ringzero": "tab:blue", "torchtitan": "tab:orange", "huggingface": "tab:green"}
 _COLUMNS = ["row", "layers", "tokens/s/GPU", "over the first", "MFU, causal", "MFU, full", "peak GiB"]
 _COLUMNS += ["estimate / peak", "loss of each step"]
@@ -31,13 +33,13 @@ def comparison(results: Results) -> str:
     Runs with the same anchor row are taken together: a row that several of them measured counts with the median of its
     ratios.
     """
-    lines = ["| layers | ours, best | theirs, best | ours / theirs |", "| --- | --- | --- | --- |"]
+    lines = []
     anchored = [row for row in results.values() if over_anchor(results, row) is not None]
     groups = dict.fromkeys((row["layers"], anchor_of(results, row)["row"]) for row in anchored)
     for layers, anchor in sorted(groups, reverse=True):
         rows = [row for row in anchored if (row["layers"], anchor_of(results, row)["row"]) == (layers, anchor)]
-        lines += [f"| {layers} | {' | '.join(line)} |" for line in _contests(_best(results, rows))]
-    return "\n".join(lines)
+        lines += [(str(layers), *line) for line in _contests(_best(results, rows))]
+    return markdown(["layers", "ours, best", "theirs, best", "ours / theirs"], lines)
 
 
 _Kind = tuple[int, str, int, int]
@@ -77,20 +79,18 @@ def _contests(best: dict[_Kind, tuple[float, str]]) -> list[tuple[str, str, str]
 
 def table(results: Results) -> str:
     """Markdown: one table for each run."""
-    lines = []
+    parts = []
     for run in dict.fromkeys(row["run"] for row in results.values()):
         rows = [row for row in results.values() if row["run"] == run]
         gpu = next((f"{row['gpus']} x {row['gpu']}, torch {row['torch']}, " for row in rows if "gpu" in row), "")
-        lines += [f"Run {run}: {gpu}{rows[0]['measured'][:10]}", ""]
-        lines += [f"| {' | '.join(_COLUMNS)} |", "|" + " --- |" * len(_COLUMNS)]
-        lines += [_line(results, row) for row in sorted(rows, key=lambda row: -row["layers"])]
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        parts.append(f"Run {run}: {gpu}{rows[0]['measured'][:10]}")
+        parts.append(markdown(_COLUMNS, [_cells(results, row) for row in sorted(rows, key=lambda row: -row["layers"])]))
+    return "\n\n".join(parts)
 
 
-def _line(results: Results, row: Row) -> str:
+def _cells(results: Results, row: Row) -> list[str]:
     if "failed" in row:
-        return f"| {row['row']} | {row['layers']} | {row['failed'].replace('|', ' ')} |" + " |" * (len(_COLUMNS) - 3)
+        return [row["row"], str(row["layers"]), row["failed"].replace("|", " "), *[""] * (len(_COLUMNS) - 3)]
     ratio = over_anchor(results, row)
     cells = [row["row"], str(row["layers"]), f"{row['tokens_per_second_per_device']:,.0f}"]
     cells.append(f"{ratio:.3f}" if ratio is not None else "")
@@ -99,16 +99,18 @@ def _line(results: Results, row: Row) -> str:
     cells.append(
         f"{row['estimated_gib'] / row['peak_gib']:.2f}" if row.get("estimated_gib") and row["peak_gib"] else ""
     )
-    cells.append(" ".join(f"{loss:.3f}" for loss in row["losses"]))
-    return f"| {' | '.join(cells)} |"
+    return [*cells, " ".join(f"{loss:.3f}" for loss in row["losses"])]
+
+
+def tables(results: Results) -> str:
+    """Markdown: all that stands in throughput.md."""
+    return f"{comparison(results)}\n\n{table(results)}"
 
 
 def write_document(results: Results, folder: Path) -> None:
-    """Renews the tables in `folder`/throughput.md, between their marks, and the plot beside it."""
+    """Renews the tables in `folder`/throughput.md and the plot beside it."""
     page = folder / "throughput.md"
-    before, rest = page.read_text().split(BEGIN)
-    written = "\n\n".join([comparison(results), table(results)])
-    page.write_text(f"{before}{BEGIN}\n\n{written}\n\n{END}{rest.split(END)[1]}")
+    page.write_text(renewed(page.read_text(), {MARK: tables(results)}))
     plot(results, folder / "throughput.svg")
 
 

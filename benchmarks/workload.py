@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launch.config import JobConfig, load_job
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler
 from launch.throughput import Throughput
+from model.gpt import GPT
+from parallel.materialize import fill
+from parallel.tensor import TensorShard
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama3-8b-8k.yaml"
 TOKENS_PER_STEP = 131_072
@@ -32,9 +36,8 @@ _SHORT_RUN = [
 ]
 WARM_UP = 2
 """Steps left out: compiling, then the allocator's first full step."""
-
-
 STEPS_OF_DATA = 16
+"""Steps before the tokens repeat."""
 
 
 def job_of(settings: list[str]) -> JobConfig:
@@ -65,6 +68,26 @@ def random_batches(job: JobConfig, dp_size: int, dp_rank: int) -> Batches:
     sampler = SequenceSampler(corpus, job.training.sequence_length, job.job.seed)
     training = job.training
     return Batches(sampler, training.global_batch_size, training.micro_batch_size, dp_size, dp_rank)
+
+
+class FirstWeights:
+    """The weights that our model starts from, for a peer to fill its own parameters with, each by its name here."""
+
+    def __init__(self, job: JobConfig) -> None:
+        with torch.device("meta"):
+            self._ours = GPT(job.model, attend=lambda q, k, v, documents: q)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._ours.named_parameters()}
+        self._seed = job.job.seed
+
+    @property
+    def left(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter that has not been drawn yet."""
+        return dict(self._shapes)
+
+    def draw(self, name: str, into: Tensor, first_row: int = 0) -> None:
+        """Fills `into` with the rows of a parameter from `first_row` on, as many as it has; each may be drawn once."""
+        shard = TensorShard(self._shapes.pop(name), 0, first_row, len(into))
+        fill(into, shard, *self._ours.initial_distribution(name), seed=self._seed, name=name)
 
 
 def timed_steps(train_step: Callable[[int], tuple[float, float]], steps: int) -> dict[str, Any]:

@@ -17,11 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config import JobConfig
 from launch.hugging_face import their_name
-from model.gpt import GPT
-from parallel.materialize import fill
-from parallel.tensor import TensorShard
 from parallel.zero import initialize_distributed
-from workload import random_batches, record, timed_steps
+from workload import FirstWeights, random_batches, record, timed_steps
 
 _ATTENTION = {"auto": "sdpa", "flash_attn_2": "flash_attention_2"}
 
@@ -103,19 +100,17 @@ def build(job: JobConfig, config: dict[str, Any], device: torch.device) -> Llama
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(llama).to(torch.bfloat16)
-        ours = GPT(shape, attend=lambda q, k, v, documents: q)
-    our_names = {their_name(name): name for name, _ in ours.named_parameters()}
+    weights = FirstWeights(job)
+    our_names = {their_name(name): name for name in weights.left}
     for prefix, module in model.named_modules():
         own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
         for key, parameter in own.items():
-            name = our_names.pop(f"{prefix}.{key}")
             filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            shard = TensorShard(tuple(parameter.shape))
-            fill(filled, shard, *ours.initial_distribution(name), seed=job.job.seed, name=name)
+            weights.draw(our_names[f"{prefix}.{key}"], filled)
             module._parameters[key] = nn.Parameter(filled)
         if own and job.parallel.zero_stage == 3:
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
-    assert not our_names, f"weights that transformers lacks: {sorted(our_names)}"
+    assert not weights.left, f"weights that transformers lacks: {sorted(weights.left)}"
     # Its tables are a buffer, which the meta device left without values.
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(config=llama)

@@ -28,10 +28,7 @@ from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.train import Trainer
 
 from launch.config import JobConfig
-from model.gpt import GPT
-from parallel.materialize import fill
-from parallel.tensor import TensorShard
-from workload import random_batches, record, timed_steps
+from workload import FirstWeights, random_batches, record, timed_steps
 
 _NAME = "same_work"
 _OUR_NAMES = {
@@ -163,22 +160,19 @@ def titan_config(job: JobConfig, steps: int, scratch: str) -> TitanConfig:
 @torch.no_grad()
 def fill_with_our_weights(model: nn.Module, job: JobConfig) -> None:
     """Writes the weights that our model starts from into this rank's shards, rounded to bf16 as ours are."""
-    with torch.device("meta"):
-        ours = GPT(job.model, attend=lambda q, k, v, documents: q)
-    shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
+    weights = FirstWeights(job)
     for theirs, parameter in model.named_parameters():
         name = ".".join(filter(None, (_OUR_NAMES.get(part, part) for part in theirs.split("."))))
-        assert isinstance(parameter, DTensor) and parameter.shape == shapes.pop(name), (theirs, name)
+        assert isinstance(parameter, DTensor) and parameter.shape == weights.left[name], (theirs, name)
         local = parameter.to_local()
         _, (start, *_) = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         drawn = torch.empty_like(local, dtype=torch.bfloat16)
-        shard = TensorShard(tuple(parameter.shape), 0, start, len(local))
-        fill(drawn, shard, *ours.initial_distribution(name), seed=job.job.seed, name=name)
+        weights.draw(name, drawn, start)
         rotary = name.endswith(("q_proj.weight", "k_proj.weight"))
         local.copy_(_interleaved(drawn, job.model.head_dim) if rotary else drawn)
-    assert not shapes, f"weights that torchtitan lacks: {sorted(shapes)}"
+    assert not weights.left, f"weights that torchtitan lacks: {sorted(weights.left)}"
 
 
 def _interleaved(rows: Tensor, head_dim: int) -> Tensor:

@@ -9,7 +9,6 @@ import pytest
 
 from launch.check import layout_report
 from launch.config import ConfigError, JobConfig, load_job
-from launch.schema_docs import reference
 from launch.stored_model import stored_model, write_model
 from model.config import ModelConfig
 from tests.unit.job_files import JOB, load, report
@@ -240,9 +239,3 @@ def test_a_resolved_job_loads_back_equal(tmp_path: Path, prompt: str) -> None:
     job = job.model_copy(update={"training": job.training.model_copy(update={"sample_prompt": prompt})})
     assert JobConfig.from_yaml(job.to_yaml()) == job
     assert load(tmp_path, text=job.to_yaml()) == job
-
-
-def test_the_reference_is_current() -> None:
-    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
-        "run: python -m launch.schema_docs > docs/configuration.md"
-    )

@@ -31,11 +31,10 @@ from attention_contest.rows import (
     document_lengths,
 )
 from model.kernels import KERNELS, AttentionMask, Documents
-from ring_attention import full_table, renewed, wanted_rows
+from ring_attention import wanted_rows
 from tests.differentiable import attention
 from tests.distributed.harness import run_distributed
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 ROW = Row(32, 8, 16384)
 
 
@@ -187,17 +186,6 @@ def test_tables_hold_every_run_and_mode() -> None:
     assert "| exchange | 62.5% | theirs | 62.5% |" in grid_table(book.merged([results, newer])), (
         "each in its newest run"
     )
-    page = "a <!-- bars -->old<!-- end of bars --> b <!-- grid --><!-- end of grid --> c"
-    assert renewed(renewed(page, results), results) == renewed(page, results)
-    assert "old" not in renewed(page, results) and renewed(page, results).endswith(" c")
-
-
-def test_the_documents_are_current() -> None:
-    results = book.load(DOCS / "ring_attention.json")
-    remedy = "renew them: python benchmarks/ring_attention.py --output docs/ring_attention.json --report"
-    page = (DOCS / "ring_attention.md").read_text()
-    assert renewed(page, results) == page, remedy
-    assert (DOCS / "ring_attention_table.md").read_text() == full_table(results), remedy
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

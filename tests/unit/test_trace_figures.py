@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.parameters import count_parameters
-from scaling_model import block_parameters, head_flops, product_flops
+from step_time import block_parameters, head_flops, product_flops
 from trace_figures import figures
 from workload import job_of
 
