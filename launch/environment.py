@@ -90,6 +90,8 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
         os.environ["DS_ACCELERATOR"] = "cuda"
         # A step asks for memory in other sizes than the one before freed: without this a tenth of it lies idle.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # Of NCCL's last collectives, so that a hang can be explained; read when the first one is called.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(place.local_rank)
         why = "job.device is cuda" if wanted == "cuda" else f"{gpus} GPUs for {place.local_size} processes on this node"
         return torch.device("cuda", place.local_rank), f"GPUs with NCCL: {why}"

@@ -13,8 +13,7 @@ from pathlib import Path
 from traceback import walk_stack
 from typing import Any
 
-from torch._C import _distributed_c10d as c10d
-
+from launch.flight_recorder import Flight
 from launch.pace import Activity
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
@@ -22,6 +21,8 @@ _ROOT = str(Path(__file__).resolve().parents[1])
 _INNERMOST, _FRAMES = 3, 12
 """Of a stack, the verdict shows the innermost frames whosever they are, and our own above them; the whole one is in the
 rank's own file."""
+_PENDING = 3
+"""Collectives that are named: on a GPU those after the first only queue behind it."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,6 @@ class Member:
     rank: int
     host: str
     pid: int
-
-
-@dataclass(frozen=True)
-class GroupState:
-    """One process group as its member sees it."""
-
-    last: int
-    """Number of the last collective that the rank has called."""
-    waiting: list[str]
-    """Those that are not over."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,8 @@ class RankReport:
     """Since that began."""
     stack: list[str]
     """Of the training thread, innermost first."""
-    groups: dict[str, GroupState] = field(default_factory=dict)
-    """By torch's name."""
+    flight: Flight | None = None
+    """None while torch's flight recorder has not answered."""
     neighbours: dict[int, str] = field(default_factory=dict)
     """Rank -> state of the processes of its node, as Linux shows them."""
 
@@ -67,7 +58,7 @@ class RankReport:
     def from_json(cls, text: str) -> RankReport:
         """The inverse of `to_json`. Raises ValueError for half a report."""
         facts: dict[str, Any] = json.loads(text)
-        facts["groups"] = {name: GroupState(**state) for name, state in facts["groups"].items()}
+        facts["flight"] = Flight(**facts["flight"]) if facts["flight"] else None
         facts["neighbours"] = {int(rank): state for rank, state in facts["neighbours"].items()}
         return cls(**facts)
 
@@ -84,9 +75,23 @@ class RankReport:
         return innermost.rpartition(" ")[2] if innermost.startswith(_COMMUNICATES) else None
 
     @property
-    def pending(self) -> list[str]:
-        """Collectives of all groups that are not over."""
-        return [f"{name} in group {group}" for group, state in self.groups.items() for name in state.waiting]
+    def pending(self) -> str:
+        """What is not over, for a person."""
+        if self.flight is None:
+            return "torch's flight recorder does not answer, so a call into the driver may hang"
+        first, more = self.flight.unfinished[:_PENDING], len(self.flight.unfinished) - _PENDING
+        listed = ", ".join(first) + (f" and {more} called after that" if more > 0 else "")
+        return f"not over: {listed}" if first else self.flight.remark
+
+    @property
+    def last(self) -> dict[str, int]:
+        """Process group -> number of the last collective that the rank has called in it."""
+        return self.flight.last if self.flight else {}
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is known to wait for no collective."""
+        return self.waits_in is None and self.flight is not None and not self.flight.unfinished
 
 
 _OURS = ("launch/", "model/", "parallel/")
@@ -94,14 +99,13 @@ _COMMUNICATES = ("parallel/", "deepspeed/runtime/zero/", "deepspeed/comm/")
 
 
 def report_on_myself(rank: int, activity: Activity, neighbours: Mapping[int, str]) -> RankReport:
-    """Called in another thread than the training's; touches no device."""
+    """Called in another thread than the training's; touches no device, and asks no flight recorder."""
     return RankReport(
         rank=rank,
         time=time.time(),
         activity=str(activity),
         seconds=time.monotonic() - activity.began,
         stack=training_stack(),
-        groups=_groups(),
         neighbours=dict(neighbours),
     )
 
@@ -116,25 +120,6 @@ def training_stack() -> list[str]:
     return shown
 
 
-def _groups() -> dict[str, GroupState]:
-    """From torch's flight recorder, which notes each collective on the host; empty where this torch has none."""
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-    entries = json.loads(dump() or "{}").get("entries", []) if dump else []
-    last: dict[str, int] = defaultdict(int)
-    waiting: dict[str, list[str]] = defaultdict(list)
-    for entry in entries:
-        group, described = entry["process_group"]
-        if described not in ("", "undefined"):
-            group = f"{group} ({described})"
-        name = entry["profiling_name"].partition(":")[2]
-        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
-        if not entry["is_p2p"]:
-            last[group] = max(last[group], number)
-        if not entry["retired"] and entry["state"] != "completed":
-            waiting[group].append(f"{name} number {number}")
-    return {group: GroupState(last[group], waiting[group]) for group in {*last, *waiting}}
-
-
 def missing_ranks(reports: Mapping[int, RankReport], members: Sequence[Member]) -> list[int]:
     """Those for whom the others wait: the silent ones; where all answer, those that have not called a collective in
     which others are, and wait in none themselves. Empty where that does not tell them apart."""
@@ -143,14 +128,14 @@ def missing_ranks(reports: Mapping[int, RankReport], members: Sequence[Member]) 
         return silent
     furthest: dict[str, int] = defaultdict(int)
     for report in reports.values():
-        for group, state in report.groups.items():
-            furthest[group] = max(furthest[group], state.last)
+        for group, number in report.last.items():
+            furthest[group] = max(furthest[group], number)
     behind = {
         rank
         for rank, report in reports.items()
-        if any(state.last < furthest[group] for group, state in report.groups.items())
+        if any(number < furthest[group] for group, number in report.last.items())
     }
-    elsewhere = {rank for rank, report in reports.items() if report.waits_in is None and not report.pending}
+    elsewhere = {rank for rank, report in reports.items() if report.is_elsewhere}
     found = (behind & elsewhere) or elsewhere
     return sorted(found) if len(found) < len(reports) else []
 
@@ -188,7 +173,7 @@ def verdict(
     for stack, ranks in groups.items():
         report = reports[ranks[0]]
         where = f", waiting in {report.waits_in}" if report.waits_in else ""
-        pending = f", not over: {', '.join(report.pending[:4])}" if report.pending else ""
+        pending = f", {report.pending}" if report.pending else ""
         lines.append(
             f"{'ranks' if ranks[1:] else 'rank'} {_ranges(ranks)} on {_hosts(ranks, members)}{where}{pending}:"
         )

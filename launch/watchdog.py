@@ -20,10 +20,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from launch.flight_recorder import read_flight
 from launch.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health_folder import HealthFolder
 from launch.pace import Activity, Pace
@@ -160,8 +161,10 @@ class Watchdog:
 
     def _answer(self, current: Activity) -> None:
         report = report_on_myself(self._rank, current, ranks_beside(os.getppid()))
-        self._folder.write(f"rank-{self._rank}.json", report.to_json())
+        name = f"rank-{self._rank}.json"
+        self._folder.write(name, report.to_json())
         faulthandler.dump_traceback(file=self._stacks)
+        self._folder.write(name, replace(report, flight=read_flight()).to_json())
 
     def _reports(self) -> dict[int, RankReport]:
         found = {}

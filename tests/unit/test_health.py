@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.hang_report import GroupState, Member, RankReport, missing_ranks, verdict
+from launch.flight_recorder import Flight, flight_of
+from launch.hang_report import Member, RankReport, missing_ranks, verdict
 from launch.health_folder import HealthFolder
 from launch.pace import STEP, Activity, Limits, Pace
 from launch.probes import Rates, outliers, pairings, summary
@@ -24,8 +29,7 @@ READS = ["threading.py:331 Condition.wait", "launch/prefetch.py:40 Prefetcher.ge
 
 
 def report(rank: int, stack: list[str], **groups: int) -> RankReport:
-    states = {name: GroupState(last, []) for name, last in groups.items()}
-    return RankReport(rank, 0.0, "step 9", 70.0, stack, states, {})
+    return RankReport(rank, 0.0, "step 9", 70.0, stack, Flight(groups), {})
 
 
 def reports(*those: RankReport) -> dict[int, RankReport]:
@@ -63,13 +67,71 @@ def test_a_rank_that_waits_for_the_missing_one_is_not_missing() -> None:
 
 def test_messages_on_their_way_count_as_waiting() -> None:
     waiting = report(1, ["launch/trainer.py:99 Trainer.run"], world=7)
-    waiting.groups["world"] = GroupState(7, ["all_gather number 7"])
+    waiting = replace(waiting, flight=Flight({"world": 7}, ["all_gather number 7 in group world"]))
     inside = report(3, ["parallel/transport.py:92 _Messages.wait", TRAIN_STEP], world=7)
     found = reports(report(0, WAITS, world=7), waiting, report(2, READS, world=7), inside)
     assert missing_ranks(found, MEMBERS) == [2]
     text = verdict("", found, MEMBERS, {}, {})
     assert "rank 1 on node-1, not over: all_gather number 7 in group world:" in text
     assert "rank 3 on node-2, waiting in _Messages.wait:" in text
+
+
+def recorded(name: str, group: list[str], number: int, **state: Any) -> dict[str, Any]:
+    """One entry of a flight recorder, as torch writes it (FlightRecorderDetail.hpp, version 2.10)."""
+    usual = {"is_p2p": False, "p2p_seq_id": 0, "retired": False, "state": "scheduled", "time_created_ns": number}
+    entry = {"collective_seq_id": number, "process_group": group, "profiling_name": name}
+    return entry | usual | state
+
+
+def test_a_flight_is_what_both_recorders_have_noted() -> None:
+    gloo = [recorded("gloo:all_reduce", ["6", "stopping"], 40, retired=True), recorded("gloo:barrier", ["7", ""], 90)]
+    nccl = [
+        recorded("nccl:_all_gather_base", ["0", "default_pg"], 51, state="completed"),
+        recorded("nccl:all_reduce", ["3", "tp"], 52, state="started"),
+        recorded("nccl:send 0->1", ["3", "tp"], 52, is_p2p=True, p2p_seq_id=4, time_created_ns=53),
+        recorded("nccl:_all_gather_base", ["0", "default_pg"], 70),
+    ]
+    found = flight_of([{"entries": gloo}, {"entries": nccl}, {"version": "2.10"}])
+    assert found.last == {"6 (stopping)": 40, "7": 90, "3 (tp)": 52, "0 (default_pg)": 70}
+    assert found.unfinished == [
+        *("all_reduce number 52 in group 3 (tp)", "send 0->1 number 4 in group 3 (tp)"),
+        *("_all_gather_base number 70 in group 0 (default_pg)", "barrier number 90 in group 7"),
+    ]
+    stuck = replace(report(0, READS), flight=found)
+    assert not stuck.is_elsewhere
+    text = verdict("", reports(stuck), MEMBERS[:1], {}, {})
+    assert "rank 0 on node-1, not over: all_reduce number 52 in group 3 (tp), send 0->1 number 4" in text
+    assert "number 70 in group 0 (default_pg) and 1 called after that:" in text
+
+
+def test_a_rank_whose_recorder_is_silent_is_not_taken_for_the_cause() -> None:
+    silent = replace(report(1, ["launch/trainer.py:99 Trainer.run"]), flight=None)
+    found = reports(report(0, WAITS), silent, report(2, READS), report(3, WAITS))
+    assert missing_ranks(found, MEMBERS) == [2]
+    assert "rank 1 on node-1, torch's flight recorder does not answer" in verdict("", found, MEMBERS, {}, {})
+
+
+ASKED = """
+import os, threading
+from torch._C import _distributed_c10d as c10d
+from launch import flight_recorder
+from launch.flight_recorder import Flight, read_flight
+
+flight_recorder._SECONDS, flight_recorder._RECORDERS = 0.2, ("never heard of",)
+assert read_flight() == Flight()
+c10d._register_handler("hangs", lambda *_: threading.Event().wait())
+flight_recorder._RECORDERS = ("hangs",)
+assert read_flight() is None
+flight_recorder.tempfile.tempdir = "/proc"
+assert read_flight().remark.startswith("torch's flight recorder cannot be read"), read_flight()
+os._exit(76)
+"""
+
+
+def test_a_recorder_that_cannot_be_asked_or_does_not_answer() -> None:
+    """In a process of its own, which torch's handlers outlive."""
+    ended = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 76, ended.stderr
 
 
 def test_ranks_in_different_collectives_miss_nobody() -> None:
@@ -92,6 +154,7 @@ def test_reports_read_back() -> None:
     one = report(2, WAITS, world=6)
     one.neighbours[3] = "state T"
     assert RankReport.from_json(one.to_json()) == one
+    assert RankReport.from_json(replace(one, flight=None).to_json()).flight is None
     with pytest.raises(ValueError):
         RankReport.from_json(one.to_json()[:40])
 
