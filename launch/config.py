@@ -105,8 +105,7 @@ class JobConfig(Section):
         """Whether transformer blocks are compiled there."""
         if self.training.compile != "auto":
             return self.training.compile
-        plain = self.parallel.tensor_parallel_size > 1 or self.training.mlp_tile_tokens is not None
-        return device_type == "cuda" and not plain
+        return device_type == "cuda" and self.training.mlp_tile_tokens is None
 
     def mesh_shape(self, world_size: int) -> MeshShape:
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""

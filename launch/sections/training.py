@@ -40,8 +40,8 @@ class TrainingSection(Section):
     """cpu keeps in host memory what blocks keep (their input, and attention's output), and fetches it one block ahead
     in the backward pass; for very long sequences, with activation_checkpointing attention or full."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without tensor parallelism (whose
-    gradients come out wrong there) and without mlp_tile_tokens."""
+    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without
+    mlp_tile_tokens."""
     mlp_tile_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
     tensors never exist whole; for very long sequences. null computes all at once."""
@@ -91,16 +91,6 @@ def check_global_batch(global_batch_size: int, micro_batch_size: int, data_paral
 @rule("training.sequence_length", "parallel.context_parallel_size")
 def _sequence_splits_evenly(job: Job) -> None:
     check_sequence_length(job.training.sequence_length, job.parallel.context_parallel_size)
-
-
-@rule("training.compile", "parallel.tensor_parallel_size")
-def _compiled_blocks_split_no_heads(job: Job) -> None:
-    size = job.parallel.tensor_parallel_size
-    if job.training.compile is True and size > 1:
-        raise ValueError(
-            f"compile is true with tensor_parallel_size ({size}) above 1, where gradients come out wrong on GPUs; set "
-            "compile to auto or false"
-        )
 
 
 @rule(

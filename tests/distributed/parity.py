@@ -141,6 +141,7 @@ def all_cases() -> list[Case]:
     offloaded += [Case(*layout, 3, layout[0] == 1, parallel="secondary_partition_size: 2") for layout in layouts]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
+    compiled += [Case(2, 1, 1, 3, False, compiled=True), Case(2, 2, 1, 2, False, compiled=True)]
     parked = [
         Case(1, 1, 2, 3, False, compiled=True, offload=True),
         Case(1, 2, 2, 3, False, recompute=True, offload=True),

@@ -68,12 +68,12 @@ def test_what_can_be_offloaded(tmp_path: Path, keys: str, message: str) -> None:
     assert load(tmp_path, "parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu")
 
 
-def test_compiled_blocks_split_no_heads(tmp_path: Path) -> None:
-    sizes = "parallel.tensor_parallel_size=2", "training.compile=true"
-    assert "compile is true with tensor_parallel_size (2) above 1" in report(tmp_path, *sizes)
+def test_blocks_are_compiled_on_gpus_where_nothing_is_said(tmp_path: Path) -> None:
     assert load(tmp_path, "training.compile=true").compiles("cpu")
+    assert not load(tmp_path, "training.compile=false").compiles("cuda")
     assert load(tmp_path).compiles("cuda") and not load(tmp_path).compiles("cpu")
-    assert not load(tmp_path, "parallel.tensor_parallel_size=2").compiles("cuda")
+    assert load(tmp_path, "parallel.tensor_parallel_size=2").compiles("cuda")
+    assert not load(tmp_path, "training.mlp_tile_tokens=9").compiles("cuda")
 
 
 def test_the_rule_of_sequence_parallelism_in_full(tmp_path: Path) -> None:
