@@ -16,6 +16,7 @@ from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler
 from launch.monitor import SilentMonitor
 from launch.trainer import Trainer
+from parallel.host_memory import _lock, host_buffer, release_host_buffer
 from parallel.mesh import ParallelMesh
 from parallel.zero import StateFragment
 from tests.distributed.harness import run_distributed
@@ -84,3 +85,15 @@ def test_a_snapshot_is_of_its_moment_though_it_is_copied_later() -> None:
     assert len(found) == 2 * len(STAGES)
     for one in found:
         assert one == {"late": True, "locked": True, "kept": True, "wrong": [], "unchanged": []}, found
+
+
+def test_memory_that_cannot_be_locked_fails_no_kernel() -> None:
+    device = torch.device("cuda", 0)
+    count = torch.ones(8, device=device)
+    buffer = host_buffer(1 << 20, device)
+    assert buffer.is_pinned()
+    assert _lock(buffer) == "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"
+    assert count.sum().item() == 8
+    for _ in range(2):  # the second time there is nothing to give back
+        release_host_buffer(buffer, device)
+        assert not buffer.is_pinned() and count.sum().item() == 8
