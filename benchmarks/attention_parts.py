@@ -5,10 +5,10 @@ any kernel.
     torchrun --nproc-per-node 2 benchmarks/attention_parts.py                      # two: the messages too
 
 c tokens are half of one rank's share where two ranks hold chunks (0, 3) and (1, 2). An exchange's rank 0 calls c x 4c
-and c x c, its rank 1 calls 2c x 3c, all causal; a ring calls 2c x 2c causal and then a full c x 2c or 2c x c; trading
-heads calls 4c x 4c causal with half of the heads, once for each group that these are cut into. The ideal is half of
-4c x 4c with all heads. Forward and backward milliseconds, medians; where c is small they are the host's time, not the
-GPU's.
+and c x c, or both at once as two documents, its rank 1 calls 2c x 3c, all causal; a ring calls 2c x 2c causal and then
+a full c x 2c or 2c x c; trading heads calls 4c x 4c causal with half of the heads, once for each group that these are
+cut into. The ideal is half of 4c x 4c with all heads. Forward and backward milliseconds, medians; where c is small they
+are the host's time, not the GPU's.
 
 Messages are queued behind a pause of the GPU, so that what is timed is the GPUs' part, not the host's.
 """
@@ -26,11 +26,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from model.kernels import KERNELS, AttentionKernel, AttentionMask
+from model.kernels import KERNELS, AttentionKernel, AttentionMask, Documents
 from parallel.transport import MessageTransport, SymmetricTransport, Transport
 
 HEAD_DIM = 128
-SHAPES = [(32, 8, 1024), (32, 8, 2048), (32, 8, 4096), (32, 8, 8192), (8, 2, 8192)]
+SHAPES = [(32, 8, 1024), (32, 8, 2048), (32, 8, 4096), (32, 8, 8192), (8, 2, 8192), (32, 8, 16384)]
 """Query heads, KV heads, c."""
 MEBIBYTES = [1, 8, 64]
 
@@ -43,15 +43,29 @@ class Call:
     keys: int
     causal: bool = True
     split: int = 1
+    before: tuple[int, int] | None = None
+    """Queries and keys of a first document; the rest are a second one."""
+
+    def mask(self, c: int) -> AttentionMask:
+        if self.before is None:
+            return AttentionMask(causal=self.causal, offset=(self.keys - self.queries) * c if self.causal else 0)
+        queries, keys = (
+            Documents.from_boundaries([0, first * c, both * c], "cuda")
+            for first, both in zip(self.before, (self.queries, self.keys), strict=True)
+        )
+        return AttentionMask(causal=self.causal, documents=queries, key_documents=keys)
 
     def __str__(self) -> str:
         heads = f", heads / {self.split}" if self.split > 1 else ""
+        if self.before is not None:
+            heads += f", the first {self.before[0]}c x {self.before[1]}c apart"
         return f"{self.queries}c x {self.keys}c {'causal' if self.causal else 'full'}{heads}"
 
 
 WHOLE = Call(4, 4)
 MODES = {
     "exchange, rank 0": [Call(1, 4), Call(1, 1)],
+    "exchange, rank 0, one call": [Call(2, 5, before=(1, 1))],
     "exchange, rank 1": [Call(2, 3)],
     "ring, rank 0": [Call(2, 2), Call(1, 2, causal=False)],
     "ring, rank 1": [Call(2, 2), Call(2, 1, causal=False)],
@@ -85,8 +99,7 @@ def measure(kernel: AttentionKernel, heads: int, kv_heads: int, c: int, call: Ca
 
     q, dout = random(call.queries, heads), random(call.queries, heads)
     k, v = random(call.keys, kv_heads), random(call.keys, kv_heads)
-    offset = (call.keys - call.queries) * c if call.causal else 0
-    mask, scale = AttentionMask(causal=call.causal, offset=offset), HEAD_DIM**-0.5
+    mask, scale = call.mask(c), HEAD_DIM**-0.5
     out, lse = kernel.forward(q, k, v, scale, mask)
     return (
         median_ms(lambda: kernel.forward(q, k, v, scale, mask)),
@@ -101,13 +114,13 @@ def kernel_parts(kernel: AttentionKernel) -> None:
         calls = dict.fromkeys([WHOLE, *(call for calls in MODES.values() for call in calls)])
         times = {call: measure(kernel, heads, kv_heads, c, call) for call in calls if kv_heads % call.split == 0}
         for call, (forward, backward) in times.items():
-            print(f"  {str(call):28} {forward:8.3f} {backward:8.3f}")
+            print(f"  {str(call):38} {forward:8.3f} {backward:8.3f}")
         ideal = sum(times[WHOLE]) / 2
         for mode, parts in MODES.items():
             if all(call in times for call in parts):
                 forward, backward = (sum(times[call][which] for call in parts) for which in (0, 1))
                 share = ideal / (forward + backward)
-                print(f"  {mode:28} {forward:8.3f} {backward:8.3f}   {share:6.1%} of the ideal {ideal:.3f}", flush=True)
+                print(f"  {mode:38} {forward:8.3f} {backward:8.3f}   {share:6.1%} of the ideal {ideal:.3f}", flush=True)
 
 
 def message_parts() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.config import JobConfig
-from parallel.exchange_plan import exchange_plan
+from parallel.exchange_plan import exchange_plan, one_call_is_faster
 from parallel.mesh import MeshShape
 
 _EXCHANGE_BYTES = 2**30
@@ -29,7 +29,8 @@ class ContextPlan:
     """R: ranks among which keys travel, by exchange or in a ring."""
     keys: Literal["exchange", "ring"]
     fetched_tokens: int
-    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch."""
+    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch. Where one call
+    serves both chunks, some twice."""
     traffic: int
     """Bytes that the busiest rank receives in one layer's forward and backward."""
     head_groups: int
@@ -91,16 +92,19 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
     pair = 2 * kv_heads // by_heads * job.model.head_dim * width  # bytes of one token's keys and values
     own = rows * length // by_keys
     spare_memory = job.training.offload_activations == "none"
-    fetched = rows * max(
-        exchange_plan(length, by_keys, rank, job.model.sliding_window).buffer_length for rank in range(by_keys)
-    )
+    joined = (rows == 1 or job.data.document_mask) and one_call_is_faster(query_heads // by_heads, length // by_keys)
+    exchanges = [
+        exchange_plan(length, by_keys, rank, job.model.sliding_window, joined=joined) for rank in range(by_keys)
+    ]
+    fetched = rows * max(plan.buffer_length for plan in exchanges)
     keys: Literal["exchange", "ring"] = "exchange"
     if configured == "ring" or (configured != "exchange" and fetched * pair > _EXCHANGE_BYTES):
         keys = "ring"
     if by_keys == 1:
         traffic = 0
     elif keys == "exchange":  # there, home again, and there once more if they were not kept
-        traffic = (fetched - own) * pair * (2 if by_keys == 2 and by_heads == 1 and spare_memory else 3)
+        received = rows * max(plan.received_tokens for plan in exchanges)
+        traffic = received * pair * (2 if by_keys == 2 and by_heads == 1 and spare_memory else 3)
     else:  # twice P - 1 hops with keys, and P hops with their gradients in fp32
         traffic = own * pair * (2 * (by_keys - 1) + by_keys * 4 // width)
     tokens = rows * length // mesh.context_parallel_size

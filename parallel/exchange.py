@@ -20,7 +20,7 @@ from torch import Tensor
 from model.kernels import AttentionKernel, AttentionMask, AttentionOperator, Documents
 from model.kernels.operator import NO_TARGETS, Saved
 from model.kernels.protocol import Gradients, Targets
-from parallel.exchange_plan import ExchangeCall, ExchangePlan, exchange_plan
+from parallel.exchange_plan import ExchangeCall, ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
 from parallel.sequence import document_rows
@@ -52,8 +52,17 @@ class _Job(NamedTuple):
 
     rows: _Rows
     buffer: Tensor
-    """[M, 2, B, K, D], complete once they have arrived."""
+    """[M, 2, B, K, D]."""
     arrival: Arrival | None
+
+    def complete(self) -> None:
+        """Work issued from now on finds all keys in the buffer, those that lie twice in both places."""
+        if self.arrival is None:
+            return
+        self.arrival.wait()
+        if (copied := self.rows.plan.copied) is not None:
+            first, second = copied
+            self.buffer[second].copy_(self.buffer[first])
 
 
 class ExchangeAttention(AttentionOperator):
@@ -61,7 +70,8 @@ class ExchangeAttention(AttentionOperator):
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
     rank's outputs [B, L, H, D]. `balanced` says that sequences were cut as their documents balance. `keep_gathered`
-    keeps fetched keys and values for the backward pass; otherwise they are fetched again.
+    keeps fetched keys and values for the backward pass; otherwise they are fetched again. `joined` lets one kernel call
+    serve both of a rank's chunks, or not; None takes what is faster.
     """
 
     def __init__(
@@ -74,11 +84,12 @@ class ExchangeAttention(AttentionOperator):
         deterministic: bool = False,
         balanced: bool = False,
         keep_gathered: bool = True,
+        joined: bool | None = None,
     ):
         super().__init__()
         self.transport, self.kernel, self.scale = transport, kernel, scale
         self.window, self.deterministic = window, deterministic
-        self.balanced, self.keep_gathered = balanced, keep_gathered
+        self.balanced, self.keep_gathered, self.joined = balanced, keep_gathered, joined
         self.size, self.rank = transport.group.size(), transport.rank
         self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
@@ -86,7 +97,10 @@ class ExchangeAttention(AttentionOperator):
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`kept` has room for the keys and values of whole sequences: documents decide how much of it is used."""
-        kept = 2 * k.numel() * self.size if self.keep_gathered else 0
+        kept = 0
+        if self.keep_gathered:
+            room = buffer_room(k.shape[1] * self.size, self.size, self._joins(q))
+            kept = 2 * room * math.prod(k.shape[2:]) * k.shape[0]
         return (q.shape[0], q.shape[2], q.shape[1]), (kept,)
 
     def forward(
@@ -101,11 +115,11 @@ class ExchangeAttention(AttentionOperator):
             lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
         jobs = self._gather(planned, k, v, kept)
         for remote in (False, True):  # first what needs no peer
-            for rows, buffer, arrival in jobs:
-                if remote and arrival is not None:
-                    arrival.wait()
-                keys, values = sides(buffer)
-                for call in rows.calls:
+            for job in jobs:
+                if remote:
+                    job.complete()
+                keys, values = sides(job.buffer)
+                for call in job.rows.calls:
                     if call.remote != remote:
                         continue
                     _, part = self.kernel.forward(
@@ -139,9 +153,9 @@ class ExchangeAttention(AttentionOperator):
             batch_rows, of_keys = under_way.pop(0)
             of_keys.collect(*(x if batch_rows is None else x[batch_rows] for x in (dk, dv)))
 
-        for rows, buffer, arrival in jobs:
-            if arrival is not None:
-                arrival.wait()
+        for job in jobs:
+            job.complete()
+            rows, buffer = job.rows, job.buffer
             if len(under_way) == 2:  # their slots are still to be read, and a transport has few
                 collect_one()
             of_keys = KeyGradients(self.transport, rows.plan, buffer)
@@ -195,7 +209,7 @@ class ExchangeAttention(AttentionOperator):
             if rows.rows is not None:
                 own_k, own_v = k[rows.rows], v[rows.rows]
             slot = self.transport.slot((k.shape[1], *buffer.shape[1:]), k)
-            pack_keys(own_k, own_v, slot, buffer, plan.own)
+            pack_keys(own_k, own_v, slot, buffer, plan.own, plan.own_again)
 
             def taken(owner: int, reader: int, plan: ExchangePlan = plan) -> list[slice]:
                 pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
@@ -218,15 +232,23 @@ class ExchangeAttention(AttentionOperator):
     def _plan(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         size, batch = self.size, q.shape[0]
         length = q.shape[1] * size
+        joined = self._joins(q)
         if documents is None:
-            plan = exchange_plan(length, size, self.rank, self.window)
+            # The keys of a batch do not lie one row after the other, as documents would have to.
+            plan = exchange_plan(length, size, self.rank, self.window, joined=joined and batch == 1)
             return [_Rows(None, plan, self._calls(plan, None, q))]
         rows = []
         for row, boundaries in enumerate(document_rows(documents.boundaries, batch, length)):
-            plan = exchange_plan(length, size, self.rank, self.window, boundaries, self.balanced)
+            plan = exchange_plan(length, size, self.rank, self.window, boundaries, self.balanced, joined)
             batch_rows = slice(row, row + 1) if batch > 1 else None
             rows.append(_Rows(batch_rows, plan, self._calls(plan, batch_rows, q)))
         return rows
+
+    def _joins(self, q: Tensor) -> bool:
+        """Whether one call may serve both chunks of a sequence. Decided by shapes, hence alike on all ranks."""
+        if not self.kernel.capabilities.documents:
+            return False
+        return one_call_is_faster(q.shape[2], q.shape[1]) if self.joined is None else self.joined
 
     def _calls(self, plan: ExchangePlan, rows: slice | None, q: Tensor) -> list[_Call]:
         calls = []

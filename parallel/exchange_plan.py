@@ -3,10 +3,13 @@
 P context_parallel_size, S sequence_length. Each rank holds one range of positions or two, its chunks: in the zigzag
 order, or so that documents balance (see `parallel.sequence`). A query chunk [a, b) sees one contiguous range of keys,
 [low, b): causality ends it at b, and it begins where the window of the first query or the first query's document
-begins. So each rank gathers at most two ranges of keys (one, where they overlap) into a buffer, in the order of their
-positions, and every query chunk is one kernel call: no partial results to merge, no document padded, and what nobody
-sees does not travel. Where documents keep the two chunks' keys apart, one call does for both: to a kernel they are
-documents among others.
+begins. So each rank gathers at most two ranges of keys into a buffer, in the order of their positions, and attends
+without partial results to merge, without padding a document, and without fetching what its queries do not see.
+
+Every query chunk is one kernel call, over a part of a buffer in which overlapping ranges lie as one. Or one call serves
+both chunks: to a kernel they are documents among others, as long as their keys lie one after the other. So where ranges
+overlap and calls are `joined`, keys that both chunks see lie twice. They are fetched once and copied, since a message
+costs more than a copy, and their gradients are added up before they travel.
 
 Positions are those of the full sequence. "Local" indices count within a rank's part, "buffer" indices within its
 buffer.
@@ -16,9 +19,26 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.sequence import Part, balanced_parts, zigzag_parts
+
+_JOINED_UP_TO = 65536
+"""Query heads x tokens of a chunk up to which one call for both chunks does not lose against two. What rank 0 of 2
+reached of the ideal by one and by two, forward + backward by flash_attn_4 on an H200, exchange not counted: 32/8 heads
+and chunks of 1,024 tokens 86 and 71 %, of 2,048 91.2 and 90.2, of 4,096 93.0 and 94.0, of 8,192 95.5 and 97.2; 8/2
+heads and chunks of 8,192 96.6 and 95.7. Kernels of variable lengths are a little slower, but the host issues one call
+in half of the time, and it sets the pace of short ones (benchmarks/attention_parts.py)."""
+
+
+def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
+    """Whether calls had better be joined, where a kernel takes variable lengths."""
+    return query_heads * (local_tokens // 2) <= _JOINED_UP_TO
+
+
+def buffer_room(sequence_length: int, context_parallel_size: int, joined: bool) -> int:
+    """The most keys that a buffer holds: the sequence, and half a rank's share twice where calls may be joined."""
+    return sequence_length + (sequence_length // (2 * context_parallel_size) if joined else 0)
 
 
 @dataclass(frozen=True)
@@ -52,9 +72,9 @@ class ExchangeCall:
     k_start: int
     k_stop: int
     query_bounds: tuple[int, ...] | None
-    """Documents among the queries, from 0 to their number; None without documents."""
+    """Documents among the queries, from 0 to their number; None if all are one. Those of a second chunk follow."""
     key_bounds: tuple[int, ...] | None
-    """The same documents among the keys: only the first may have more keys than queries."""
+    """The same documents among the keys: only a chunk's first may have more keys than queries."""
     remote: bool
     """Some of the keys come from other ranks."""
 
@@ -68,11 +88,25 @@ class ExchangePlan:
     """The largest buffer_length of all ranks."""
     own: tuple[tuple[int, int, int], ...]
     """(local index, buffer index, length) of this rank's own chunks."""
+    own_again: tuple[int, int, int] | None
+    """The same of own keys that lie twice: their second place."""
+    twice: tuple[slice, slice] | None
+    """Both places in the buffer of all keys that lie twice, fetched ones before own ones. `own` and pieces name the
+    first place only."""
     receives: dict[int, tuple[Piece, ...]]
     """By peer. In the backward pass gradients of the same pieces travel the other way."""
     sends: dict[int, tuple[Piece, ...]]
     calls: tuple[ExchangeCall, ...]
     """Those with remote keys first, and of these the one with more: its gradients have the longest way to go."""
+
+    @property
+    def copied(self) -> tuple[slice, slice] | None:
+        """Both places of fetched keys that lie twice: the second is filled from the first."""
+        if self.twice is None:
+            return None
+        fetched = self.own[0][1] - self.twice[0].start
+        first, second = (slice(place.start, place.start + fetched) for place in self.twice)
+        return (first, second) if fetched > 0 else None
 
     @property
     def received_tokens(self) -> int:
@@ -92,46 +126,49 @@ def exchange_plan(
     window: int | None = None,
     boundaries: Sequence[int] | None = None,
     balanced: bool = False,
+    joined: bool = False,
 ) -> ExchangePlan:
     """`boundaries` are one row's documents, 0 = b0 < b1 < ... < S, in positions of the full sequence; `balanced` if the
-    sequence was cut by them."""
+    sequence was cut by them. `joined`: one call for both chunks where the buffer stays within `buffer_room`. Without
+    it documents are joined all the same where chunks share no key."""
     if balanced and boundaries is not None:
         parts = balanced_parts(sequence_length, context_parallel_size, boundaries, window)
     else:
         parts = zigzag_parts(sequence_length, context_parallel_size)
-    layouts = [_Layout(part, window, boundaries) for part in parts]
+    room = buffer_room(sequence_length, context_parallel_size, joined) if joined else 0
+    layouts = [_Layout(part, window, boundaries, room) for part in parts]
     mine = layouts[cp_rank]
     return ExchangePlan(
         buffer_length=mine.buffer_length,
         largest_buffer=max(layout.buffer_length for layout in layouts),
-        own=tuple((local, mine.buffer_index(start), length) for local, start, length in mine.own),
+        own=tuple((chunk.local, mine.buffer_index(chunk.start), chunk.length) for chunk in mine.chunks),
+        own_again=mine.own_again,
+        twice=mine.twice,
         receives={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(mine, other))},
         sends={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(other, mine))},
-        calls=tuple(sorted(_joined(mine.calls()), key=lambda call: (not call.remote, call.k_start - call.k_stop))),
+        calls=tuple(
+            sorted(_as_one(mine.calls(), joined), key=lambda call: (not call.remote, call.k_start - call.k_stop))
+        ),
     )
 
 
-def _joined(calls: list[ExchangeCall]) -> list[ExchangeCall]:
-    """One call for both chunks if they have documents and share no key."""
-    if len(calls) < 2:
+def _as_one(calls: list[ExchangeCall], joined: bool) -> list[ExchangeCall]:
+    """One call for both chunks if their keys lie one after the other, and documents or `joined` ask for it."""
+    if len(calls) < 2 or calls[0].k_stop != calls[1].k_start or not (joined or calls[0].query_bounds):
         return calls
     one, two = calls
-    if one.query_bounds is None or one.key_bounds is None or two.query_bounds is None or two.key_bounds is None:
-        return calls
-    if one.k_stop != two.k_start:
-        return calls
-    queries, keys = one.query_bounds[-1], one.key_bounds[-1]
-    return [
-        ExchangeCall(
-            one.q_start,
-            two.q_stop,
-            one.k_start,
-            two.k_stop,
-            one.query_bounds + tuple(queries + bound for bound in two.query_bounds[1:]),
-            one.key_bounds + tuple(keys + bound for bound in two.key_bounds[1:]),
-            remote=one.remote or two.remote,
-        )
-    ]
+    queries, keys = (
+        first + tuple(first[-1] + bound for bound in second[1:])
+        for first, second in zip(_bounds(one), _bounds(two), strict=True)
+    )
+    return [ExchangeCall(one.q_start, two.q_stop, one.k_start, two.k_stop, queries, keys, one.remote or two.remote)]
+
+
+def _bounds(call: ExchangeCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of queries and keys, if need be with all as one document."""
+    if call.query_bounds is not None and call.key_bounds is not None:
+        return call.query_bounds, call.key_bounds
+    return (0, call.q_stop - call.q_start), (0, call.k_stop - call.k_start)
 
 
 def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
@@ -139,65 +176,97 @@ def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
     if receiver is owner:
         return ()
     found = []
-    for low, high in receiver.segments:
-        for local, start, length in owner.own:
-            first, last = max(low, start), min(high, start + length)
+    for low, high in receiver.seen():
+        for chunk in owner.chunks:
+            first, last = max(low, chunk.start), min(high, chunk.stop)
             if first < last:
-                places = receiver.buffer_index(first), owner.buffer_index(first), local + first - start
+                places = receiver.buffer_index(first), owner.buffer_index(first), chunk.local + first - chunk.start
                 found.append(Piece(first, last - first, *places))
     return tuple(sorted(found, key=lambda piece: piece.start))
 
 
-class _Layout:
-    """One rank's queries, the keys they need, and where these lie in its buffer."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [start, stop), the first at `local` of their rank's, and their keys [low, stop), the first at `index` of
+    its buffer."""
 
-    def __init__(self, part: Part, window: int | None, boundaries: Sequence[int] | None):
+    local: int
+    start: int
+    stop: int
+    low: int
+    index: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def key_stop(self) -> int:
+        """In the buffer."""
+        return self.index + self.stop - self.low
+
+
+class _Layout:
+    """One rank's queries, the keys they need, and where these lie in its buffer: one chunk's after the other's. Chunks
+    that overlap share the overlap unless the buffer has `room` for it twice."""
+
+    def __init__(self, part: Part, window: int | None, boundaries: Sequence[int] | None, room: int):
         self.window, self.boundaries = window, boundaries
-        self.own: list[tuple[int, int, int]] = []
-        """Local index, position and length of each chunk."""
-        local = 0
+        self.chunks: list[_Chunk] = []
+        local = index = 0
         for start, stop in part:
-            self.own.append((local, start, stop - start))
-            local += stop - start
-        self.segments: list[tuple[int, int]] = []
-        for _, start, length in self.own:
-            low = self._lowest_key(start)
-            if self.segments and low <= self.segments[-1][1]:
-                low = min(low, self.segments.pop()[0])
-            self.segments.append((low, start + length))
+            self.chunks.append(_Chunk(local, start, stop, self._lowest_key(start), index))
+            local, index = local + stop - start, self.chunks[-1].key_stop
+        self.twice: tuple[slice, slice] | None = None
+        if len(self.chunks) < 2 or self.chunks[1].low >= self.chunks[0].stop:
+            return
+        one, two = self.chunks
+        if two.key_stop > room:
+            self.chunks[1] = replace(two, index=one.index + two.low - one.low)
+        else:
+            both = one.stop - two.low
+            self.twice = slice(one.key_stop - both, one.key_stop), slice(two.index, two.index + both)
 
     @property
     def buffer_length(self) -> int:
-        return sum(high - low for low, high in self.segments)
+        return self.chunks[-1].key_stop
+
+    @property
+    def own_again(self) -> tuple[int, int, int] | None:
+        if self.twice is None:
+            return None
+        one, two = self.chunks
+        length = one.stop - max(one.start, two.low)  # one's own keys are the last it sees
+        return one.local + one.length - length, self.twice[1].stop - length, length
+
+    def seen(self) -> list[tuple[int, int]]:
+        """Ranges of positions in the buffer; none twice."""
+        stops = [0, *(chunk.stop for chunk in self.chunks)]
+        return [(max(chunk.low, stop), chunk.stop) for chunk, stop in zip(self.chunks, stops, strict=False)]
 
     def buffer_index(self, position: int) -> int:
-        index = 0
-        for low, high in self.segments:
-            if low <= position < high:
-                return index + position - low
-            index += high - low
-        raise AssertionError(f"position {position} is not in the buffer")
+        """Where this key lies, or lies first."""
+        chunk = next(chunk for chunk in self.chunks if chunk.low <= position < chunk.stop)
+        return chunk.index + position - chunk.low
 
     def calls(self) -> list[ExchangeCall]:
         calls = []
-        for local, start, length in self.own:
-            low, stop = self._lowest_key(start), start + length
+        for chunk in self.chunks:
             query_bounds = key_bounds = None
             if self.boundaries is not None:
-                inside = self.boundaries[bisect.bisect_right(self.boundaries, start) :]
-                inner = [bound for bound in inside if bound < stop]
-                query_bounds = (0, *(bound - start for bound in inner), length)
-                key_bounds = (0, *(bound - low for bound in inner), stop - low)
-            k_start = self.buffer_index(low)
+                inside = self.boundaries[bisect.bisect_right(self.boundaries, chunk.start) :]
+                inner = [bound for bound in inside if bound < chunk.stop]
+                query_bounds = (0, *(bound - chunk.start for bound in inner), chunk.length)
+                key_bounds = (0, *(bound - chunk.low for bound in inner), chunk.stop - chunk.low)
             calls.append(
                 ExchangeCall(
-                    q_start=local,
-                    q_stop=local + length,
-                    k_start=k_start,
-                    k_stop=k_start + stop - low,
+                    q_start=chunk.local,
+                    q_stop=chunk.local + chunk.length,
+                    k_start=chunk.index,
+                    k_stop=chunk.key_stop,
                     query_bounds=query_bounds,
                     key_bounds=key_bounds,
-                    remote=not self._owns(low, start),
+                    remote=not self._owns(chunk.low, chunk.start),
                 )
             )
         return calls
@@ -213,5 +282,5 @@ class _Layout:
 
     def _owns(self, low: int, high: int) -> bool:
         """Whether all of [low, high) is this rank's own."""
-        covered = sum(max(0, min(high, start + length) - max(low, start)) for _, start, length in self.own)
+        covered = sum(max(0, min(high, chunk.stop) - max(low, chunk.start)) for chunk in self.chunks)
         return covered == high - low

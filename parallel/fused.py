@@ -18,6 +18,8 @@ from torch import Tensor
 
 Share = tuple[slice, Tensor]
 """Positions, and [their number, 2, B, K, D] gradients of the keys and values there."""
+Range = tuple[int, int, int]
+"""Local index, index in a buffer, length."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,17 @@ class Heads:
         return self.tensor.narrow(2, rank * (self.tensor.shape[2] // size) + self.first, self.count)
 
 
-def pack_keys(k: Tensor, v: Tensor, slot: Tensor, buffer: Tensor, own: Sequence[tuple[int, int, int]]) -> None:
+def pack_keys(
+    k: Tensor, v: Tensor, slot: Tensor, buffer: Tensor, own: Sequence[Range], again: Range | None = None
+) -> None:
     """Lays k and v [B, L, K, D] side by side: all in `slot` [L, 2, B, K, D], and in `buffer` [M, 2, B, K, D] the
-    `own` ranges (local index, buffer index, length), of which there are one or two, one after the other."""
+    `own` ranges, of which there are one or two, one after the other, and once more the range `again`."""
     kernels = _kernels(k, v)
     if kernels is not None:
-        kernels.pack_keys(k, v, slot, buffer, own)
+        kernels.pack_keys(k, v, slot, buffer, own, again)
         return
     torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1, out=slot)
-    for local, index, length in own:
+    for local, index, length in (*own, *([again] if again else [])):
         buffer[index : index + length].copy_(slot[local : local + length])
 
 

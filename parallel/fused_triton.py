@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from parallel.fused import Heads, Share
+    from parallel.fused import Heads, Range, Share
 
 MOST_SHARES = 4
 """That one launch of `add_shares` takes."""
@@ -19,22 +19,23 @@ _ROWS = 16
 _COLUMNS = 512
 
 
-def pack_keys(k: Tensor, v: Tensor, slot: Tensor, buffer: Tensor, own: Sequence[tuple[int, int, int]]) -> None:
+def pack_keys(k: Tensor, v: Tensor, slot: Tensor, buffer: Tensor, own: Sequence[Range], again: Range | None) -> None:
     batch, length, heads, head_dim = k.shape
     (_, first, first_length), (_, second, _) = own[0], own[-1]
     width = heads * head_dim
     grid = triton.cdiv(length * batch, _ROWS), triton.cdiv(width, _COLUMNS)
     rows = k.stride(1), k.stride(0), v.stride(1), v.stride(0)
     _pack_keys[grid](
-        k, v, slot, buffer, length * batch, batch, width, *rows, first_length, first, second, _ROWS, _COLUMNS
-    )
+        k, v, slot, buffer, length * batch, batch, width, *rows, first_length, first, second,
+        *(again or (0, 0, 0)), _ROWS, _COLUMNS,
+    )  # fmt: skip
 
 
 # Positions follow the documents: specialised on, each new value could compile anew.
-@triton.jit(do_not_specialize=["rows", "first_length", "first", "second"])
+@triton.jit(do_not_specialize=["rows", "first_length", "first", "second", "again", "third", "third_length"])
 def _pack_keys(
     k, v, slot, buffer, rows, batch, width, k_row, k_batch, v_row, v_batch, first_length, first, second,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    again, third, third_length, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None]
@@ -47,6 +48,10 @@ def _pack_keys(
     here = ((2 * place * batch + element) * width)[:, None] + column
     tl.store(slot + there, keys, mask=inside)
     tl.store(slot + there + batch * width, values, mask=inside)
+    tl.store(buffer + here, keys, mask=inside)
+    tl.store(buffer + here + batch * width, values, mask=inside)
+    inside &= ((token >= again) & (token < again + third_length))[:, None]
+    here = ((2 * (third + token - again) * batch + element) * width)[:, None] + column
     tl.store(buffer + here, keys, mask=inside)
     tl.store(buffer + here + batch * width, values, mask=inside)
 

@@ -32,6 +32,9 @@ class KeyGradients:
         """The first call's keys: their gradients are in place. There are two calls at most, one for each chunk."""
         self.extra: list[Share] = []
         """Second shares of keys that two query chunks see."""
+        if plan.twice is not None:
+            first, second = plan.twice
+            self.extra.append((first, self.slot[second]))
         self.incoming: list[Share] = []
         """Peers' shares of own keys, by their place in the buffer."""
         self.arrival: Arrival | None = None

@@ -37,9 +37,11 @@ from tests.distributed.test_ring import (
 )
 
 VARIANTS = {
-    "keys kept": {"keep_gathered": True},
-    "keys fetched again": {"keep_gathered": False},
-    "balanced": {"balanced": True},
+    "keys kept": {"joined": True},
+    "keys fetched again": {"joined": True, "keep_gathered": False},
+    "two calls": {"joined": False},
+    "balanced": {"balanced": True, "joined": True},
+    "balanced, two calls": {"balanced": True, "joined": False},
 }
 
 
@@ -60,7 +62,10 @@ def results_of(
     """out, dq, dk, dv of this rank's part."""
     local = [part_of(full, group, case, balanced).to(dtype) for full in full_inputs(case)]
     q, k, v = (tensor.requires_grad_() for tensor in local[:3])
-    out = attend(q, k, v, case.documents())
+    if case.lengths or not attend.joined:
+        out = attend(q, k, v, case.documents())
+    else:  # rows of a batch without documents are not joined
+        out = torch.cat([attend(*rows, None) for rows in zip(*(x.split(1) for x in (q, k, v)), strict=True)])
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), local[3])]
 
 
@@ -73,9 +78,9 @@ def _errors() -> Results:
         found: Results = {}
         for (name, case), (label, variant) in itertools.product(CASES.items(), VARIANTS.items()):
             for kernel, dtype in (("math", torch.float64), ("cpu", torch.float32)):
-                if (kernel == "cpu" and label != "keys kept") or (label == "balanced" and not case.lengths):
+                balanced = "balanced" in label
+                if (kernel == "cpu" and label != "keys kept") or (balanced and not case.lengths):
                     continue
-                balanced = label == "balanced"
                 results = results_of(make(group, case, kernel, **variant), group, case, dtype, balanced)
                 found[size, name, label, kernel] = {
                     tensor: (
@@ -129,10 +134,9 @@ def test_nothing_leaks_from_one_document_to_the_next() -> None:
     assert run_distributed(_leak, 8) == [0.0] * 8
 
 
-def _messages() -> list[int]:
-    """Elements sent by this rank in a forward pass, as counted at the call and as planned."""
+def _messages(case: Case, joined: bool) -> list[int]:
+    """Elements sent by this rank for one row's forward pass, as counted at the call and as planned."""
     group, sent = dist.group.WORLD, []
-    case = Case(window=5)
     original = dist.batch_isend_irecv
 
     def counting(operations: list[dist.P2POp]) -> list[dist.Work]:
@@ -140,17 +144,24 @@ def _messages() -> list[int]:
         return original(operations)
 
     dist.batch_isend_irecv = counting
-    q, k, v, _ = (local_part(tensor, group).float() for tensor in full_inputs(case))
-    make(group, case, "math")(q, k, v, None)
+    q, k, v, _ = (local_part(tensor, group)[:1].float() for tensor in full_inputs(case))
+    make(group, case, "math", joined=joined)(q, k, v, None)
     plans = exchange_plan(S, group.size(), dist.get_rank(group), case.window).sends
     tokens = sum(piece.length for pieces in plans.values() for piece in pieces)
-    return [sum(sent), tokens * 2 * B * case.kv_heads * q.shape[-1]]
+    return [sum(sent), tokens * 2 * case.kv_heads * q.shape[-1]]
+
+
+def _all_messages() -> list[list[int]]:
+    windowed, plain = Case(window=5), Case()
+    return [_messages(windowed, False), _messages(windowed, True), _messages(plain, False), _messages(plain, True)]
 
 
 def test_what_is_sent_is_what_was_planned() -> None:
-    counted = run_distributed(_messages, 4)
-    assert all(sent == planned for sent, planned in counted)
-    assert 0 < sum(sent for sent, _ in counted) == 6 * 4 * 2 * B * 2 * 8  # six borders between ranks, a window of 5 - 1
+    counted = run_distributed(_all_messages, 4)
+    assert all(sent == planned for found in counted for sent, planned in found)
+    windowed, *others = (sum(found[number][0] for found in counted) for number in range(4))
+    assert 0 < windowed == 6 * 4 * 2 * 2 * 8  # six borders between ranks, a window of 5 - 1
+    assert others[0] == windowed and others[1] == others[2], "keys that lie twice travel once"
 
 
 class FewSlots(MessageTransport):

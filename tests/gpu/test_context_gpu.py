@@ -45,6 +45,8 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
         "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
+        "exchange, one call": ExchangeAttention(memory, kernel, joined=True, **settings),
+        "exchange, two calls": ExchangeAttention(memory, kernel, joined=False, **settings),
         "exchange, balanced cut": ExchangeAttention(memory, kernel, balanced=True, **settings),
         "exchange by messages": ExchangeAttention(messages, kernel, **settings),
         "ring": RingAttention(group, kernel, **settings),

@@ -43,11 +43,14 @@ def test_pack_keys(shape: tuple[int, int, int, int]) -> None:
     k = together[:, :length, : heads * head_dim].unflatten(2, (heads, head_dim))
     v = together[:, 2 : length + 2, heads * head_dim : 2 * heads * head_dim].unflatten(2, (heads, head_dim))
     half = length // 2
-    for own in ([(0, 11, length)], [(0, 5, half), (half, length + 9, length - half)]):
+    apart = [(0, 5, half), (half, 2 * length + 9, length - half)]
+    forms: list[tuple[list[fused.Range], fused.Range | None]] = [([(0, 11, length)], None), (apart, None)]
+    forms += [(apart, (start, half + 7, half - start)) for start in (0, half // 3, half - 1)]
+    for own, again in forms:
 
-        def run(own: list[tuple[int, int, int]] = own) -> list[Tensor]:
-            slot, buffer = torch.zeros(2, 2 * length + 20, 2, batch, heads, head_dim, device="cuda").to(k.dtype)
-            fused.pack_keys(k, v, slot[:length], buffer, own)
+        def run(own: list[fused.Range] = own, again: fused.Range | None = again) -> list[Tensor]:
+            slot, buffer = torch.zeros(2, 3 * length + 20, 2, batch, heads, head_dim, device="cuda").to(k.dtype)
+            fused.pack_keys(k, v, slot[:length], buffer, own, again)
             return [slot[:, 0], buffer[:, 0], slot[:, 1], buffer[:, 1]]
 
         both_ways(run)

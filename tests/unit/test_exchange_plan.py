@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from parallel.exchange_plan import ExchangePlan, exchange_plan
+from parallel.exchange_plan import ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
 from parallel.sequence import balanced_parts, zigzag_parts
 
 
@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     window: int | None
     boundaries: list[int] | None
     balanced: bool
+    joined: bool
 
 
 def positions_of(rank: int, problem: Problem) -> np.ndarray:
@@ -32,7 +33,7 @@ def positions_of(rank: int, problem: Problem) -> np.ndarray:
 
 
 def plans_of(problem: Problem) -> list[ExchangePlan]:
-    arguments = problem.window, problem.boundaries, problem.balanced
+    arguments = problem.window, problem.boundaries, problem.balanced, problem.joined
     return [exchange_plan(problem.length, problem.size, rank, *arguments) for rank in range(problem.size)]
 
 
@@ -53,7 +54,8 @@ def filled_buffers(plans: list[ExchangePlan], problem: Problem) -> list[np.ndarr
     buffers = [np.full(plan.buffer_length, -1) for plan in plans]
     for rank, plan in enumerate(plans):
         mine = positions_of(rank, problem)
-        for local, index, count in plan.own:
+        for local, index, count in (*plan.own, *([plan.own_again] if plan.own_again else [])):
+            assert (buffers[rank][index : index + count] == -1).all(), "a place is filled twice"
             buffers[rank][index : index + count] = mine[local : local + count]
     for rank, plan in enumerate(plans):
         for peer, pieces in plan.receives.items():
@@ -63,14 +65,19 @@ def filled_buffers(plans: list[ExchangePlan], problem: Problem) -> list[np.ndarr
                 into = slice(piece.receiver_index, piece.receiver_index + piece.length)
                 assert (buffers[rank][into] == -1).all(), "a place is filled twice"
                 buffers[rank][into] = sent
+    for buffer, plan in zip(buffers, plans, strict=True):
+        if plan.copied is not None:
+            first, second = plan.copied
+            assert first.stop > first.start and (buffer[second] == -1).all(), "a place is filled twice"
+            buffer[second] = buffer[first]
     return buffers
 
 
 def covered(plan: ExchangePlan, buffer: np.ndarray, mine: np.ndarray, length: int, window: int | None) -> np.ndarray:
-    """[query, key] pairs that the calls compute, counted."""
-    count = np.zeros((length, length), dtype=int)
+    """[query, place in the buffer] pairs that the calls compute, counted."""
+    count = np.zeros((length, len(buffer)), dtype=int)
     for call in plan.calls:
-        queries, keys = mine[call.q_start : call.q_stop], buffer[call.k_start : call.k_stop]
+        queries, keys = mine[call.q_start : call.q_stop], range(call.k_start, call.k_stop)
         query_bounds = call.query_bounds or (0, len(queries))
         key_bounds = call.key_bounds or (0, len(keys))
         assert query_bounds[-1] == len(queries) and key_bounds[-1] == len(keys)
@@ -78,10 +85,10 @@ def covered(plan: ExchangePlan, buffer: np.ndarray, mine: np.ndarray, length: in
         for q0, q1, k0, k1 in zip(query_bounds, query_bounds[1:], key_bounds, key_bounds[1:], strict=False):
             assert k1 - k0 >= q1 - q0 > 0
             for i, query in enumerate(queries[q0:q1]):
-                for j, key in enumerate(keys[k0:k1]):
+                for j in range(k1 - k0):
                     distance = i + (k1 - k0) - (q1 - q0) - j  # aligned at the ends
                     if distance >= 0 and (window is None or distance < window):
-                        count[query, key] += 1
+                        count[query, call.k_start + k0 + j] += 1
     return count
 
 
@@ -92,7 +99,7 @@ def problems(draw: st.DrawFn) -> Problem:
     window = draw(st.none() | st.integers(1, length + 2))
     inner = draw(st.none() | st.sets(st.integers(1, length - 1)))
     boundaries = None if inner is None else [0, *sorted(inner), length]
-    return Problem(size, length, window, boundaries, balanced=draw(st.booleans()))
+    return Problem(size, length, window, boundaries, balanced=draw(st.booleans()), joined=draw(st.booleans()))
 
 
 @settings(deadline=None, max_examples=250)
@@ -104,8 +111,45 @@ def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     total = np.zeros((length, length), dtype=int)
     for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
         assert (buffer >= 0).all(), "a place of the buffer stays empty"
-        total += covered(plan, buffer, positions_of(rank, problem), length, window)
+        count = covered(plan, buffer, positions_of(rank, problem), length, window)
+        np.add.at(total, (slice(None), buffer), count)
     assert (total == dense_mask(length, window, problem.boundaries)).all()
+
+
+@settings(deadline=None, max_examples=250)
+@given(problems())
+def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> None:
+    """Gradients of keys: shares of both places are added up, travel home by pieces and add up there."""
+    plans = plans_of(problem)
+    buffers = filled_buffers(plans, problem)
+    heard = []
+    for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
+        heard.append(covered(plan, buffer, positions_of(rank, problem), problem.length, problem.window))
+        if plan.twice is not None:
+            first, second = plan.twice
+            assert (buffer[first] == buffer[second]).all()
+            heard[rank][:, first] += heard[rank][:, second]
+    total = np.zeros((problem.length, problem.length), dtype=int)
+    for rank, plan in enumerate(plans):
+        for peer, pieces in plan.sends.items():
+            for piece in pieces:
+                heard[rank][:, piece.at_owner] += heard[peer][:, piece.at_receiver]
+        for local, index, count in plan.own:
+            total[:, positions_of(rank, problem)[local : local + count]] = heard[rank][:, index : index + count]
+    assert (total == dense_mask(problem.length, problem.window, problem.boundaries)).all()
+
+
+@settings(deadline=None, max_examples=250)
+@given(problems())
+@example(Problem(5, 1280, None, [0, 3, 1280], balanced=True, joined=True))  # twice 890 keys of rank 3 are too many
+def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
+    room = buffer_room(problem.length, problem.size, problem.joined)
+    for plan in plans_of(problem):
+        assert max(plan.buffer_length, plan.largest_buffer) <= room
+        if not problem.joined:
+            assert plan.twice is None
+        elif not problem.balanced or problem.boundaries is None:
+            assert len(plan.calls) == 1
 
 
 @settings(deadline=None, max_examples=250)
@@ -144,6 +188,27 @@ def test_bytes_follow_the_documents_and_the_window() -> None:
 
 def test_the_last_rank_makes_one_call() -> None:
     assert [len(exchange_plan(64, 4, rank).calls) for rank in range(4)] == [2, 2, 2, 1]
+
+
+def test_one_call_for_both_chunks() -> None:
+    calls = [exchange_plan(64, 4, rank, joined=True).calls for rank in range(4)]
+    assert [(call.query_bounds, call.key_bounds) for (call,) in calls] == [
+        ((0, 8, 16), (0, 8, 72)),
+        ((0, 8, 16), (0, 16, 72)),
+        ((0, 8, 16), (0, 24, 72)),
+        (None, None),
+    ]
+    documents = [0, 10, 60, 64]  # rank 0 of 2 holds [0, 16) and [48, 64): both see [10, 16)
+    plan = exchange_plan(64, 2, 0, boundaries=documents, joined=True)
+    assert [(call.query_bounds, call.key_bounds) for call in plan.calls] == [((0, 10, 16, 28, 32), (0, 10, 16, 66, 70))]
+    assert plan.twice == (slice(10, 16), slice(16, 22)) and plan.own_again == (10, 16, 6) and plan.copied is None
+    assert exchange_plan(64, 4, 1, joined=True).copied == (slice(0, 8), slice(16, 24))
+
+
+def test_short_calls_are_joined() -> None:
+    """At the shapes that were measured: query heads, tokens of a rank."""
+    assert all(one_call_is_faster(heads, tokens) for heads, tokens in ((32, 2048), (32, 4096), (8, 16384)))
+    assert not any(one_call_is_faster(heads, tokens) for heads, tokens in ((32, 8192), (32, 16384), (8, 32768)))
 
 
 def test_chunks_whose_documents_keep_their_keys_apart_share_a_call() -> None:
