@@ -7,7 +7,9 @@ import warnings
 
 
 def leave_out_what_no_user_can_change() -> None:
-    """DeepSpeed's notes on itself, and torch's warnings that DeepSpeed calls two collectives by their former names."""
+    """DeepSpeed's notes on itself, and torch's warnings of former names of collectives, by which DeepSpeed calls two,
+    and we those that torch 2.11 is to know too."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    former_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    names = "all_gather_into_tensor|all_gather_tensor|reduce_scatter_tensor"
+    former_names = rf"`torch\.distributed\.(_functional_collectives\.)?({names})` is deprecated"
     warnings.filterwarnings("ignore", message=former_names, category=FutureWarning)
