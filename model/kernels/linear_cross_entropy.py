@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def linear_cross_entropy(
         labels,
         vocabulary or whole,
         combine,
-        _COMPILED if compiled else _PLAIN,
+        _compiled() if compiled else _PLAIN,
         dtype,
         wanted and hidden.requires_grad,
         wanted and weight.requires_grad,
@@ -156,7 +157,12 @@ class _Softmax(NamedTuple):
 
 
 _PLAIN = _Softmax(_sums, _probabilities)
-_COMPILED = _Softmax(torch.compile(_sums), torch.compile(_probabilities))
+
+
+@cache
+def _compiled() -> _Softmax:
+    """Made when first used: torch takes two seconds to import its compiler, as long as all of the rest."""
+    return _Softmax(torch.compile(_sums), torch.compile(_probabilities))
 
 
 def _statistics(logits: Tensor, labels: Tensor, start: int, softmax: _Softmax) -> Tensor:

@@ -1,6 +1,7 @@
 """The direction of imports, read from the source: launch -> parallel -> model.kernels, launch -> model."""
 
 import ast
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_names_in_launch_shadow_nothing() -> None:
     mine = {path.stem for path in (ROOT / "launch").iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__"}
     assert "sections" in mine
     assert not mine & (set(sys.stdlib_module_names) | set(packages_distributions()) - OURS)
+
+
+def test_nobody_waits_for_a_compiler_that_is_not_used() -> None:
+    """torch imports its compiler wherever `torch.compile` is called, and takes as long for that as for all else."""
+    read = "import sys, launch.submit, launch.train; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", read], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert told.split() == ["True", "False"]
 
 
 def test_the_walk_sees_what_it_forbids() -> None:

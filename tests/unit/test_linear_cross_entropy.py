@@ -177,7 +177,7 @@ def test_chunks_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_softmax_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph break in a pass over the logits: on a GPU each becomes one kernel or two."""
     compiled = [torch.compile(one, fullgraph=True, backend="aot_eager") for one in kernel._PLAIN]
-    monkeypatch.setattr(kernel, "_COMPILED", kernel._Softmax(*compiled))
+    monkeypatch.setattr(kernel, "_compiled", lambda: kernel._Softmax(*compiled))
     results = []
     for fused in (False, True):
         hidden, weight, labels = inputs(128, torch.float32)
