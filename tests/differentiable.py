@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.protocol import AttentionKernel, AttentionMask
+from model.kernels.mask import AttentionMask
+from model.kernels.protocol import AttentionKernel
 
 
 class _Attention(torch.autograd.Function):

@@ -5,8 +5,9 @@ attention can run any of them block by block. Importing this package imports no 
 asking for availability does.
 """
 
+from model.kernels.mask import AttentionMask, Documents
 from model.kernels.operator import AttentionOperator, KernelOperator
-from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, KernelUnavailable
+from model.kernels.protocol import AttentionKernel, Capabilities, KernelUnavailable
 from model.kernels.select import BACKENDS, KERNELS, select_kernel
 
 __all__ = [

@@ -21,7 +21,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import AttentionKernel, AttentionMask, Documents, Gradients, Targets, placed
+from model.kernels.mask import AttentionMask, Documents
+from model.kernels.protocol import AttentionKernel, Gradients, Targets, placed
 
 Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """dout, q, k, v, out, lse: what a backward reads, in this order; lse is contiguous."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from model.kernels.banded import Band, BandedKernel, Packing, Tensors
-from model.kernels.protocol import Capabilities, Documents, Gradients, Targets
+from model.kernels.mask import Documents
+from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from model.kernels.banded import Band, BandedKernel, Packing, Tensors, unit_stride
 from model.kernels.cuda import missing_gpu
+from model.kernels.mask import AttentionMask
 from model.kernels.math_reference import MathKernel
-from model.kernels.protocol import AttentionMask, Capabilities, Gradients, Targets
+from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _forward_op = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward_op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward

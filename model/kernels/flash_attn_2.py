@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.kernels.banded import Band, BandedKernel, Packing, Tensors, writable
 from model.kernels.cuda import import_or_reason, missing_gpu
-from model.kernels.protocol import Capabilities, Documents, Gradients, Targets
+from model.kernels.mask import Documents
+from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _MODULE = "flash_attn.flash_attn_interface"
 _REMEDY = "pip install 'ringzero[flash2]' (flash-attn 2.8, built for this torch)"

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import AttentionKernel, AttentionMask, Capabilities, Documents, Gradients, Targets
+from model.kernels.mask import AttentionMask, Documents
+from model.kernels.protocol import AttentionKernel, Capabilities, Gradients, Targets
 
 
 class MathKernel(AttentionKernel):

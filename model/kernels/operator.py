@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import AttentionKernel, AttentionMask, Documents, Gradients, Targets
+from model.kernels.mask import AttentionMask, Documents
+from model.kernels.protocol import AttentionKernel, Gradients, Targets
 
 NO_TARGETS: Targets = (None, None, None)
 
