@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import JobConfig, load_job
-from launch.parameters import BYTES
+from launch.precision import BYTES
 
 GIB = 2**30
 PROGRAM = GIB

@@ -20,7 +20,8 @@ from documents import markdown, renewed
 from launch.config import JobConfig, load_job
 from launch.context import context_plan
 from launch.memory import estimate_activations, estimate_states, working_copies
-from launch.parameters import BYTES, Precision, count_parameters
+from launch.parameters import count_parameters
+from launch.precision import BYTES, Precision
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
+from launch.precision import BYTES, DTYPES
 from launch.recompute_plan import recompute_plan
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
@@ -29,14 +30,8 @@ from parallel.tensor import TensorShard, apply_tensor_parallel, check_head_divis
 from parallel.transport import SymmetricTransport, Transport, make_transport
 from parallel.ulysses import UlyssesAttention
 from parallel.zero import ZeroEngine, partitioner
-from parallel.zero_config import Precision, ZeroSettings
+from parallel.zero_config import ZeroSettings
 from parallel.zero_inference import InferenceEngine
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroSettings:
@@ -70,7 +65,7 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) ->
     )
     if mesh.cp_size == 1:
         return KernelAttention(kernel, config, deterministic=job.training.deterministic), reason
-    plan = context_plan(job, mesh.shape, DTYPES[job.resolve_precision(device.type)].itemsize)
+    plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
     assert plan is not None
     attend, transport_note = context_attention(
         plan,

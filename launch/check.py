@@ -15,7 +15,8 @@ from launch.memory import (
     block_formula,
     host_copies,
 )
-from launch.parameters import BYTES, count_parameters
+from launch.parameters import count_parameters
+from launch.precision import BYTES
 from launch.recompute_plan import RecomputePlan, recompute_plan
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 import launch.sections.model  # noqa: F401  its rules; the keys are in model.config
 from launch.job_file import read_job
-from launch.parameters import Precision, count_parameters
+from launch.parameters import count_parameters
+from launch.precision import Precision, resolve_precision
 from launch.rules import violations
 from launch.sections.base import Section
 from launch.sections.checkpoint import CheckpointSection
@@ -123,7 +124,7 @@ class JobConfig(Section):
 
     def resolve_precision(self, device_type: str) -> Precision:
         """The precision that this job uses on "cpu" or "cuda"."""
-        return self.training.resolve_precision(device_type)
+        return resolve_precision(self.training.precision, device_type)
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

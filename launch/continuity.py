@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cursor import ACCEPT_DATA
 from launch.data import Batches
+from model.config import JOB_KEYS
 
 if TYPE_CHECKING:
     from launch.config import JobConfig
@@ -46,8 +47,6 @@ _STEERED = (
     "training.max_tokens",
     "training.precision",
 )
-_NOT_COMPARED = {"attention_backend", "init_from"}
-"""Of the model: how it is computed and where it began, not what it is."""
 
 Settings = dict[str, Any]
 """section.key -> value, plain JSON."""
@@ -65,7 +64,7 @@ def acceptable_keys() -> str:
 def settings(job: JobConfig) -> Settings:
     """What of the job is stored with its checkpoints."""
     sections = job.model_dump(mode="json")
-    model = {f"model.{key}": value for key, value in sections["model"].items() if key not in _NOT_COMPARED}
+    model = {f"model.{key}": value for key, value in sections["model"].items() if key not in JOB_KEYS}
     keys = (key.split(".") for key in (*_FIXED, *_STEERED))
     return model | {f"{section}.{key}": sections[section][key] for section, key in keys}
 

@@ -25,6 +25,7 @@ import torch
 from launch.config import JobConfig
 from launch.encoders import BYTES
 from launch.hugging_face import COMPANIONS, UnsupportedModel, config_for, model_from, their_name
+from launch.precision import DTYPES
 from launch.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
 from launch.stored_model import (
     COMPANION_FOLDER,
@@ -35,8 +36,6 @@ from launch.stored_model import (
     stored_model,
     write_model,
 )
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

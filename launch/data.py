@@ -18,9 +18,7 @@ import numpy as np
 from launch.corpus import Corpus, CorpusError, Int64
 from launch.packing import PACKINGS
 from launch.shuffle import Permutation
-
-IGNORED_LABEL = -100
-"""A label that adds nothing to the loss: torch.nn.functional.cross_entropy's default."""
+from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from launch.config import JobConfig
 from launch.context import context_plan
 from launch.memory import Activations, States, estimate_activations, estimate_states, working_copies
-from launch.parameters import BYTES, count_parameters
+from launch.parameters import count_parameters
+from launch.precision import BYTES
 from model.recompute import Recompute
 from parallel.mesh import MeshShape
 

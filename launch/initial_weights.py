@@ -13,6 +13,7 @@ from launch.config import JobConfig
 from launch.encoders import BYTES
 from launch.stored_model import COMPANION_FOLDER, WeightsError, stored_model
 from launch.weights import Part, open_weights
+from model.config import JOB_KEYS
 from parallel.state import rectangles
 from parallel.tensor import TensorShard
 from parallel.zero import StateFragment, ZeroEngine
@@ -65,7 +66,7 @@ def _parts(fragment: StateFragment, shard: TensorShard) -> list[Part]:
 def _differences(job: JobConfig, folder: Path) -> str:
     """Keys that the job sets otherwise than the weights were trained with, such as a longer context's rope_scaling."""
     stored, here = stored_model(folder).model_dump(), job.model.model_dump()
-    changed = [key for key in here if key not in ("attention_backend", "init_from") and here[key] != stored[key]]
+    changed = [key for key in here if key not in JOB_KEYS and here[key] != stored[key]]
     return f", with another {', '.join(changed)}" if changed else ""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.context import ContextPlan
-from launch.parameters import BYTES, Precision
+from launch.precision import BYTES, Precision
 from model.config import ModelConfig
 from model.kernels.linear_cross_entropy import chunk_tokens
 from model.recompute import Recompute

@@ -1,14 +1,9 @@
-"""How many numbers a model is made of, counted from its shape, and how many bytes one takes."""
+"""How many numbers a model is made of, counted from its shape."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from model.config import ModelConfig
 from parallel.vocab import padded_vocabulary
-
-Precision = Literal["fp32", "bf16", "fp16"]
-BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:

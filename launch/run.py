@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launch import continuity
 from launch.bigram import conditional_bigram_entropy
-from launch.build import DTYPES, build_engine, device_memory
+from launch.build import build_engine, device_memory
 from launch.check import layout_report
 from launch.checkpoint import Checkpoints
 from launch.checkpoint_names import CheckpointError
@@ -29,6 +29,7 @@ from launch.health import Health
 from launch.inference import attention_on_one_device
 from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
+from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.run_lock import RunBusy, lock_run
 from launch.sampling import Sampling

@@ -16,15 +16,13 @@ from pydantic import ValidationError
 
 from launch.yaml_strict import read_yaml, write_yaml
 from model.attention import KernelAttention
-from model.config import ModelConfig
+from model.config import JOB_KEYS, ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
 
 RUN_FILE = "config.yaml"
 MODEL_FILE = "model.yaml"
 COMPANION_FOLDER = "hugging_face"
-
-_NOT_OF_THE_NETWORK = {"attention_backend", "init_from"}
 
 
 class WeightsError(ValueError):
@@ -47,7 +45,7 @@ def stored_keys(folder: Path) -> dict[str, Any]:
         section = document.get("model") if isinstance(document, dict) else None
         if not isinstance(section, dict):
             raise WeightsError(f"{folder / name} has no model section; the file was changed, restore it")
-        return {key: value for key, value in section.items() if key not in _NOT_OF_THE_NETWORK}
+        return {key: value for key, value in section.items() if key not in JOB_KEYS}
     if (folder / "config.json").is_file():
         raise WeightsError(
             f"{folder} is a Hugging Face folder; convert it once: python launch/convert.py from-hf {folder} NEW_FOLDER"
@@ -68,7 +66,7 @@ def stored_model(folder: Path) -> ModelConfig:
 
 def write_model(folder: Path, model: ModelConfig) -> None:
     """The inverse of `stored_model`, for a converted model."""
-    section = model.model_dump(mode="json", exclude=_NOT_OF_THE_NETWORK)
+    section = model.model_dump(mode="json", exclude=set(JOB_KEYS))
     (folder / MODEL_FILE).write_text(write_yaml({"model": section}), encoding="utf-8")
 
 

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from launch.build import DTYPES
 from launch.environment import Place
 from launch.generation import generate
 from launch.inference import attention_on_one_device, codec_of, end_tokens, load_model
+from launch.precision import DTYPES, Precision, resolve_precision
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.sampling import Sampling
 from launch.text_codec import TextCodec
@@ -33,7 +33,7 @@ class Request:
     sampling: Sampling
     stops: Sequence[str]
     """Texts that end a text, and are not part of it."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    precision: Precision | Literal["auto"]
     as_json: bool
 
 
@@ -42,12 +42,10 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     leave_out_what_no_user_can_change()
     initialize_distributed(device.type)
     mesh = ParallelMesh.create(MeshShape.fit(place.world_size, place.world_size, 1))
-    precision = request.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES[resolve_precision(request.precision, device.type)]
     codec, ends = codec_of(request.folder), end_tokens(request.folder)
     prompts = [codec.encode(prompt) for prompt in request.prompts]
-    model = load_model(request.folder, request.step, mesh, device, DTYPES[precision])
+    model = load_model(request.folder, request.step, mesh, device, dtype)
     _check_prompts(prompts, model.config.vocab_size)
 
     def finished(row: int, tokens: list[int]) -> bool:
@@ -57,7 +55,7 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     written = generate(
         model,
         model,
-        attention_on_one_device(model.config, device, DTYPES[precision]),
+        attention_on_one_device(model.config, device, dtype),
         prompts,
         request.max_tokens,
         request.sampling,

@@ -152,3 +152,6 @@ SHAPE_KEYS = (
     "attention_bias",
 )
 """Keys that decide which parameters there are and of which shapes: weights fit a model that has these in common."""
+
+JOB_KEYS = frozenset({"init_from", "attention_backend"})
+"""Keys that say where the weights began and how they are computed with, not what the network is."""

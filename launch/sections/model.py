@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
+from launch.precision import DTYPES, resolve_precision
 from launch.rules import Job, rule
 from model.kernels import KERNELS
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @rule("model.vocab_size", "data.tokenizer", "data.source")
@@ -40,7 +37,7 @@ def _named_kernel_takes_the_job(job: Job) -> None:
         device = capabilities.device_types[0] if job.job.device == "auto" else job.job.device
         return capabilities.refusal(
             device_type=device,
-            dtype=_DTYPES[job.training.resolve_precision(device)],
+            dtype=DTYPES[resolve_precision(job.training.precision, device)],
             head_dim=job.model.head_dim,
             window=job.model.sliding_window is not None,
             documents=job.data.document_mask,

@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from launch.parameters import Precision
 from launch.rules import Job, rule
 from launch.sections.base import Section
 from parallel.sequence import check_sequence_length
@@ -68,12 +67,6 @@ class TrainingSection(Section):
         if self.max_tokens is not None:
             limits.append(-(-self.max_tokens // self.tokens_per_step))
         return min(limits)
-
-    def resolve_precision(self, device_type: str) -> Precision:
-        """The precision that this job uses on "cpu" or "cuda"."""
-        if self.precision != "auto":
-            return self.precision
-        return "bf16" if device_type == "cuda" else "fp32"
 
 
 def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:

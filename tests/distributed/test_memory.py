@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launch.memory import estimate_states, host_copies
-from launch.parameters import Precision
+from launch.precision import Precision
 from parallel import zero, zero_config
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.tensor import TensorShard

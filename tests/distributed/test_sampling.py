@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from launch.build import DTYPES
 from launch.generation import generate
 from launch.inference import attention_on_one_device
+from launch.precision import DTYPES
 from launch.sampling import Sampling
 from tests.distributed.checkpoint_ranks import LENGTH, Layout, Rank
 from tests.distributed.harness import run_distributed

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.layout_costs import Payload, exchange_payload, ring_payload, tensor_payload, zero_payloads
 from launch.build import build_engine
 from launch.config import JobConfig
-from launch.parameters import BYTES, Precision
+from launch.precision import BYTES, Precision
 from parallel import zero
 from parallel.collectives import functional_collectives
 from parallel.mesh import ParallelMesh

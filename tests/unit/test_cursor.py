@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from launch.blend import _STRIDE, Blend, _sum_of_floors
 from launch.corpus import Corpus, CorpusError
 from launch.cursor import BlendedSamples, DataCursor, Segment
-from launch.data import IGNORED_LABEL, Batches, Sample, SequenceSampler
+from launch.data import Batches, Sample, SequenceSampler
 from launch.packing import best_fit
+from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 LENGTH = 8
 SIZES = {"web": 1003, "code": 400, "books": 77}

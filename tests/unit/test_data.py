@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from launch.corpus import CorpusError
-from launch.data import IGNORED_LABEL, Batches, SequenceSampler, validation_batches
+from launch.data import Batches, SequenceSampler, validation_batches
+from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from tests.unit.made_corpora import corpus_of
 
 

@@ -13,12 +13,12 @@ import pytest
 import tokenizers
 import torch
 
-from launch.data import IGNORED_LABEL, MicroBatch
+from launch.data import MicroBatch
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
 from launch.text_codec import text_codec
 from launch.timing import StepTimer
-from model import head
+from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,10 +30,6 @@ def micro_batch(rows: int, length: int, boundaries: tuple[int, ...] | None = Non
     ids = np.arange(rows * length, dtype=np.int64).reshape(rows, length)
     labels = np.where(ids % 3 == 0, IGNORED_LABEL, ids + 1000)
     return MicroBatch(ids, labels, np.tile(np.arange(length), (rows, 1)), boundaries)
-
-
-def test_both_packages_ignore_the_same_label() -> None:
-    assert IGNORED_LABEL == head.IGNORED_LABEL
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
