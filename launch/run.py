@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, BinaryIO
@@ -122,24 +122,18 @@ def _train(
         checkpoints.check_batches(resumed, batches)
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
-    layout = layout_report(job, place.world_size, device.type, device_memory(device))
-    precision = job.resolve_precision(device.type)
-    for line in (device_note, f"precision {precision}; attention: {attention_note}", f"run directory {job.run_path}"):
-        monitor.message(line)
-    for line in probed:
+    for line in (
+        device_note,
+        f"precision {job.resolve_precision(device.type)}; attention: {attention_note}",
+        f"run directory {job.run_path}",
+        *probed,
+        *_beginning(resumed, initial),
+        *describe(corpora, job, cursor, progress.step if progress else 0),
+    ):
         monitor.message(line)
     monitor.text("probe", "\n".join(probed))
-    if resumed is not None:
-        monitor.message(f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen")
-        for change in resumed.told:
-            monitor.message(f"changed since the checkpoint: {change}")
-    if initial is not None:
-        monitor.message(f"started from the {initial}")
-    step = progress.step if progress is not None else 0
-    for line in describe(corpora, job, cursor, step):
-        monitor.message(line)
     monitor.text("configuration", job.to_yaml())
-    monitor.text("layout", layout)
+    monitor.text("layout", layout_report(job, place.world_size, device.type, device_memory(device)))
     data_log = _data_log(job, mesh, cursor, progress, monitor)
     validation = corpora.validation
     trainer = Trainer(
@@ -174,6 +168,16 @@ def _train(
             data_log.close()
         monitor.close()
     return complete
+
+
+def _beginning(resumed: Resumed | None, initial: str | None) -> Iterator[str]:
+    """Lines on what the run goes on from; none where it starts from random weights."""
+    if resumed is not None:
+        yield f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen"
+        for change in resumed.told:
+            yield f"changed since the checkpoint: {change}"
+    if initial is not None:
+        yield f"started from the {initial}"
 
 
 class _UnreadableStep(CorpusError):
