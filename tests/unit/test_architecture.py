@@ -66,6 +66,13 @@ def test_nobody_waits_for_a_compiler_that_is_not_used() -> None:
     assert told.split() == ["True", "False"]
 
 
+def test_the_table_of_files_is_whole() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path.relative_to(ROOT) for path in FILES if path.name != "__init__.py"}
+    missing = {str(path) for path in files if f"`{path}`" not in table and f"`{path.parent}/`" not in table}
+    assert not missing, f"docs/architecture.md says nothing of {missing}"
+
+
 def test_the_walk_sees_what_it_forbids() -> None:
     assert not allowed("model/gpt.py", "parallel.mesh") and not allowed("model/gpt.py", "launch.config")
     assert not allowed("parallel/ring.py", "model.gpt.GPT") and allowed(
