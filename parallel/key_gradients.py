@@ -27,6 +27,18 @@ class KeyGradients:
 
     def __init__(self, transport: Transport, plan: ExchangePlan, buffer: Tensor):
         self.transport, self.plan = transport, plan
+        landing = buffer.new_empty((plan.sent_tokens, *buffer.shape[1:]))  # before the slot: peers may be done first
+        self.incoming: list[Share] = []
+        """Peers' shares of own keys, by their place in the buffer."""
+        self.places: dict[int, list[Tensor]] = {}
+        """The same, by peer."""
+        start = 0
+        for peer, pieces in plan.sends.items():
+            self.places[peer] = []
+            for piece in pieces:
+                self.places[peer].append(landing[start : start + piece.length])
+                self.incoming.append((piece.at_owner, self.places[peer][-1]))
+                start += piece.length
         self.slot = transport.slot((plan.largest_buffer, *buffer.shape[1:]), buffer)
         self.written: slice | None = None
         """The first call's keys: their gradients are in place. There are two calls at most, one for each chunk."""
@@ -35,8 +47,6 @@ class KeyGradients:
         if plan.twice is not None:
             first, second = plan.twice
             self.extra.append((first, self.slot[second]))
-        self.incoming: list[Share] = []
-        """Peers' shares of own keys, by their place in the buffer."""
         self.arrival: Arrival | None = None
 
     @contextmanager
@@ -64,15 +74,6 @@ class KeyGradients:
             if shares:  # rounded once more, on the wire
                 mine = self.slot[piece.at_receiver]
                 add_shares(*sides(mine), [(slice(0, piece.length), mine), *shares])
-        landing = self.slot.new_empty((self.plan.sent_tokens, *self.slot.shape[1:]))
-        places: dict[int, list[Tensor]] = {}
-        start = 0
-        for peer, pieces in self.plan.sends.items():
-            places[peer] = []
-            for piece in pieces:
-                places[peer].append(landing[start : start + piece.length])
-                self.incoming.append((piece.at_owner, places[peer][-1]))
-                start += piece.length
 
         def taken(owner: int, reader: int) -> list[slice]:
             mine = reader == self.transport.rank
@@ -80,7 +81,7 @@ class KeyGradients:
             return [piece.at_receiver for piece in pieces]
 
         def place(owner: int, parts: list[Tensor]) -> None:
-            for target, part in zip(places.get(owner, ()), parts, strict=True):
+            for target, part in zip(self.places.get(owner, ()), parts, strict=True):
                 target.copy_(part)
 
         self.arrival = self.transport.exchange(self.slot, taken, place)

@@ -1,8 +1,8 @@
 """How the ranks of one group hand each other parts of tensors: messages, or each other's memory.
 
-A rank fills a `slot` and then calls `exchange`, as every rank of the group does, with slots of the same shape: peers
-take the rows of its slot that they need. Both ends know from the shapes alone which rows those are, so nothing but data
-travels.
+A rank asks for a `slot`, fills it and calls `exchange`, as every rank of the group does, with slots of the same shape:
+peers take the rows of its slot that they need. Both ends know from the shapes alone which rows those are, so nothing
+but data travels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from parallel.flags import Flags
 
 Rows = Callable[[int, int], list[slice]]
 """(owner, reader) -> the rows of the owner's slot that the reader takes; the two are never the same rank."""
@@ -40,10 +42,14 @@ class Transport(Protocol):
     name: str
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised memory of `like`'s dtype and device, for the next `exchange`."""
+        """Uninitialised memory of `like`'s dtype and device, for the next `exchange`, which comes before the next slot.
+
+        From now on peers' rows may arrive, whatever this rank is given to do before it calls `exchange`. So what
+        `place` writes is allocated before, and nothing else writes there until `Arrival.wait`.
+        """
 
     def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        """Lets every rank take its rows of every other rank's slot.
+        """Offers this rank's rows of its slot to every other rank, and takes those that others offer.
 
         The tensors that `place` writes must live until `Arrival.wait`.
         """
@@ -86,24 +92,33 @@ class _Messages:
 class SymmetricTransport:
     """GPUs of one host read each other's memory: no message is matched and no kernel of NCCL's holds SMs.
 
-    Slots lie in symmetric memory (torch.distributed._symmetric_memory). An exchange is a barrier, on a stream of the
-    transport's own, after which every rank copies what it needs; rows copied as they are go by copy engine.
+    Slots lie in symmetric memory (torch.distributed._symmetric_memory), a few in turn. An offer is a flag raised on the
+    current stream, behind the work that filled the slot. Taking waits for every owner's flag, copies, and lowers the
+    flag, on a stream of the transport's own that knows nothing of this rank's work since `slot`: who is late with its
+    own work does not begin to copy late. Rows copied as they are go by copy engine.
+
+    No slot is overwritten before it was read, however far apart the ranks are, whatever order CUDA graphs of several
+    exchanges are replayed in: `slot` waits until all readers have lowered the flag of its last use.
+
+    Nobody waits for ever: every rank issues slot 0, offer 0, take 0, slot 1, and so on, and each of these waits only
+    for peers' work that stands before it in this order: a take for offers of the same number, a slot for takes of an
+    earlier one. So the first of all the ranks' unfinished ones can always go on, even were a GPU to run all it is given
+    in the order of issue, and even where a host waits for its GPU in between.
     """
 
     name = "by reading each other's memory"
 
     _SLOTS = 4
-    """A slot is written again after this many exchanges. Its readers have then passed a later barrier, see `slot`."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         self.group, self.rank, self.device = group, dist.get_rank(group), device
         self._peers = [(self.rank + step) % group.size() for step in range(1, group.size())]
         """Each reader starts with another owner."""
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._takes = torch.cuda.Stream(device, priority=-1)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._bytes = 0
         self._uses = 0
-        self._recent: list[_Reached] = []
+        self._recent: list[_Taken] = []
         """The last exchanges, the oldest first."""
         self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
 
@@ -132,32 +147,44 @@ class SymmetricTransport:
         size = math.prod(shape) * like.element_size()
         if size > self._bytes:
             self._grow(size)
-        # Exchange n - SLOTS + 1 began after every peer had read exchange n - SLOTS, the last that used this memory. (An
-        # arrival waited for already is left alone: a CUDA graph under record may not wait for what came before it.)
-        if len(self._recent) == self._SLOTS - 1 and not (earlier := self._recent.pop(0)).waited:
+        # CUDA may run a graph's branches in any order that its edges allow, so there the order of issue becomes edges:
+        # here, and in `exchange`. (One waited for already is left alone: it may be from before the graph.)
+        if len(self._recent) == self._SLOTS and not (earlier := self._recent.pop(0)).waited:
             earlier.wait()
+        for reader in self._peers:
+            self._flags.await_lowered(self._number, reader)
+        self._ready_to_take = torch.cuda.current_stream(self.device).record_event()
         return self._slot_of(self.rank, tuple(shape), like.dtype)
 
     def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._handle.barrier(channel=0)
+        for reader in self._peers:
+            self._flags.raise_(self._number, reader)
+        self._takes.wait_event(self._ready_to_take)
+        if torch.cuda.is_current_stream_capturing():
+            self._takes.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._takes):
             for owner in self._peers:
+                self._flags.await_raised(self._number, owner)
                 theirs = self._slot_of(owner, slot.shape, slot.dtype)
                 place(owner, [theirs[taken] for taken in rows(owner, self.rank)])
-            reached = _Reached(self._stream.record_event(), self.device)
+                self._flags.lower(self._number, owner)
+            taken_all = _Taken(self._takes.record_event(), self.device)
         self._uses += 1
-        self._recent.append(reached)
-        return reached
+        self._recent.append(taken_all)
+        return taken_all
+
+    @property
+    def _number(self) -> int:
+        """Of the present slot."""
+        return self._uses % self._SLOTS
 
     def _slot_of(self, owner: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The present slot of `owner`. Made once for each shape: views cost the host."""
-        number = self._uses % self._SLOTS
-        key = number, owner, shape, dtype
+        key = self._number, owner, shape, dtype
         if key not in self._views:
             if len(self._views) > self._MOST_VIEWS:  # documents give every batch shapes of its own
                 self._views.clear()
-            start = number * self._bytes // dtype.itemsize
+            start = self._number * self._bytes // dtype.itemsize
             self._views[key] = self._handle.get_buffer(owner, shape, dtype, start)
         return self._views[key]
 
@@ -172,9 +199,10 @@ class SymmetricTransport:
         self._bytes = -(-size // 512) * 512
         self._memory = symmetric_memory.empty(self._SLOTS * self._bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._memory, self.group)
+        self._flags = Flags(self._handle.signal_pad_ptrs, self.rank)
 
 
-class _Reached:
+class _Taken:
     def __init__(self, event: torch.cuda.Event, device: torch.device):
         self.event, self.device, self.waited = event, device, False
 
