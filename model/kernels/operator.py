@@ -4,7 +4,9 @@ Shapes: B batch, S tokens of a row on this device, H query heads, K key/value he
 
 `ringzero::attention` is registered with torch.library, so that a compiled block calls it without looking inside and a
 recomputation policy can name it: its outputs (out, lse, kept) are what its backward needs beside q, k and v, so that
-nothing is attended twice. Operators take numbers and tensors only; `number` says which `AttentionOperator` runs.
+nothing is attended twice. Operators take numbers and tensors only; `number` says which `AttentionOperator` runs, and
+`lse_shape` and `kept_shape` what it returns: torch keeps compiled graphs on disk, where all that tells them apart is
+what stands in them, and operators of two runs may share a number and differ in what they keep.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class AttentionOperator(ABC):
         boundaries = cu_seqlens = None
         if documents is not None:
             boundaries, cu_seqlens = documents.host, documents.cu_seqlens
-        return attention_op(q, k, v, boundaries, cu_seqlens, self.number)[0]
+        return attention_op(q, k, v, boundaries, cu_seqlens, self.number, *self.saved_shapes(q, k))[0]
 
     @abstractmethod
     def forward(
@@ -110,7 +112,10 @@ _operators: weakref.WeakValueDictionary[int, AttentionOperator] = weakref.WeakVa
 # The decorator torch.library.custom_op costs a third of a millisecond a layer in checks; this is the same, by hand.
 _library = torch.library.Library("ringzero", "DEF")
 _DOCUMENTS = "Tensor? boundaries, Tensor? cu_seqlens, int number"
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_DOCUMENTS}) -> (Tensor out, Tensor lse, Tensor kept)")
+_library.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_DOCUMENTS}, SymInt[] lse_shape, SymInt[] kept_shape) -> "
+    "(Tensor out, Tensor lse, Tensor kept)"
+)
 _library.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kept, "
     f"{_DOCUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)"
@@ -121,7 +126,7 @@ attention_backward_op = torch.ops.ringzero.attention_backward.default
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, cu_seqlens: Tensor | None, number: int
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None, cu_seqlens: Tensor | None, number: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     operator = _operators[number]
     out, lse, kept = operator.forward(q, k, v, operator.documents(boundaries, cu_seqlens))
@@ -147,7 +152,7 @@ def _backward(
 
 
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse_shape, kept_shape = _operators[rest[-1]].saved_shapes(q, k)
+    *_, lse_shape, kept_shape = rest
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse, q.new_empty(kept_shape)
 
@@ -161,7 +166,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             saved = attention_op(*inputs)
-        q, k, v, boundaries, cu_seqlens, ctx.number = inputs
+        q, k, v, boundaries, cu_seqlens, ctx.number, *_ = inputs
         ctx.save_for_backward(q, k, v, *saved, boundaries, cu_seqlens)
         ctx.mark_non_differentiable(*saved[1:])
         ctx.set_materialize_grads(False)
@@ -169,7 +174,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *attention_backward_op(grads[0], *ctx.saved_tensors, ctx.number), None, None, None
+        return *attention_backward_op(grads[0], *ctx.saved_tensors, ctx.number), *[None] * 5
 
 
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
