@@ -42,7 +42,7 @@ _SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Place:
+class InputPlace:
     """How far the inputs have been read: file, and the block in it."""
 
     file: int = 0
@@ -54,7 +54,7 @@ class Place:
 class _Item:
     """What is read, in order: a block, or a file's end, which may have come too soon."""
 
-    place: Place
+    place: InputPlace
     """Where reading goes on after it."""
     file: int
     read: int
@@ -111,7 +111,7 @@ class Preparation:
             tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar,
         ):
             try:
-                for item, result in workers.map(self._read(Place(**saved["place"]))):
+                for item, result in workers.map(self._read(InputPlace(**saved["place"]))):
                     if result is not None:
                         writer.write(result.tokens, result.lengths, continues=result.continues)
                     faults = [*(result.faults if result else ()), *([item.fault] if item.fault else ())]
@@ -119,7 +119,7 @@ class Preparation:
                     bar.update(sum(sizes[: item.file]) + item.read - bar.n)
                     if time.monotonic() > self._save_at:
                         self._save(writer, listing, item.place)
-                self._save(writer, listing, Place(len(self.files)))
+                self._save(writer, listing, InputPlace(len(self.files)))
                 summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
             finally:
                 writer.close()
@@ -129,7 +129,7 @@ class Preparation:
         else:
             beside(self.prefix, "rejected.jsonl").unlink()
 
-    def _read(self, place: Place) -> Iterator[tuple[_Item, Block | None]]:
+    def _read(self, place: InputPlace) -> Iterator[tuple[_Item, Block | None]]:
         for file, path in enumerate(self.files[place.file :], start=place.file):
             start = Start(place.position, place.record) if file == place.file else Start()
             following, size = start, path.stat().st_size
@@ -140,10 +140,10 @@ class Preparation:
                     raise BadInput(reason)
                 for block in blocks(path, self.options.field, start):
                     following = block.following
-                    yield _Item(Place(file, following.position, following.record), file, block.read), block
+                    yield _Item(InputPlace(file, following.position, following.record), file, block.read), block
             except BadInput as error:
                 fault = Fault(following.record + 1, str(error))
-            yield _Item(Place(file + 1), file, size, fault), None
+            yield _Item(InputPlace(file + 1), file, size, fault), None
 
     def _reject(self, path: Path, faults: list[Fault], listing: BinaryIO) -> None:
         for fault in faults:
@@ -155,7 +155,7 @@ class Preparation:
             listing.write(json.dumps({"file": str(path), **asdict(fault)}).encode() + b"\n")
         self.rejected += len(faults)
 
-    def _save(self, writer: IndexedWriter, listing: BinaryIO, place: Place) -> None:
+    def _save(self, writer: IndexedWriter, listing: BinaryIO, place: InputPlace) -> None:
         """From here on the same command goes on after a kill."""
         state = {"job": self.job, "place": asdict(place), "writer": writer.sync(), "rejected": self.rejected}
         listing.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, BinaryIO
@@ -10,15 +10,13 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from launch import continuity
 from launch.bigram import conditional_bigram_entropy
 from launch.build import build_engine, device_memory
 from launch.check import layout_report
-from launch.checkpoint import Checkpoints
 from launch.checkpoint_names import CheckpointError
-from launch.checkpoint_records import Progress, Resumed, Retention
+from launch.checkpoint_records import Progress
 from launch.config import JobConfig
-from launch.corpora import Corpora, corpora_on_all_ranks, describe, fresh_cursor, samplers, validation_sampler
+from launch.corpora import corpora_on_all_ranks, describe, samplers, validation_sampler
 from launch.corpus import Corpus, CorpusError
 from launch.cursor import BlendedSamples, DataCursor
 from launch.data import Batches, validation_batches
@@ -31,10 +29,10 @@ from launch.initial_weights import load_initial_weights
 from launch.monitor import Monitor, RunMonitor, SilentMonitor
 from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change
+from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunBusy, lock_run
 from launch.sampling import Sampling
 from launch.stopping import STOPPED, StopVote
-from launch.storage import storage_at
 from launch.stored_model import WeightsError
 from launch.text_codec import text_codec
 from launch.throughput import Throughput
@@ -106,10 +104,10 @@ def _train(
         return False
     corpora = corpora_on_all_ranks(job)
     engine, attention_note = build_engine(job, mesh, device)
-    checkpoints = _checkpoints(job)
-    resumed = _resume(job, checkpoints, engine)
+    checkpoints = checkpoints_of(job)
+    resumed = resume(job, checkpoints, engine)
     progress = resumed.progress if resumed else None
-    cursor = _cursor(job, corpora, progress)
+    cursor = cursor_of(job, corpora, progress)
     batch_sizes: dict[str, Any] = {
         "global_batch_size": job.training.global_batch_size,
         "micro_batch_size": job.training.micro_batch_size,
@@ -127,7 +125,7 @@ def _train(
         f"precision {job.resolve_precision(device.type)}; attention: {attention_note}",
         f"run directory {job.run_path}",
         *probed,
-        *_beginning(resumed, initial),
+        *beginning(resumed, initial),
         *describe(corpora, job, cursor, progress.step if progress else 0),
     ):
         monitor.message(line)
@@ -170,16 +168,6 @@ def _train(
     return complete
 
 
-def _beginning(resumed: Resumed | None, initial: str | None) -> Iterator[str]:
-    """Lines on what the run goes on from; none where it starts from random weights."""
-    if resumed is not None:
-        yield f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen"
-        for change in resumed.told:
-            yield f"changed since the checkpoint: {change}"
-    if initial is not None:
-        yield f"started from the {initial}"
-
-
 class _UnreadableStep(CorpusError):
     """Data that cannot be read while training: only the ranks of one replica know."""
 
@@ -187,14 +175,6 @@ class _UnreadableStep(CorpusError):
         """`leads`: this rank speaks for its replica."""
         super().__init__(message)
         self.leads = leads
-
-
-def _cursor(job: JobConfig, corpora: Corpora, progress: Progress | None) -> DataCursor:
-    """Where the run stands in its data. Raises CorpusError where a resume would repeat or lose some of it."""
-    fresh = fresh_cursor(corpora, job)
-    if progress is None:
-        return fresh
-    return DataCursor.from_record(progress.data).continued(progress.step, fresh, job.checkpoint.accept_changes)
 
 
 def _data_log(
@@ -209,33 +189,6 @@ def _data_log(
     if mesh.dp_rank == 0:
         log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
     return log
-
-
-def _checkpoints(job: JobConfig) -> Checkpoints:
-    wanted = job.checkpoint
-    return Checkpoints(
-        storage_at(job.checkpoint_location),
-        Retention(wanted.keep_last, wanted.keep_every),
-        settings=continuity.settings(job),
-        asynchronous=wanted.asynchronous,
-        accept_changes=wanted.accept_changes,
-    )
-
-
-def _resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Resumed | None:
-    """The newest checkpoint, loaded into `engine`; None for a fresh start."""
-    wanted, location = job.checkpoint.resume, checkpoints.storage.location
-    if wanted == "never":
-        if checkpoints.steps():
-            raise CheckpointError(
-                f"checkpoint.resume is never, but {location} holds checkpoints that a fresh run would "
-                "overwrite; choose another job.name, or move them away"
-            )
-        return None
-    resumed = checkpoints.load_latest(engine)
-    if resumed is None and wanted == "required":
-        raise CheckpointError(f"checkpoint.resume is required, but {location} holds no complete checkpoint")
-    return resumed
 
 
 def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:

@@ -7,8 +7,9 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from launch.corpus import Int64
+
 ROUNDS = 8
-Indices = npt.NDArray[np.int64]
 
 
 class Permutation:
@@ -33,7 +34,7 @@ class Permutation:
         digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8 * ROUNDS).digest()
         self._keys = np.frombuffer(digest, dtype="<u8")
 
-    def __call__(self, indices: npt.ArrayLike) -> Indices:
+    def __call__(self, indices: npt.ArrayLike) -> Int64:
         """Images of `indices` (any shape, each in range(size)), int64, same shape."""
         positions = np.asarray(indices, dtype=np.int64)
         assert positions.size == 0 or (positions.min() >= 0 and positions.max() < self.size)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from fsspec.implementations.local import LocalFileSystem
 
-from launch import continuity
+from launch import continuity, resuming
 from launch.build import build_engine
 from launch.checkpoint import Checkpoints
 from launch.checkpoint_names import CheckpointError
@@ -27,7 +27,6 @@ from launch.config import JobConfig
 from launch.corpus import Corpus
 from launch.data import Batches, SequenceSampler
 from launch.monitor import SilentMonitor
-from launch.run import _resume
 from launch.storage import storage_at
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
@@ -306,7 +305,7 @@ def resume(layout: Layout, attempts: Sequence[tuple[Path | str, str]]) -> list[s
         job = layout.job()
         job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"resume": wanted})})
         try:
-            resumed = _resume(job, rank.checkpoints(directory), rank.engine)
+            resumed = resuming.resume(job, rank.checkpoints(directory), rank.engine)
             got.append(resumed.progress.step if resumed else None)
         except CheckpointError as error:
             got.append(str(error))
