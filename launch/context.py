@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.config import JobConfig
-from parallel.exchange_plan import exchange_plan, one_call_is_faster
+from parallel.exchange_plan import buffer_room, exchange_plan, one_call_is_faster
 from parallel.mesh import MeshShape
 
 _EXCHANGE_BYTES = 2**30
@@ -29,8 +29,8 @@ class ContextPlan:
     """R: ranks among which keys travel, by exchange or in a ring."""
     keys: Literal["exchange", "ring"]
     fetched_tokens: int
-    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch. Where one call
-    serves both chunks, some twice."""
+    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch; with room
+    for some twice where one call serves both chunks."""
     traffic: int
     """Bytes that the busiest rank receives in one layer's forward and backward."""
     head_groups: int
@@ -38,13 +38,11 @@ class ContextPlan:
     reason: str = ""
     spare_memory: bool = True
     """Layers may keep what they fetched for the backward pass."""
-    documents: bool = False
-    """Batches come with documents."""
 
     @property
     def balanced(self) -> bool:
-        """Sequences are cut as their documents balance: an exchange of keys alone can do without the zigzag."""
-        return self.documents and self.keys == "exchange" and self.by_heads == 1
+        """Sequences are cut so that ranks have equal work: an exchange of keys alone can do without the zigzag."""
+        return self.keys == "exchange" and self.by_heads == 1
 
     @property
     def keep_gathered(self) -> bool:
@@ -93,10 +91,10 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
     own = rows * length // by_keys
     spare_memory = job.training.offload_activations == "none"
     joined = (rows == 1 or job.data.document_mask) and one_call_is_faster(query_heads // by_heads, length // by_keys)
-    exchanges = [
-        exchange_plan(length, by_keys, rank, job.model.sliding_window, joined=joined) for rank in range(by_keys)
-    ]
+    exchanges = [exchange_plan(length, by_keys, rank, job.model.sliding_window) for rank in range(by_keys)]
     fetched = rows * max(plan.buffer_length for plan in exchanges)
+    if joined and by_keys > 1:
+        fetched = rows * buffer_room(length, by_keys, joined)
     keys: Literal["exchange", "ring"] = "exchange"
     if configured == "ring" or (configured != "exchange" and fetched * pair > _EXCHANGE_BYTES):
         keys = "ring"
@@ -120,5 +118,4 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
                 f"{_EXCHANGE_BYTES // 2**20:,} of auto"
             )
     groups = groups if by_heads > 1 else 1
-    documents = job.data.document_mask
-    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory, documents)
+    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory)

@@ -20,7 +20,7 @@ from launch.precision import BYTES
 from model.kernels import Documents
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
-from parallel.sequence import balanced_parts, document_rows, shard_sequence
+from parallel.sequence import balanced_parts, causal_parts, document_rows, shard_sequence
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,34 @@ class Cutter:
     rank: int
     pin: bool = False
     balanced: bool = False
-    """By documents, where a batch has them; else in zigzag order."""
+    """So that ranks have equal work; else in zigzag order."""
     window: int | None = None
-    """What attention sees, which decides where documents balance."""
+    query_heads: int = 1
+    """Of one rank. Like the window, they decide what is equal."""
 
     @classmethod
     def of(cls, job: JobConfig, mesh: ParallelMesh, device: torch.device) -> Cutter:
         plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
         balanced = plan is not None and plan.balanced
-        return cls(mesh.cp_size, mesh.cp_rank, device.type == "cuda", balanced, job.model.sliding_window)
+        heads = job.model.num_attention_heads // mesh.shape.tensor_parallel_size
+        return cls(mesh.cp_size, mesh.cp_rank, device.type == "cuda", balanced, job.model.sliding_window, heads)
 
     def cut(self, batch: MicroBatch) -> HostBatch:
         """This rank's part of `batch`."""
         arrays = batch.input_ids, batch.position_ids, batch.labels
-        if self.balanced and batch.boundaries is not None:
+        if self.balanced:
             parts = self._balanced(np.stack(arrays), batch.boundaries)
         else:
             parts = np.stack([shard_sequence(array, self.size, self.rank) for array in arrays])
         tokens, count = torch.from_numpy(parts), int((parts[2] != IGNORED_LABEL).sum())
         return HostBatch(tokens.pin_memory() if self.pin else tokens, batch.boundaries, count)
 
-    def _balanced(self, arrays: NDArray[np.int64], boundaries: Sequence[int]) -> NDArray[np.int64]:
-        """[3, B, S] as [3, B, L]: each row is cut by documents of its own."""
+    def _balanced(self, arrays: NDArray[np.int64], boundaries: Sequence[int] | None) -> NDArray[np.int64]:
+        """[3, B, S] as [3, B, L]: each row is cut by documents of its own, or all alike."""
         _, batch, length = arrays.shape
+        if boundaries is None:
+            part = causal_parts(length, self.size, self.query_heads * batch, self.window)[self.rank]
+            return np.concatenate([arrays[:, :, start:stop] for start, stop in part], axis=2)
         rows = []
         for row, documents in enumerate(document_rows(boundaries, batch, length)):
             part = balanced_parts(length, self.size, documents, self.window)[self.rank]

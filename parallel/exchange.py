@@ -23,7 +23,7 @@ from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangeCall, ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
-from parallel.sequence import document_rows
+from parallel.sequence import balanced_parts, causal_parts, document_rows
 from parallel.transport import Arrival, Transport
 
 
@@ -69,9 +69,9 @@ class ExchangeAttention(AttentionOperator):
     """Causal self-attention of tokens spread over the transport's group (see `parallel.sequence`).
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
-    rank's outputs [B, L, H, D]. `balanced` says that sequences were cut as their documents balance. `keep_gathered`
-    keeps fetched keys and values for the backward pass; otherwise they are fetched again. `joined` lets one kernel call
-    serve both of a rank's chunks, or not; None takes what is faster.
+    rank's outputs [B, L, H, D]. `balanced` says that sequences were cut by `balanced_parts`, without documents by
+    `causal_parts`. `keep_gathered` keeps fetched keys and values for the backward pass; otherwise they are fetched
+    again. `joined` lets one kernel call serve both of a rank's chunks, or not; None takes what is faster.
     """
 
     def __init__(
@@ -235,11 +235,13 @@ class ExchangeAttention(AttentionOperator):
         joined = self._joins(q)
         if documents is None:
             # The keys of a batch do not lie one row after the other, as documents would have to.
-            plan = exchange_plan(length, size, self.rank, self.window, joined=joined and batch == 1)
+            parts = causal_parts(length, size, q.shape[2] * batch, self.window) if self.balanced else None
+            plan = exchange_plan(length, size, self.rank, self.window, None, parts, joined and batch == 1)
             return [_Rows(None, plan, self._calls(plan, None, q))]
         rows = []
         for row, boundaries in enumerate(document_rows(documents.boundaries, batch, length)):
-            plan = exchange_plan(length, size, self.rank, self.window, boundaries, self.balanced, joined)
+            parts = balanced_parts(length, size, boundaries, self.window) if self.balanced else None
+            plan = exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined)
             batch_rows = slice(row, row + 1) if batch > 1 else None
             rows.append(_Rows(batch_rows, plan, self._calls(plan, batch_rows, q)))
         return rows

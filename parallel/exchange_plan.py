@@ -21,7 +21,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from parallel.sequence import Part, balanced_parts, zigzag_parts
+from parallel.sequence import Part, zigzag_parts
 
 _JOINED_UP_TO = 65536
 """Query heads x tokens of a chunk up to which one call for both chunks does not lose against two. What rank 0 of 2
@@ -37,8 +37,8 @@ def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
 
 
 def buffer_room(sequence_length: int, context_parallel_size: int, joined: bool) -> int:
-    """The most keys that a buffer holds: the sequence, and half a rank's share twice where calls may be joined."""
-    return sequence_length + (sequence_length // (2 * context_parallel_size) if joined else 0)
+    """The most keys that a buffer holds: the sequence, and a rank's share of it twice where calls may be joined."""
+    return sequence_length + (sequence_length // context_parallel_size if joined else 0)
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,13 @@ def exchange_plan(
     cp_rank: int,
     window: int | None = None,
     boundaries: Sequence[int] | None = None,
-    balanced: bool = False,
+    parts: list[Part] | None = None,
     joined: bool = False,
 ) -> ExchangePlan:
-    """`boundaries` are one row's documents, 0 = b0 < b1 < ... < S, in positions of the full sequence; `balanced` if the
-    sequence was cut by them. `joined`: one call for both chunks where the buffer stays within `buffer_room`. Without
-    it documents are joined all the same where chunks share no key."""
-    if balanced and boundaries is not None:
-        parts = balanced_parts(sequence_length, context_parallel_size, boundaries, window)
-    else:
-        parts = zigzag_parts(sequence_length, context_parallel_size)
+    """`boundaries` are one row's documents, 0 = b0 < b1 < ... < S, in positions of the full sequence; `parts`
+    what each rank holds where that is not the zigzag. `joined`: one call for both chunks where the buffer stays within
+    `buffer_room`. Without it documents are joined all the same where chunks share no key."""
+    parts = parts or zigzag_parts(sequence_length, context_parallel_size)
     room = buffer_room(sequence_length, context_parallel_size, joined) if joined else 0
     layouts = [_Layout(part, window, boundaries, room) for part in parts]
     mine = layouts[cp_rank]

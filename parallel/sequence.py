@@ -4,9 +4,10 @@ Shapes: B batch, S sequence, P context_parallel_size.
 
 The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank
 has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
-arXiv:2311.09431, kept with contiguous chunks). Packed documents upset that balance: a token sees its document only. So
-where nothing but an exchange of keys relies on the cut, each rank still takes one piece from either end of what the
-ranks before it left, S / P tokens together, but as much of them from the left as gives it its share of the work.
+arXiv:2311.09431, kept with contiguous chunks). Packed documents upset that balance: a token sees its document only. And
+the last rank's chunks are neighbours, one to an attention kernel, while the others pay for a second one. So where
+nothing but an exchange of keys relies on the cut, each rank still takes one piece from either end of what the ranks
+before it left, S / P tokens together, but as much of them from the left as gives it its share of the work.
 
 Labels are shifted before the cut, so that no rank needs its neighbour's token. Sequence parallelism cuts a rank's
 tokens again, in their local order, over its tensor-parallel peers (`parallel.tensor.Region`).
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -29,6 +30,12 @@ _STEPS = 128
 """So finely a balanced cut is chosen, in parts of a rank's tokens."""
 _TILE = 128
 """Kernels compute tiles: a token costs about as much as this many pairs whatever it sees."""
+_SECOND_CHUNK, _SECOND_CHUNK_TOKENS = 10_000, 8192
+"""Pairs that a rank's second chunk costs beside its own, for each token of a chunk, up to so many, and divided by the
+query heads: about 0.6 of a tile of 128 keys on each of an H200's 132 multiprocessors, which idle while a kernel, or a
+long document in it, ends. Of two ranks that share plain causal attention the one with two chunks took 0.04, 0.09, 0.21
+and 0.25 ms longer (flash_attn_4, forward + backward, 32 heads, chunks of 1,024 to 8,192 tokens; 0.21 with 8 heads and
+8,192), and no longer with chunks of 16,384."""
 _FETCHED = 256
 """Pairs that cost as much as fetching a key and sending its gradient home: 924 / (H / K) on an H200 over NVLink."""
 
@@ -75,30 +82,59 @@ def zigzag_parts(sequence_length: int, context_parallel_size: int) -> list[Part]
     ]
 
 
+def causal_parts(
+    sequence_length: int, context_parallel_size: int, query_heads: int, window: int | None = None
+) -> list[Part]:
+    """Each rank's part of sequences without documents: the zigzag, but that the last rank, which has one chunk, does
+    more of the work, by whole tiles; under a window no longer than half a part one chunk each. `query_heads` are those
+    that a kernel call computes, of all rows of a batch."""
+    length = sequence_length // context_parallel_size
+    second = _SECOND_CHUNK * min(length // 2, _SECOND_CHUNK_TOKENS) // query_heads
+    narrow = window is not None and window <= length // 2
+    lefts = [*range(length // 2 % _TILE, length, _TILE), *([length] if narrow else [])]
+    return _parts(sequence_length, context_parallel_size, [0, sequence_length], window, lambda *_: lefts, second)
+
+
 def balanced_parts(
     sequence_length: int, context_parallel_size: int, boundaries: Sequence[int], window: int | None = None
 ) -> list[Part]:
-    """Each rank's part of one sequence with documents 0 = b0 < b1 < ... < S: the zigzag where there is only one.
-
-    Of all cuts the one whose busier side, and what the sides fetch of each other, cost least.
-    """
+    """Each rank's part of one sequence with documents 0 = b0 < b1 < ... < S: the zigzag where there is only one."""
     if len(boundaries) == 2:
         return zigzag_parts(sequence_length, context_parallel_size)
+    length = sequence_length // context_parallel_size
+
+    def lefts(low: int, high: int) -> Iterable[int]:
+        shift = high - length - low  # a cut at low + left is one at low + left + shift
+        ends = {bound - low - moved for bound in boundaries for moved in (0, shift)}  # where no document is cut
+        even = range(length // 2 % (step := max(1, length // _STEPS)), length, step)
+        return {0, length, *even, *(left for left in ends if 0 <= left <= length)}
+
+    return _parts(sequence_length, context_parallel_size, boundaries, window, lefts)
+
+
+def _parts(
+    sequence_length: int,
+    context_parallel_size: int,
+    boundaries: Sequence[int],
+    window: int | None,
+    lefts: Callable[[int, int], Iterable[int]],
+    second: int = 0,
+) -> list[Part]:
+    """Of the cuts that take one of `lefts(low, high)` tokens from the left of what is left, [low, high), the one whose
+    busier side, and what the sides fetch of each other, cost least. A rank's second piece costs `second`."""
     length = sequence_length // context_parallel_size
     work, cut_off = _work(boundaries, window), _cut_off(boundaries, window)
     low, high, parts = 0, sequence_length, []
     for others in range(context_parallel_size - 1, 0, -1):
-        whole, shift = work(high) - work(low), high - length - low  # a cut at low + left is one at low + left + shift
+        whole = work(high) - work(low)
 
         def cost(left: int, low: int = low, high: int = high, whole: int = whole, others: int = others) -> float:
-            first, second = low + left, high - (length - left)
-            mine = work(first) - work(low) + work(high) - work(second)
-            return max(mine, (whole - mine) / others) + _FETCHED * max(cut_off(first), cut_off(second))
+            first, last = low + left, high - (length - left)
+            mine = work(first) - work(low) + work(high) - work(last)
+            busier = max(mine + second * (left < length), (whole - mine + (others - 1) * second) / others)
+            return busier + _FETCHED * max(cut_off(first), cut_off(last))
 
-        lefts = {0, length, *range(length // 2 % (step := max(1, length // _STEPS)), length, step)}
-        ends = {bound - low - moved for bound in boundaries for moved in (0, shift)}  # where no document is cut
-        lefts |= {left for left in ends if 0 <= left <= length}
-        left = min(sorted(lefts, key=lambda left: abs(2 * left - length)), key=cost)  # of equal ones the most even
+        left = min(sorted(lefts(low, high), key=lambda left: abs(2 * left - length)), key=cost)  # or the most even
         parts.append(_ranges((low, low + left), (high - (length - left), high)))
         low, high = low + left, high - (length - left)
     return [*parts, [(low, high)]]

@@ -23,7 +23,7 @@ from parallel.exchange import ExchangeAttention
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
-from parallel.sequence import Part, balanced_parts, zigzag_parts
+from parallel.sequence import Part, balanced_parts, causal_parts, zigzag_parts
 from parallel.transport import SymmetricTransport, Transport, make_transport
 from parallel.ulysses import UlyssesAttention
 
@@ -74,8 +74,11 @@ class Stage:
         return _positions(zigzag_parts(self.length, self.ranks)[dist.get_rank()])
 
     def balanced(self) -> Tensor:
-        """Cut as the documents balance."""
-        parts = balanced_parts(self.length, self.ranks, self.row.boundaries(self.ranks), self.window)
+        """Cut as `ExchangeAttention(balanced=True)` expects it."""
+        if self.row.documents:
+            parts = balanced_parts(self.length, self.ranks, self.row.boundaries(self.ranks), self.window)
+        else:
+            parts = causal_parts(self.length, self.ranks, self.row.heads, self.window)
         return _positions(parts[dist.get_rank()])
 
     def striped(self) -> Tensor:
@@ -116,8 +119,7 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         if by_heads and groups <= row.key_value_heads // stage.ranks:
             found[heads_name(groups)] = partial(entry, partial(heads, groups))
     found["exchange"] = partial(entry, exchange)
-    if row.documents:
-        found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
+    found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
     if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):
         # A graph remembers its transport's memory, so it has one of its own.
         if by_heads:

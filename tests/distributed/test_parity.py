@@ -25,6 +25,7 @@ import parallel.ring
 import parallel.tensor
 import parallel.transport
 from model.kernels.cpu import CpuKernel
+from parallel.sequence import Part
 from parallel.tensor import TensorShard
 from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, run_cases
 
@@ -129,7 +130,11 @@ def shards_are_contiguous() -> None:
         length = array.shape[1] // size
         return array[:, rank * length : (rank + 1) * length]
 
+    def parts(length: int, size: int, *_: object) -> list[Part]:
+        return [[(rank * length // size, (rank + 1) * length // size)] for rank in range(size)]
+
     launch.feed.shard_sequence = shard  # type: ignore[assignment]
+    launch.feed.causal_parts = parts  # type: ignore[assignment]
 
 
 def norm_without_the_tensor_parallel_mark() -> None:

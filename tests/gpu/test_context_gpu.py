@@ -12,7 +12,7 @@ from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.exchange import ExchangeAttention
 from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
-from parallel.sequence import balanced_parts, zigzag_parts
+from parallel.sequence import balanced_parts, causal_parts, zigzag_parts
 from parallel.transport import MessageTransport, SymmetricTransport, make_transport
 from parallel.ulysses import UlyssesAttention
 from tests.distributed.harness import run_distributed
@@ -72,8 +72,9 @@ def _errors(backend: str) -> dict[tuple[str, str, str], float]:
         exact = _run(reference, [tensor.float() for tensor in full], documents)
         by_one_call = _run(KernelOperator(KERNELS[backend], **settings), full, documents)
         for name, operator in operators(backend, window).items():
-            balanced = "balanced" in name and documents is not None
-            parts = balanced_parts(S, size, boundaries, window) if balanced else zigzag_parts(S, size)
+            parts = zigzag_parts(S, size)
+            if "balanced" in name:
+                parts = balanced_parts(S, size, boundaries, window) if documents else causal_parts(S, size, H, window)
             mine = torch.cat([torch.arange(*piece) for piece in parts[rank]]).cuda()
             local, expected, one_call = ([tensor[:, mine] for tensor in of] for of in (full, exact, by_one_call))
             single = _relative(one_call, expected)

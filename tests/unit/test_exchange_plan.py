@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from parallel.exchange_plan import ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
-from parallel.sequence import balanced_parts, zigzag_parts
+from parallel.sequence import Part, balanced_parts, causal_parts, zigzag_parts
 
 
 class Problem(NamedTuple):
@@ -20,20 +20,17 @@ class Problem(NamedTuple):
     length: int
     window: int | None
     boundaries: list[int] | None
-    balanced: bool
+    parts: list[Part]
     joined: bool
 
 
 def positions_of(rank: int, problem: Problem) -> np.ndarray:
     """Positions of a rank's tokens in their local order."""
-    parts = zigzag_parts(problem.length, problem.size)
-    if problem.balanced and problem.boundaries is not None:
-        parts = balanced_parts(problem.length, problem.size, problem.boundaries, problem.window)
-    return np.concatenate([np.arange(start, stop) for start, stop in parts[rank]])
+    return np.concatenate([np.arange(start, stop) for start, stop in problem.parts[rank]])
 
 
 def plans_of(problem: Problem) -> list[ExchangePlan]:
-    arguments = problem.window, problem.boundaries, problem.balanced, problem.joined
+    arguments = problem.window, problem.boundaries, problem.parts, problem.joined
     return [exchange_plan(problem.length, problem.size, rank, *arguments) for rank in range(problem.size)]
 
 
@@ -93,13 +90,28 @@ def covered(plan: ExchangePlan, buffer: np.ndarray, mine: np.ndarray, length: in
 
 
 @st.composite
+def any_parts(draw: st.DrawFn, length: int, size: int) -> list[Part]:
+    """Each rank takes a piece from either end of what is left, or from one."""
+    low, high, each, parts = 0, length, length // size, []
+    for _ in range(size - 1):
+        left = draw(st.integers(0, each))
+        pieces = (low, low + left), (high - each + left, high)
+        parts.append([(start, stop) for start, stop in pieces if start < stop])
+        low, high = low + left, high - each + left
+    return [*parts, [(low, high)]]
+
+
+@st.composite
 def problems(draw: st.DrawFn) -> Problem:
     size = draw(st.integers(1, 5))
     length = 2 * size * draw(st.integers(1, 6))
     window = draw(st.none() | st.integers(1, length + 2))
     inner = draw(st.none() | st.sets(st.integers(1, length - 1)))
     boundaries = None if inner is None else [0, *sorted(inner), length]
-    return Problem(size, length, window, boundaries, balanced=draw(st.booleans()), joined=draw(st.booleans()))
+    cuts = [st.just(zigzag_parts(length, size)), any_parts(length, size)]
+    if boundaries is not None:
+        cuts.append(st.just(balanced_parts(length, size, boundaries, window)))
+    return Problem(size, length, window, boundaries, draw(st.one_of(cuts)), joined=draw(st.booleans()))
 
 
 @settings(deadline=None, max_examples=250)
@@ -141,14 +153,14 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
 
 @settings(deadline=None, max_examples=250)
 @given(problems())
-@example(Problem(5, 1280, None, [0, 3, 1280], balanced=True, joined=True))  # twice 890 keys of rank 3 are too many
+@example(Problem(3, 12, None, None, [[(0, 4)], [(4, 7), (11, 12)], [(7, 11)]], joined=True))  # seven keys: too many
 def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
     room = buffer_room(problem.length, problem.size, problem.joined)
     for plan in plans_of(problem):
         assert max(plan.buffer_length, plan.largest_buffer) <= room
         if not problem.joined:
             assert plan.twice is None
-        elif not problem.balanced or problem.boundaries is None:
+        elif problem.parts == zigzag_parts(problem.length, problem.size):
             assert len(plan.calls) == 1
 
 
@@ -207,7 +219,11 @@ def test_one_call_for_both_chunks() -> None:
 
 def test_short_calls_are_joined() -> None:
     """At the shapes that were measured: query heads, tokens of a rank."""
-    assert all(one_call_is_faster(heads, tokens) for heads, tokens in ((32, 2048), (32, 4096), (8, 16384)))
+    for heads, tokens in ((32, 2048), (32, 4096), (8, 16384)):
+        assert one_call_is_faster(heads, tokens)
+        parts = causal_parts(2 * tokens, 2, heads)
+        plans = [exchange_plan(2 * tokens, 2, rank, parts=parts, joined=True) for rank in (0, 1)]
+        assert parts != zigzag_parts(2 * tokens, 2) and [len(plan.calls) for plan in plans] == [1, 1]
     assert not any(one_call_is_faster(heads, tokens) for heads, tokens in ((32, 8192), (32, 16384), (8, 32768)))
 
 

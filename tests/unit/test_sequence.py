@@ -9,6 +9,7 @@ import pytest
 
 from parallel.sequence import (
     balanced_parts,
+    causal_parts,
     check_sequence_length,
     chunk_starts,
     document_rows,
@@ -116,6 +117,40 @@ def test_documents_balance(size: int, window: int | None) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_one_document_is_cut_in_zigzag(size: int) -> None:
     assert balanced_parts(480, size, [0, 480]) == zigzag_parts(480, size)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32, 300])
+@pytest.mark.parametrize("length", [1024, 1400, 2048])
+def test_the_last_rank_makes_up_for_the_others_second_chunks(length: int, heads: int) -> None:
+    """Against all cuts of two ranks by whole tiles; a second chunk costs 10,000 pairs a token and query head."""
+    second = 10_000 * (length // 2) / heads
+    lefts = [left for left in range(length) if (left - length // 2) % 128 == 0]
+    every = [[[(0, left), (length + left, 2 * length)], [(left, length + left)]] for left in lefts]
+
+    def cost(cut: list[list[tuple[int, int]]]) -> float:
+        pairs = [(tokens_of(part) + 1 + 128).sum() for part in cut]
+        return max(pairs[0] + second, pairs[1]) + 256 * cut[1][0][1]
+
+    parts = causal_parts(2 * length, 2, heads)
+    assert cost(parts) <= min(map(cost, every)) + 1
+    assert parts in every or parts == [[(length, 2 * length)], [(0, length)]]
+
+
+def test_measured_shapes_are_cut_by_a_tile_or_two() -> None:
+    shifts = {
+        (heads, length): causal_parts(2 * length, 2, heads)[1][0][0] - length // 2
+        for heads, length in ((32, 4096), (32, 8192), (8, 16384), (32, 32768))
+    }
+    assert shifts == {(32, 4096): 128, (32, 8192): 128, (8, 16384): 256, (32, 32768): 0}
+    assert causal_parts(2**20, 8, 32) == zigzag_parts(2**20, 8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_short_window_needs_one_chunk_a_rank(size: int) -> None:
+    cut = causal_parts(1024 * size, size, 32, 100)
+    assert cut == [[(rank * 1024, (rank + 1) * 1024)] for rank in range(size)]
+    if size > 1:
+        assert all(len(part) == 2 for part in causal_parts(1024 * size, size, 32, 1000)[:-1])
 
 
 def test_each_row_has_documents_of_its_own() -> None:
