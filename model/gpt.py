@@ -35,7 +35,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.recompute, self.store = recompute, store
-        self.run = Block.recomputed
+        self.run = Block.recomputed  # `GPT.compile_blocks` puts one compiled function for all blocks in its place
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -179,6 +179,19 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def packing_arguments(packing: Packing) -> dict[str, int | Tensor]:
+    """The documents under the names of flash-attention 3 and 4; nothing without them."""
+    if packing is None:
+        return {}
+    documents, key_documents = packing
+    return {
+        "cu_seqlens_q": documents.cu_seqlens,
+        "cu_seqlens_k": key_documents.cu_seqlens,
+        "max_seqlen_q": documents.max_seqlen,
+        "max_seqlen_k": key_documents.max_seqlen,
+    }
+
+
 def _document_band(mask: AttentionMask) -> Band:
     assert mask.packing is not None
     _, key_documents = mask.packing

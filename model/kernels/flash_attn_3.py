@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, unit_stride, writable
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, packing_arguments, unit_stride, writable
 from model.kernels.cuda import import_or_reason, missing_gpu
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
@@ -86,17 +86,5 @@ class FlashAttn3Kernel(BandedKernel):
 def _shared(scale: float, band: Band, packing: Packing) -> dict[str, float | Tensor]:
     """The arguments forward and backward call by the same names."""
     left, right = band.flash_bounds
-    arguments: dict[str, float | Tensor] = {
-        "softmax_scale": scale,
-        "window_size_left": left,
-        "window_size_right": right,
-    }
-    if packing is not None:
-        documents, key_documents = packing
-        arguments |= {
-            "cu_seqlens_q": documents.cu_seqlens,
-            "cu_seqlens_k": key_documents.cu_seqlens,
-            "max_seqlen_q": documents.max_seqlen,
-            "max_seqlen_k": key_documents.max_seqlen,
-        }
-    return arguments
+    bounds = {"window_size_left": left, "window_size_right": right}
+    return {"softmax_scale": scale, **bounds, **packing_arguments(packing)}

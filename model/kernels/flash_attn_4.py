@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct
+from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct, packing_arguments
 from model.kernels.cuda import import_or_reason, missing_gpu
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
@@ -91,17 +91,5 @@ class FlashAttn4Kernel(BandedKernel):
 
 def _masking(band: Band, packing: Packing) -> dict[str, bool | int | Tensor | None]:
     """The arguments forward and backward share; None is an unbounded side here."""
-    arguments: dict[str, bool | int | Tensor | None] = {
-        "causal": band.causal,
-        "window_size_left": band.left,
-        "window_size_right": band.right,
-    }
-    if packing is not None:
-        documents, key_documents = packing
-        arguments |= {
-            "cu_seqlens_q": documents.cu_seqlens,
-            "cu_seqlens_k": key_documents.cu_seqlens,
-            "max_seqlen_q": documents.max_seqlen,
-            "max_seqlen_k": key_documents.max_seqlen,
-        }
-    return arguments
+    bounds = {"window_size_left": band.left, "window_size_right": band.right}
+    return {"causal": band.causal, **bounds, **packing_arguments(packing)}
