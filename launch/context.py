@@ -6,17 +6,22 @@ rank, D head_dim, t tokens of one micro batch on one rank, b bytes of a number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from launch.config import JobConfig
+from launch.context_cost import Work, causal_pairs
 from parallel.exchange_plan import buffer_room, exchange_plan, one_call_is_faster
 from parallel.mesh import MeshShape
+from parallel.ulysses import group_sizes
 
 _EXCHANGE_BYTES = 2**30
 """Largest buffer of one layer's fetched keys and values for which `auto` exchanges."""
 _TOKENS_PER_HEAD_GROUP = 4096
 """With fewer tokens a rank for each group of heads, a group's kernel is too short to hide the next one's way."""
+_TIE = 0.01
+"""By so much trading no heads may cost more than what costs least, and is still what `auto` takes: one mode's share of
+the ideal moves as far from run to run, and an exchange gains by documents, which are not known here."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class ContextPlan:
     fetched_tokens: int
     """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch; with room
     for some twice where one call serves both chunks."""
+    fetched_bytes: int
+    """Of their keys and values."""
     traffic: int
     """Bytes that the busiest rank receives in one layer's forward and backward."""
     head_groups: int
     """Groups that a rank's heads travel in, one while another is computed."""
-    reason: str = ""
+    milliseconds: float
+    """Of one layer's forward and backward, by the model of `context_cost`."""
+    reason: str = "as configured"
     spare_memory: bool = True
     """Layers may keep what they fetched for the backward pass."""
 
@@ -62,8 +71,8 @@ class ContextPlan:
 def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> ContextPlan | None:
     """None without context parallelism.
 
-    `auto` takes the split that receives the fewest bytes. Documents are not known here: they only make exchanges
-    smaller.
+    `auto` takes the split that costs least (`context_cost`). Documents are not known here: they only make exchanges
+    cheaper.
     """
     size, configured = mesh.context_parallel_size, job.parallel.context_parallel_mode
     if size == 1:
@@ -75,47 +84,73 @@ def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> Cont
     elif configured != "auto":
         splits = [1]
     plans = [_plan(job, mesh, bytes_per_number, by_heads) for by_heads in splits]
-    return min(plans, key=lambda plan: plan.traffic)
+    chosen = min(plans, key=lambda plan: plan.milliseconds)
+    if plans[0].milliseconds <= (1 + _TIE) * chosen.milliseconds:
+        chosen = plans[0]
+    return replace(chosen, reason=_why(chosen, plans)) if configured == "auto" else chosen
+
+
+def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
+    others = ", ".join(f"{plan.mode} {plan.milliseconds:.2f}" for plan in plans if plan is not chosen)
+    modelled = f"takes {chosen.milliseconds:.2f} ms in a model of H200s ({others}) and " if others else ""
+    reason = f"a layer {modelled}receives {chosen.traffic / 2**20:,.1f} MiB"
+    if chosen.by_keys > 1:
+        reason += (
+            f", its fetched keys and values take {chosen.fetched_bytes / 2**20:,.1f} MiB, "
+            f"{'within' if chosen.keys == 'exchange' else 'beyond'} the {_EXCHANGE_BYTES // 2**20:,} of auto"
+        )
+    return reason
 
 
 def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> ContextPlan:
-    length, rows, configured = (
-        job.training.sequence_length,
-        job.training.micro_batch_size,
-        job.parallel.context_parallel_mode,
-    )
+    length, rows, window = job.training.sequence_length, job.training.micro_batch_size, job.model.sliding_window
+    configured, head_dim = job.parallel.context_parallel_mode, job.model.head_dim
     by_keys = mesh.context_parallel_size // by_heads
     query_heads = job.model.num_attention_heads // mesh.tensor_parallel_size
     kv_heads = job.model.num_key_value_heads // mesh.tensor_parallel_size
-    pair = 2 * kv_heads // by_heads * job.model.head_dim * width  # bytes of one token's keys and values
-    own = rows * length // by_keys
+    tokens = rows * length // mesh.context_parallel_size
     spare_memory = job.training.offload_activations == "none"
+
+    # Among the ranks that trade keys: each has `own` tokens of some heads.
+    own, pair = rows * length // by_keys, 2 * kv_heads // by_heads * head_dim * width
     joined = (rows == 1 or job.data.document_mask) and one_call_is_faster(query_heads // by_heads, length // by_keys)
-    exchanges = [exchange_plan(length, by_keys, rank, job.model.sliding_window) for rank in range(by_keys)]
+    exchanges = [exchange_plan(length, by_keys, rank, window) for rank in range(by_keys)]
     fetched = rows * max(plan.buffer_length for plan in exchanges)
     if joined and by_keys > 1:
         fetched = rows * buffer_room(length, by_keys, joined)
     keys: Literal["exchange", "ring"] = "exchange"
     if configured == "ring" or (configured != "exchange" and fetched * pair > _EXCHANGE_BYTES):
         keys = "ring"
-    if by_keys == 1:
-        traffic = 0
-    elif keys == "exchange":  # there, home again, and there once more if they were not kept
-        received = rows * max(plan.received_tokens for plan in exchanges)
-        traffic = received * pair * (2 if by_keys == 2 and by_heads == 1 and spare_memory else 3)
-    else:  # twice P - 1 hops with keys, and P hops with their gradients in fp32
-        traffic = own * pair * (2 * (by_keys - 1) + by_keys * 4 // width)
-    tokens = rows * length // mesh.context_parallel_size
-    traffic += tokens * (by_heads - 1) // by_heads * 4 * (query_heads + kv_heads) * job.model.head_dim * width
-    groups = max(1, min(3, kv_heads // by_heads, tokens // _TOKENS_PER_HEAD_GROUP))
-    reason = "as configured"
-    if configured == "auto":
-        reason = f"a layer receives {traffic / 2**20:,.1f} MiB"
-        if by_keys > 1:
-            within = "within" if keys == "exchange" else "beyond"
-            reason += (
-                f", its fetched keys and values take {fetched * pair / 2**20:,.1f} MiB, {within} the "
-                f"{_EXCHANGE_BYTES // 2**20:,} of auto"
-            )
-    groups = groups if by_heads > 1 else 1
-    return ContextPlan(by_heads, by_keys, keys, fetched, traffic, groups, reason, spare_memory)
+    calls, messages, traffic, exposed, merged = 2, 0, 0, 0, 0
+    if by_keys > 1 and keys == "exchange":  # there, home again, and there once more if they were not kept
+        messages = 2 if by_keys == 2 and by_heads == 1 and spare_memory else 3
+        calls = 2 if joined else 2 * max(len(plan.calls) for plan in exchanges)
+        traffic = exposed = messages * rows * max(plan.received_tokens for plan in exchanges) * pair
+    elif by_keys > 1:  # twice P - 1 hops with keys, and P hops with their gradients in fp32: the last is exposed
+        messages, calls = 2 * (by_keys - 1) + by_keys, 2 * by_keys
+        exposed = own * pair * 4 // width
+        traffic = 2 * (by_keys - 1) * own * pair + by_keys * exposed
+        merged = by_keys * tokens * query_heads * head_dim
+
+    # Among those that trade heads: what the first group waits for, and what is left after the last, is exposed.
+    groups = 1
+    if by_heads > 1:
+        groups = max(1, min(3, kv_heads // by_heads, tokens // _TOKENS_PER_HEAD_GROUP))
+        sizes = group_sizes(kv_heads // by_heads, groups)
+        traded = tokens * (by_heads - 1) // by_heads * 4 * (query_heads + kv_heads) * head_dim * width
+        traffic, exposed = traffic + traded, exposed + traded * (sizes[0] + sizes[-1]) // (2 * sum(sizes))
+        calls, messages = calls * groups, (messages + 4) * groups
+
+    pairs = rows * query_heads * causal_pairs(length, window) // mesh.context_parallel_size
+    work = Work(pairs, query_heads * tokens, head_dim, calls, messages, exposed, merged)
+    return ContextPlan(
+        by_heads=by_heads,
+        by_keys=by_keys,
+        keys=keys,
+        fetched_tokens=fetched,
+        fetched_bytes=fetched * pair,
+        traffic=traffic,
+        head_groups=groups,
+        milliseconds=work.milliseconds,
+        spare_memory=spare_memory,
+    )

@@ -28,7 +28,7 @@ class ParallelSection(Section):
     """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
     partial results are merged, which needs memory for one rank's keys only. heads: as many ranks as divide the KV heads
     of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto takes what
-    receives the fewest bytes, exchanging keys only while those of a layer fit in 1 GiB."""
+    costs least by a model of H200s, exchanging keys only while those of a layer fit in 1 GiB."""
     context_parallel_graphs: bool = False
     """Replay attention as CUDA graphs: up to about 4,096 tokens a rank the host takes longer to issue it than the GPUs
     to run it. Costs memory for a copy of each layer's inputs and gradients. GPUs of one host, without documents."""
