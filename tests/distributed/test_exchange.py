@@ -96,7 +96,8 @@ def _errors() -> Results:
                 }
         return found
 
-    with mock.patch.object(parallel.sequence, "_TILE", 5):  # so that short sequences are not cut in zigzag
+    # So that short sequences are not cut in zigzag, and as many query heads decide as there are.
+    with mock.patch.multiple(parallel.sequence, _TILE=5, _SECOND_CHUNK=100, _FETCHED=0):
         return on_rings(measure)
 
 
