@@ -51,7 +51,7 @@ def load_corpora(job: JobConfig) -> Corpora:
             cache_directory=Path(data.cache_directory) if data.cache_directory else None,
         )
         whole = {data.source: text}
-    held_out = [open_corpus(path, job.model.vocab_size) for path in data.validation_paths]
+    held_out = [open_corpus(path, job.model.vocab_size, key="data.validation_paths") for path in data.validation_paths]
     training = {}
     for name, corpus in whole.items():
         training[name], validation = split(corpus, job)
@@ -88,22 +88,20 @@ def corpora_on_all_ranks(job: JobConfig) -> Corpora:
     return corpora
 
 
-def open_corpus(path: str, vocab_size: int | None = None) -> Corpus:
+def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.blend") -> Corpus:
     """The corpus at `path`: a prefix, or a glob of prefixes whose shards are joined in the order of their names.
 
-    Raises CorpusError.
+    `key` is where errors say that the path stands. Raises CorpusError.
     """
     prefixes = [path]
     if glob.has_magic(path):
         found = glob.glob(os.path.expanduser(path) + ".bin") + glob.glob(os.path.expanduser(path) + ".idx")
         prefixes = sorted({name[: -len(".bin")] for name in found})
         if not prefixes:
-            raise CorpusError(
-                f"data.blend: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob"
-            )
+            raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
     corpus = Corpus.of_shards(path, [open_indexed(Path(prefix).expanduser(), vocab_size) for prefix in prefixes])
     if not len(corpus):
-        raise CorpusError(f"{path}: the corpus is empty: {len(prefixes)} shards, 0 tokens; leave it out of data.blend")
+        raise CorpusError(f"{path}: the corpus is empty: {len(prefixes)} shards, 0 tokens; leave it out of {key}")
     return corpus
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from launch.corpus import Corpus, CorpusError, Shard, Tokens
-from launch.encoders import ByteEncoder, Encoder, encoder_of
+from launch.encoders import BYTES, ByteEncoder, Encoder, encoder_of
 from launch.indexed import fingerprint
 from launch.token_cache import cached_shard
 
@@ -46,7 +46,7 @@ def load_text(
     *,
     source: TextSource,
     files: Sequence[str] = (),
-    tokenizer: str = "bytes",
+    tokenizer: str = BYTES,
     vocab_size: int,
     cache_directory: Path | None = None,
 ) -> Corpus:

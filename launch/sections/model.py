@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.encoders import BYTES
 from launch.precision import DTYPES, resolve_precision
 from launch.rules import Job, rule
 from model.kernels import KERNELS
@@ -9,7 +10,7 @@ from model.kernels import KERNELS
 
 @rule("model.vocab_size", "data.tokenizer", "data.source")
 def _bytes_fit_the_vocabulary(job: Job) -> None:
-    if job.data.source != "indexed" and job.data.tokenizer == "bytes" and job.model.vocab_size < 256:
+    if job.data.source != "indexed" and job.data.tokenizer == BYTES and job.model.vocab_size < 256:
         raise ValueError(
             f"vocab_size ({job.model.vocab_size}) must be at least 256 for tokenizer bytes, "
             "which has 256 tokens; raise it or give a tokenizer.json"

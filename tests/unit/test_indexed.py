@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import indexed, indexed_writer
-from launch.corpora import open_corpus
+from launch.config import JobConfig
+from launch.corpora import load_corpora, open_corpus
 from launch.corpus import Corpus, CorpusError
 from launch.indexed import HEADER, fingerprint, open_indexed
 from launch.indexed_writer import IndexedWriter
@@ -206,7 +207,25 @@ def test_missing_files(tmp_path: Path, sound: Path) -> None:
     refused(tmp_path / "nowhere", r"nowhere.idx and nowhere.bin missing \(neither is there\)")
     sound.with_suffix(".bin").unlink()
     refused(sound, r"web.bin missing \(the other is there\)")
-    refused(tmp_path / "no*", r"no .bin or .idx matches '.*no\*'")
+    refused(tmp_path / "no*", r"data.blend: no .bin or .idx matches '.*no\*'")
+
+
+def test_a_fault_names_the_key_that_the_path_stands_under(tmp_path: Path, sound: Path) -> None:
+    nothing = built_by_megatron(tmp_path / "empty", [])
+    job = """
+        model: {vocab_size: 99, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+                num_key_value_heads: 1}
+        data: {source: indexed, blend: [{path: BLEND}], validation_paths: [HELD]}
+        optimizer: {learning_rate: 0.1}
+        training: {sequence_length: 4, global_batch_size: 1, max_steps: 1}
+        """
+    for blend, held, match in (
+        (sound, tmp_path / "no*", "^data.validation_paths: no .bin"),
+        (sound, nothing, "leave it out of data.validation_paths$"),
+        (nothing, sound, "leave it out of data.blend$"),
+    ):
+        with pytest.raises(CorpusError, match=match):
+            load_corpora(JobConfig.from_yaml(job.replace("BLEND", str(blend)).replace("HELD", str(held))))
 
 
 @pytest.mark.parametrize("length", [0, 9, 83, 85, 90])

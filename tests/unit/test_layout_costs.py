@@ -6,12 +6,12 @@ from benchmarks.layout_costs import exchange_payload
 from launch.config import load_job
 from parallel.exchange_plan import exchange_plan
 from parallel.sequence import chunk_starts
-from tests.unit.test_check import CONFIGS
+from workload import CONFIG
 
 
 def test_the_exchange_moves_what_its_plan_says() -> None:
     """For more ranks than a test of processes can afford: the plan's own count of fetched keys, mean over the ranks."""
-    model = load_job(CONFIGS / "llama3-8b-8k.yaml").model
+    model = load_job(CONFIG).model
     for size in (2, 4, 8):
         length = 64 * size
         assert len(chunk_starts(length, size, 0)) == 2
