@@ -12,10 +12,12 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from launch.processes import die_with_parent
+from launch.pulse import PULSES, Pulses
 from launch.slurm_world import world_of_step
 
 _FIRST_WORD_SECONDS = 20.0
@@ -67,6 +69,15 @@ def start_name() -> str:
     """What to call this start of a run: 123-0 for a Slurm job and its restart, else the time."""
     job = os.environ.get("SLURM_JOB_ID")
     return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else time.strftime("%Y%m%d-%H%M%S")
+
+
+def node_pulses() -> Pulses | None:
+    """Where a process of this node wants to see the pulses of its ranks, if there is one."""
+    path = os.environ.get(PULSES)
+    try:
+        return Pulses(Path(path)) if path else None
+    except OSError:  # that process is gone, or out of sight: the variable was inherited from elsewhere
+        return None
 
 
 def under_slurm() -> bool:

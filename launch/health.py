@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from launch.config import JobConfig
-from launch.environment import Place, node_name, start_name, under_slurm
+from launch.environment import Place, node_name, node_pulses, start_name, under_slurm
 from launch.hang_report import Member
 from launch.health_folder import HealthFolder
 from launch.pace import Pace
@@ -40,10 +41,11 @@ class Health:
         dist.broadcast_object_list(name, src=0)
         folder, pace = HealthFolder(job.run_path, name[0]), Pace.of(job)
         patience = Patience(grace=job.health.hang_grace_seconds)
+        pulses = node_pulses()
+        beat = partial(pulses.write, place.local_rank) if pulses else lambda pulse: None
         stops = job.health.on_hang == "stop"
-        return cls(
-            job, place, members, folder, pace, Watchdog(folder, pace, place.rank, members, patience, stops=stops)
-        )
+        watchdog = Watchdog(folder, pace, place.rank, members, patience, stops=stops, beat=beat)
+        return cls(job, place, members, folder, pace, watchdog)
 
     def probe(self, device: torch.device) -> list[str] | None:
         """What the probes have found, in lines for the log; None where the run is to start again without some nodes.

@@ -3,7 +3,8 @@
 `deepspeed --no_ssh` would start the same launcher, but it numbers a node's GPUs from 0 whichever Slurm gave, and ends
 with 0 when the launcher is killed. Signals that stop a run are for the ranks: this process and the launcher block
 them, for the launcher would pass SIGTERM on to one rank at a time, 30 seconds apart, and die of SIGUSR2. When a rank
-dies, all others of the step are killed at once. Imports no torch.
+dies, all others of the step are killed at once. For ranks that hang and cannot say so themselves it speaks. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from launch.health_folder import HealthFolder
 from launch.processes import children, die_with_parent, ranks_beside
+from launch.pulse import PULSES, NodeWatch, Pulses
 from launch.submission import ready
 
 _STOPPED, _HUNG = 75, 76
@@ -68,16 +70,12 @@ class Node:
 
     def run(self, train: Sequence[str], port: int) -> int:
         """Starts the launcher and waits for it."""
+        pulses = Pulses.make()
+        os.environ[PULSES] = str(pulses.path)
+        watch = NodeWatch(pulses, socket.gethostname())
         launcher = subprocess.Popen(self._launcher(train, port), process_group=0, preexec_fn=die_with_parent)
         try:
-            while (status := launcher.poll()) is None:
-                self._watch(launcher.pid)
-                self._show()
-                self._listen(launcher.pid)
-                if _HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
-                    status = _HUNG
-                    break
-                time.sleep(_LOOK_SECONDS)
+            status = self._wait(launcher, watch)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -87,6 +85,20 @@ class Node:
             return 0
         self._tell_and_kill(status)
         return status if status > 0 else 128 - status
+
+    def _wait(self, launcher: subprocess.Popen[bytes], watch: NodeWatch) -> int:
+        """How the launcher ended, or that the ranks hang."""
+        while (status := launcher.poll()) is None:
+            self._watch(launcher.pid)
+            self._show()
+            self._listen(launcher.pid, watch)
+            if _HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
+                return _HUNG
+            if watch.gave_up:
+                self._health.write(f"verdict-node-{self.number}.txt", watch.verdict)
+                return _HUNG
+            time.sleep(_LOOK_SECONDS)
+        return status
 
     def _launcher(self, train: Sequence[str], port: int) -> list[str]:
         """The command that `deepspeed` starts on each node."""
@@ -130,7 +142,7 @@ class Node:
             sys.stdout.buffer.write(said)
             sys.stdout.flush()
 
-    def _listen(self, launcher: int) -> None:
+    def _listen(self, launcher: int, watch: NodeWatch) -> None:
         """Answers a watchdog's alarm with what the ranks of this node are doing, and passes on the verdict of one."""
         if time.monotonic() - self._listened < _LISTEN_SECONDS:
             return
@@ -140,6 +152,8 @@ class Node:
             if alarm != self._alarm:
                 self._health.write_node(self.number, ranks_beside(launcher))
                 self._alarm = alarm
+            if alarm and self._health.told():
+                watch.somebody_spoke()
             self._pass_on_verdict()
         except OSError as error:
             print(f"{self._health.path}: {error}", flush=True)

@@ -9,7 +9,8 @@ between the others would need connections that nobody uses in weeks.
     12 s later                              the first of those who did says what they found, and who did not
     health.hang_grace_seconds later         unless the step has ended meanwhile, all of them end with HUNG
 
-From the alarm on the run is asked to stop: if what was missing comes back, it saves and ends as for a signal.
+From the alarm on the run is asked to stop: if what was missing comes back, it saves and ends as for a signal. Where no
+rank can run, or the file system hangs, the node speaks for its ranks (`launch/pulse.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from launch.hang_report import Member, RankReport, missing_ranks, report_on_myse
 from launch.health_folder import HealthFolder
 from launch.pace import Activity, Pace
 from launch.processes import ranks_beside
+from launch.pulse import Pulse
 
 HUNG = 76
 """Exit status of a rank that its watchdog has ended."""
@@ -57,11 +60,20 @@ class Watchdog:
     """One rank's; `pace` is what the training thread tells it."""
 
     def __init__(
-        self, folder: HealthFolder, pace: Pace, rank: int, members: list[Member], patience: Patience, *, stops: bool
+        self,
+        folder: HealthFolder,
+        pace: Pace,
+        rank: int,
+        members: list[Member],
+        patience: Patience,
+        *,
+        stops: bool,
+        beat: Callable[[Pulse | None], None] = lambda pulse: None,
     ) -> None:
-        """`members` are all ranks, in order. `stops`: a hang ends the run; else it is only told."""
+        """`members` are all ranks, in order. `stops`: a hang ends the run; else it is only told. `beat`: takes the
+        pulse of each look, None at the end."""
         self._folder, self._pace, self._rank, self._members = folder, pace, rank, members
-        self._patience, self._stops = patience, stops
+        self._patience, self._stops, self._beat, self._looks = patience, stops, beat, 0
         self._wants_stop = threading.Event()
         self._closed = threading.Event()
         self._handled = ""
@@ -85,12 +97,14 @@ class Watchdog:
     def close(self) -> None:
         """From now on everything may take as long as it takes."""
         self._closed.set()
+        self._beat(None)
         faulthandler.cancel_dump_traceback_later()
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         patience, seen, awake, since_heard = self._patience, self._pace.current, 0.0, 0.0
+        grace = patience.grace if self._stops else None
         looked = time.monotonic()
         while not self._closed.wait(patience.tick):
             self._promise_to_look()
@@ -102,6 +116,9 @@ class Watchdog:
             awake += min(passed, 5 * patience.tick)
             since_heard += passed
             limit, why = self._pace.limit(current.kind)
+            self._looks += 1
+            # Before anything that a file server can hold up.
+            self._beat(Pulse(self._rank, os.getpid(), self._looks, str(current), limit - awake, grace))
             overdue = awake > limit
             if overdue or since_heard > patience.hear:
                 since_heard = 0.0

@@ -67,7 +67,7 @@ class SlurmRun:
         variables = json.dumps(ENVIRONMENT | dict(environment or {}))
         self.overrides = [
             "training.sequence_length=256",
-            "training.global_batch_size=16",
+            "training.global_batch_size=12",
             "checkpoint.save_interval=0",
             "monitor.tensorboard=true",
             f"slurm.nodes={len(NODES)}",
@@ -90,12 +90,12 @@ class SlurmRun:
         assert ended.returncode == code, ended.stdout + ended.stderr
         return ended.stdout + ended.stderr
 
-    def start(self, *overrides: str) -> int:
-        """Submits; the first job's id."""
-        return self.start_chain(*overrides)[0]
+    def start(self, *overrides: str, idle: int = len(CLUSTER)) -> int:
+        """Submits, once so many nodes are idle; the first job's id."""
+        return self.start_chain(*overrides, idle=idle)[0]
 
-    def start_chain(self, *overrides: str) -> list[int]:
-        self.cluster.until(lambda: self.cluster.idle() == len(CLUSTER), 60)
+    def start_chain(self, *overrides: str, idle: int = len(CLUSTER)) -> list[int]:
+        self.cluster.until(lambda: self.cluster.idle() == idle, 60)
         found = re.findall(r"^job (\d+), log ", self.submit(*overrides), re.MULTILINE)
         assert found
         return [int(job) for job in found]
@@ -272,17 +272,20 @@ def test_ranks_that_srun_starts_itself(cluster: SlurmCluster, undisturbed: Slurm
     assert_same_run(run, undisturbed)
 
 
-@pytest.mark.parametrize("victim", ["deepspeed.launcher.launch", "slurm_node.py"])
-def test_a_killed_launcher_takes_its_ranks_along(cluster: SlurmCluster, tmp_path: Path, victim: str) -> None:
-    run = SlurmRun(cluster, tmp_path, steps=100_000)
-    job = run.start()
-    run.until_step(1, job)
-    ranks = list(cluster.ranks(job).values())
-    cluster.launchers(job, victim)[-1].send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(ranks, timeout=20)
-    assert not alive
-    assert cluster.end(job, 30) == "FAILED"
-    cluster.until(lambda: not list(cluster.processes(job)), 30)
+def test_a_killed_launcher_takes_its_ranks_along(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """DeepSpeed's of one job and ours of another, side by side on the four nodes."""
+    jobs: dict[str, tuple[SlurmRun, int]] = {}
+    for idle, victim in ((4, "deepspeed.launcher.launch"), (2, "slurm_node.py")):
+        run = SlurmRun(cluster, tmp_path / victim, steps=100_000)
+        jobs[victim] = run, run.start(idle=idle)
+    for victim, (run, job) in jobs.items():
+        run.until_step(1, job)
+        ranks = list(cluster.ranks(job).values())
+        cluster.launchers(job, victim)[-1].send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive, victim
+        assert cluster.end(job, 30) == "FAILED", victim
+        cluster.until(lambda job=job: not list(cluster.processes(job)), 30)
 
 
 def test_a_slow_node_and_one_with_a_stopped_rank_are_avoided(
@@ -290,7 +293,7 @@ def test_a_slow_node_and_one_with_a_stopped_rank_are_avoided(
 ) -> None:
     """Writing takes seconds on node-2, which the probe finds; then a rank is stopped on one that has come instead."""
     slow = {"rank": 1, "node": "node-2", "event": "open", "path": "probe-", "every": True}
-    slow |= {"action": "run", "command": "sleep 3"}
+    slow |= {"action": "run", "command": "sleep 2"}
     run = SlurmRun(
         cluster,
         tmp_path,

@@ -13,7 +13,7 @@ from tests.cluster.two_nodes import Finished, TwoNodes
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
+STEPS = 6
 SHORT = [
     f"training.max_steps={STEPS}",
     "training.evaluation_batches=1",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,9 +19,11 @@ import torch.distributed as dist
 from launch.hang_report import Member
 from launch.health_folder import HealthFolder
 from launch.pace import STEP, Limits, Pace
-from launch.watchdog import Patience, Watchdog
+from launch.processes import process_state
+from launch.watchdog import HUNG, Patience, Watchdog
 from tests.distributed.harness import run_distributed
 
+ROOT = Path(__file__).resolve().parents[2]
 WORLD = 4
 PATIENCE = Patience(tick=0.1, hear=0.3, answer=2.0, grace=0.0, silence=1.0)
 LIMIT = 1.0
@@ -94,6 +100,89 @@ def holds_the_lock(folder: str) -> str:
 
 def cases(folder: str) -> list[str]:
     return [case(folder) for case in (late_but_not_too_late, rank_zero_stopped, reads_for_ever, holds_the_lock)]
+
+
+RANK = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from launch.environment import node_pulses, place_in_world
+from launch.hang_report import Member
+from launch.health_folder import HealthFolder
+from launch.pace import STEP, Limits, Pace
+from launch.processes import process_state
+from launch.watchdog import HUNG, Patience, Watchdog
+
+place, pace = place_in_world(), Pace(Limits(10.0, 2.0, 2.0))
+members, patience = [Member(rank, "host", 0) for rank in range(2)], Patience(tick=0.1, hear=0.3, grace=1.0)
+folder, beat = HealthFolder(Path(sys.argv[-1]), "7-0"), partial(node_pulses().write, place.local_rank)
+Watchdog(folder, pace, place.rank, members, patience, stops=True, beat=beat)
+pace.begin(STEP, 8)
+time.sleep(0.5)  # a few pulses
+print("pid", os.getpid(), flush=True)
+time.sleep(1000)
+"""
+NODE = """
+import sys
+from launch import pulse, slurm_node
+pulse._TICK, pulse._LATE = 0.1, 2.0
+sys.exit(slurm_node.main())
+"""
+
+
+def node_with_two_ranks(folder: Path) -> subprocess.Popen[str]:
+    """As `launch/slurm_job.py` starts one, but with less patience; the ranks hang in step 8."""
+    (folder / "logs").mkdir()
+    (folder / "rank.py").write_text(RANK)
+    options = ["--nodes", "localhost", "--processes", "2", "--port", "1", "--logs", str(folder / "logs")]
+    options += ["--health", str(HealthFolder(folder, "7-0").path), "--", str(folder / "rank.py"), str(folder)]
+    variables = {"SLURM_NODEID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", NODE, *options], env=os.environ | variables, stdout=subprocess.PIPE, text=True
+    )
+
+
+def pids_of_ranks(folder: Path) -> dict[int, int]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        said = {rank: "".join(log.read_text() for log in folder.glob(f"logs/*_rank{rank}.log")) for rank in range(2)}
+        if all("pid " in words for words in said.values()):
+            return {rank: int(words.split()[1]) for rank, words in said.items()}
+        time.sleep(0.05)
+    raise AssertionError(said)
+
+
+def test_a_node_speaks_for_ranks_that_are_all_stopped_and_ends_them(tmp_path: Path) -> None:
+    with node_with_two_ranks(tmp_path) as node:
+        try:
+            pids = pids_of_ranks(tmp_path)
+            for pid in pids.values():
+                os.kill(pid, signal.SIGSTOP)
+            told, _ = node.communicate(timeout=60)
+        finally:
+            node.kill()
+    assert node.returncode == HUNG, told
+    assert re.search(r"hang: .* step 8 takes \d s longer than it may, and no watchdog has spoken; ", told)
+    for rank, pid in pids.items():
+        assert re.search(rf"^rank {rank} on .*, step 8; process {pid}: state T \(stopped by a signal\)", told, re.M)
+        assert process_state(pid).startswith(("state Z", "it is gone"))
+    (verdict,) = HealthFolder(tmp_path, "7-0").told()
+    assert verdict.read_text() in told
+
+
+def test_a_node_speaks_while_the_shared_file_system_hangs(tmp_path: Path) -> None:
+    """Whoever opens the alarm, which is a pipe that nobody writes, waits for ever: all ranks, and the node itself."""
+    shared = HealthFolder(tmp_path, "7-0")
+    shared.path.mkdir(parents=True)
+    os.mkfifo(shared.path / "alarm")
+    with node_with_two_ranks(tmp_path) as node:
+        assert node.stdout is not None
+        try:
+            pids = pids_of_ranks(tmp_path)
+            told = list(islice((line for line in node.stdout if line.startswith(("hang: ", "rank 1"))), 2))
+        finally:
+            node.kill()
+    assert "hang: " in told[0] and f"step 8; process {pids[1]}: state S (sleeping)" in told[1]
 
 
 def test_the_missing_rank_is_named(tmp_path: Path) -> None:
