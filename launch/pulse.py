@@ -86,7 +86,7 @@ class NodeWatch:
         threading.Thread(target=self._run, name="pulses", daemon=True).start()
 
     def somebody_spoke(self) -> None:
-        """A watchdog has; there is nothing to add until the ranks move again."""
+        """A watchdog has, just now; there is nothing to add until the ranks move again."""
         self._quiet = True
 
     def _run(self) -> None:
@@ -104,9 +104,10 @@ class NodeWatch:
             }
             seen = pulses
             late = {slot: unchanged[slot] - pulse.left for slot, pulse in pulses.items()}
-            if max(late.values(), default=0.0) < _LATE:
+            worst = max(late.values(), default=0.0)
+            if worst <= 0:
                 self._quiet, spoke = False, None
-            elif spoke is None and not self._quiet:
+            elif spoke is None and worst > _LATE and not self._quiet:
                 spoke = now
                 self._speak(pulses, late)
             elif spoke is not None:

@@ -62,6 +62,7 @@ class Node:
         self.nodes, self.number, self.processes, self.logs = nodes, number, processes, logs
         self._health = HealthFolder(health.parents[1], health.name)
         self._alarm = self._told = ""
+        self._heard: dict[Path, int] = {}  # verdicts, of all nodes, and when they were written
         self._listened = time.monotonic()
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._ended: dict[int, int | None] = {}  # rank -> status, in the order of their ends; None: nobody saw it
@@ -152,7 +153,9 @@ class Node:
             if alarm != self._alarm:
                 self._health.write_node(self.number, ranks_beside(launcher))
                 self._alarm = alarm
-            if alarm and self._health.told():
+            told = {path: path.stat().st_mtime_ns for path in self._health.told()} if alarm else {}
+            if told != self._heard:
+                self._heard = told
                 watch.somebody_spoke()
             self._pass_on_verdict()
         except OSError as error:

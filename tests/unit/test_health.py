@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from launch.hang_report import Member, RankReport, missing_ranks, verdict
 from launch.health_folder import HealthFolder
 from launch.pace import STEP, Activity, Limits, Pace
 from launch.probes import Rates, outliers, pairings, summary
+from launch.pulse import NodeWatch, Pulse, Pulses
 from launch.stragglers import slowest
 
 MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
@@ -218,6 +221,28 @@ def test_the_slowest_rank_by_what_it_does_alone() -> None:
     found = slowest([1.0, 1.1, 1.0, 1.0], [0.0, 0.0, 0.0, 0.4])
     assert (found.rank, found.ratio, found.what) == (3, pytest.approx(8.0), "reading data")
     assert slowest([1.0, 1.1], [0.0, 0.04]).what == "computing"  # waiting that holds up nobody
+
+
+def test_a_node_adds_nothing_to_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("launch.pulse._TICK", 0.01)
+    monkeypatch.setattr("launch.pulse._LATE", 1.0)
+    pulses = Pulses.make()
+    ranks, watch, looks = Pulses(pulses.path), NodeWatch(pulses, "node-1"), itertools.count()
+
+    def look(left: float, seconds: float) -> str:
+        """What is said in so many seconds after a rank's look."""
+        ranks.write(1, Pulse(3, os.getpid(), next(looks), "step 9", left, None))
+        time.sleep(seconds)
+        return capsys.readouterr().out
+
+    assert look(-0.01, 0.1) == ""
+    watch.somebody_spoke()
+    assert look(-2.0, 0.3) == "", "a watchdog has spoken"
+    assert look(5.0, 0.3) == ""
+    assert f"rank 3 on node-1, step 9; process {os.getpid()}: state " in look(-2.0, 0.5), "of this hang none has"
+    assert look(-2.0, 0.3) == "", "once is enough"
+    ranks.write(1, None)
+    assert pulses.read() == {} and not watch.gave_up
 
 
 def test_the_folder_of_a_start(tmp_path: Path) -> None:
