@@ -26,14 +26,19 @@ from parallel.sequence import Part, zigzag_parts
 _JOINED_UP_TO = 65536
 """Query heads x tokens of a chunk up to which one call for both chunks does not lose against two. What rank 0 of 2
 reached of the ideal by one and by two, forward + backward by flash_attn_4 on an H200, exchange not counted: 32/8 heads
-and chunks of 1,024 tokens 86 and 71 %, of 2,048 91.2 and 90.2, of 4,096 93.0 and 94.0, of 8,192 95.5 and 97.2; 8/2
-heads and chunks of 8,192 96.6 and 95.7. Kernels of variable lengths are a little slower, but the host issues one call
-in half of the time, and it sets the pace of short ones (benchmarks/attention_parts.py)."""
+and chunks of 1,024 tokens 86 and 71 %, of 2,048 91.2 and 90.2, of 4,096 93.0 and 94.0, of 8,192 95.5 and 97.2. Kernels
+of variable lengths are a little slower, but the host issues one call in half of the time, and it sets the pace of short
+ones (benchmarks/attention_parts.py)."""
+_JOINED_TOKENS = 4096
+"""Longer chunks keep calls of their own however few the heads: the call on a rank's own keys then hides how those of
+others arrive, which with 8/2 heads and chunks of 8,192 tokens is worth more (94.7 % of the ideal on two H200s) than the
+faster kernels of one call (92.3 %)."""
 
 
 def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
     """Whether calls had better be joined, where a kernel takes variable lengths."""
-    return query_heads * (local_tokens // 2) <= _JOINED_UP_TO
+    chunk = local_tokens // 2
+    return chunk <= _JOINED_TOKENS and query_heads * chunk <= _JOINED_UP_TO
 
 
 def buffer_room(sequence_length: int, context_parallel_size: int, joined: bool) -> int:
