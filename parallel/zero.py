@@ -1,5 +1,5 @@
-"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: training. With `parallel.zero_inference` and
-`parallel.zero_config` the only files that speak DeepSpeed's vocabulary.
+"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: training. With the other `parallel.zero_*` the only
+file that speaks DeepSpeed's vocabulary.
 
 Context parallelism is folded into what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters and
 their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed
@@ -26,6 +26,14 @@ from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
 from parallel.tensor import TensorShard
 from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
+from parallel.zero_stage3 import (
+    accumulate_together,
+    gather_without_copies,
+    keep_host_ahead,
+    measure_norm_once,
+    reduce_without_interleaving,
+    update_in_one_pass,
+)
 
 _UNITS_AHEAD = 2
 """Gathered units that may wait in memory for the device to come to them: enough to hide the host's time."""
@@ -140,8 +148,8 @@ class ZeroEngine:
             config=deepspeed_config(settings, sizes),
             dist_init_required=False,
         )
-        if settings.stage == 3 and sizes.matrices_of_unit:
-            self._fetch_ahead(_UNITS_AHEAD * sizes.matrices_of_unit)
+        if settings.stage == 3:
+            self._tune_stage3(sizes)
         self._create_moments()
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
@@ -222,6 +230,19 @@ class ZeroEngine:
                 setattr(scaler, key, value)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _tune_stage3(self, sizes: ModelSizes) -> None:
+        if sizes.matrices_of_unit:
+            self._fetch_ahead(_UNITS_AHEAD * sizes.matrices_of_unit)
+        gather_without_copies(self.model)
+        reduce_without_interleaving(self.engine.optimizer)
+        if self.settings.offload_optimizer == "none":
+            accumulate_together(self.engine.optimizer)
+            if self.settings.overlap:  # else there is no stream but the one that computes
+                keep_host_ahead(self.engine.optimizer)
+            measure_norm_once(self.engine.optimizer)
+            if self.device.type == "cuda":  # where AdamW is fused
+                update_in_one_pass(self.engine.optimizer)
 
     def _fetch_ahead(self, parameters: int) -> None:
         """Lets the host issue the gathering of so many parameters before it waits for the device.

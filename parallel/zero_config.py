@@ -108,7 +108,8 @@ def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -
             "stage": settings.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "contiguous_gradients": True,
+            # At stage 3 gradients are made contiguous where they are reduced (`parallel.zero_stage3`).
+            "contiguous_gradients": settings.stage < 3,
             "overlap_comm": settings.overlap,
             # A unit is fetched while the one before it computes, and not a part of the one after it.
             "stage3_prefetch_bucket_size": sizes.largest_unit or bucket,
