@@ -33,14 +33,17 @@ def gather_without_copies(model: nn.Module) -> None:
         parameter.all_gather_coalesced = partial(_gather, theirs)  # type: ignore[attr-defined]
 
 
-class _Gathering:
+class Gathering:
     """Parameters on their way; what DeepSpeed's coordinator waits for."""
 
-    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor]):
-        self._parameters, self._wholes = parameters, wholes
+    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor], event: torch.cuda.Event | None = None):
+        """`wholes` are results of collectives, or written before `event`."""
+        self._parameters, self._wholes, self._event = parameters, wholes, event
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Lets the current stream wait, not the host."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
         for parameter, whole in zip(self._parameters, self._wholes, strict=True):
             parameter.data = _arrived(whole)[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
@@ -48,19 +51,26 @@ class _Gathering:
 
 
 def _gather(theirs: Any, parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
-    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)  # the same order on every rank
+    parameters = list(parameters)
     group = parameters[0].ds_process_group
     if group.size() == 1 or quantize or any(one.ds_secondary_tensor is not None for one in parameters):
         return theirs(parameters, safe_mode=safe_mode, quantize=quantize)
+    parameters = begin_gathering(parameters)
+    after_computing(parameters[0].device)
+    parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
+    return Gathering(parameters, functional_collectives.all_gather_into_tensor_coalesced(parts, group))
+
+
+def begin_gathering(parameters: Iterable[Any]) -> list[Any]:
+    """Marks them as under way; in the order that is the same on every rank."""
+    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)
     for parameter in parameters:
         assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
         parameter.ds_status = ZeroParamStatus.INFLIGHT
-    _after_computing(parameters[0].device)
-    parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
-    return _Gathering(parameters, functional_collectives.all_gather_into_tensor_coalesced(parts, group))
+    return parameters
 
 
-def _after_computing(device: torch.device) -> None:
+def after_computing(device: torch.device) -> None:
     """Lets what the current stream is given from now on come after what has been computed by now.
 
     The next unit is gathered while this one computes, and no sooner: DeepSpeed's messages run ahead of the computing as
