@@ -108,10 +108,11 @@ def counted() -> Iterator[Counter[str]]:
     def counting_functional(kind: str, name: str) -> Any:
         function = getattr(functional_collectives, name)
 
-        def count(tensor: torch.Tensor, *args: Any) -> Any:
+        def count(given: torch.Tensor | list[torch.Tensor], *args: Any) -> Any:
             whole = args[-1].size() if kind == "all_gather" else 1  # it is given a part
-            bytes_of[kind] += whole * tensor.numel() * tensor.element_size()
-            return function(tensor, *args)
+            for tensor in given if isinstance(given, list) else [given]:
+                bytes_of[kind] += whole * tensor.numel() * tensor.element_size()
+            return function(given, *args)
 
         return mock.patch.object(functional_collectives, name, count)
 
@@ -130,6 +131,8 @@ def counted() -> Iterator[Counter[str]]:
         counting_functional("all_reduce", "all_reduce"),
         counting_functional("all_gather", "all_gather_tensor"),
         counting_functional("reduce_scatter", "reduce_scatter_tensor"),
+        counting_functional("all_gather", "all_gather_into_tensor_coalesced"),
+        counting_functional("reduce_scatter", "reduce_scatter_tensor_coalesced"),
         mock.patch.object(dist, "batch_isend_irecv", counting_ring),
         mock.patch.object(comm.cdb, "all_gather_function", counting("all_gather", comm.cdb.all_gather_function)),
         mock.patch.object(
