@@ -17,6 +17,7 @@ dist.init_process_group("gloo")
 total = torch.tensor(2 ** dist.get_rank())
 dist.all_reduce(total)
 report = {"host": socket.gethostname(), "local_rank": int(os.environ["LOCAL_RANK"]), "total": int(total)}
+report["environment"] = dict(os.environ)
 with open(os.path.join(arguments.folder, f"{dist.get_rank()}.json"), "w") as file:
     json.dump(report, file)
 dist.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.two_nodes import TwoNodes
+from tests.cluster.two_nodes import FORWARDED, TwoNodes
 
 pytestmark = pytest.mark.cluster
 ALL_REDUCE = Path(__file__).with_name("all_reduce.py")
@@ -27,6 +27,7 @@ def test_the_launcher_starts_ranks_on_both_nodes(cluster: TwoNodes, tmp_path: Pa
     assert [report["host"] for report in reports] == ["node-a", "node-a", "node-b", "node-b"]
     assert [report["local_rank"] for report in reports] == [0, 1, 0, 1]
     assert all(report["total"] == 0b1111 for report in reports)
+    assert all(report["environment"].items() >= FORWARDED.items() for report in reports)
 
 
 def test_a_failing_rank_fails_the_command(cluster: TwoNodes, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_killed_test_leaves_no_process(cluster: TwoNodes, tmp_path: Path) -> N
     (tmp_path / "held").mkdir()
     holder = textwrap.dedent(f"""
         from pathlib import Path
-        from tests.cluster.two_nodes import TwoNodes
+        from tests.cluster.two_nodes import FORWARDED, TwoNodes
         with TwoNodes(Path({str(tmp_path / "held")!r})) as nodes:
             print(*[process.pid for process in nodes._started], flush=True)
             nodes.run(["bash", "-c", "ssh node-b sleep 1000 & sleep 1000"], cwd=Path("/"), timeout=1000)

@@ -265,6 +265,9 @@ def test_ranks_that_srun_starts_itself(cluster: SlurmCluster, undisturbed: Slurm
         return run.job.logged() >= 6
 
     cluster.until(trains, PATIENCE)
+    tasks = [found for _, found in cluster.processes(job) if found.get("SLURM_STEP_ID") == "0"]
+    assert {found["SLURM_PROCID"] for found in tasks} == {"0", "1"}
+    assert all(found.items() >= ENVIRONMENT.items() for found in tasks)
     cluster.command("scancel", "--signal=TERM", f"{job}.0")
     assert cluster.end(job, PATIENCE) == "COMPLETED", (tmp_path / "own.log").read_text()
     log = (tmp_path / "own.log").read_text()
@@ -315,6 +318,7 @@ def test_a_slow_node_and_one_with_a_stopped_rank_are_avoided(
     run.finish(job)
     log = run.log(job)
     assert "state T (stopped by a signal)" in log
+    assert re.search(r"a step that takes longer than \d+ s counts as hung: health\.", log)
     assert re.search(rf"^rank 0 on {first}, (waiting in|not over:) \w+", log, re.MULTILINE)
     assert f"queueing job {job} again, without {second}\n" in log
     assert not {"node-2", second} & set(newest_submission(run.run).slices()[-1]["nodes"])
@@ -333,12 +337,27 @@ exec unshare --mount --pid --fork --kill-child --mount-proc sh -c '
 """
 
 
+TEMPLATE = """\
+#!/bin/bash
+# What this site wants in every job.
+{directives}
+trap '' USR2
+{setup}
+export SITE_SCRATCH=${TMPDIR:-/tmp}/of-the-site
+exec {command} "$@"
+"""
+
+
 def test_a_chain_in_a_container_that_is_warned_at_once(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """The warning of the first job comes before its step has begun; of the second, while it trains."""
+    """By a site's own template. The warning of the first job comes before its step has begun; of the second, while it
+    trains."""
     contain = tmp_path / "contain"
     contain.write_text(CONTAINER)
     contain.chmod(0o755)
-    run = SlurmRun(cluster, tmp_path / "run", f"slurm.container={contain} --image any", "slurm.nodes=1")
+    template = tmp_path / "site.sh"
+    template.write_text(TEMPLATE)
+    site = (f"slurm.template={template}", f"slurm.container={contain} --image any")
+    run = SlurmRun(cluster, tmp_path / "run", *site, "slurm.nodes=1")
     first, second, third = run.start_chain("--chain", "3")
     cluster.until(lambda: cluster.state(first) == "RUNNING")
     cluster.command("scancel", "--batch", "--signal=USR2", str(first))
@@ -347,6 +366,7 @@ def test_a_chain_in_a_container_that_is_warned_at_once(cluster: SlurmCluster, tm
     run.until_step(run.job.logged() + 3, second)
     (rank,) = cluster.ranks(second).values()
     assert (Path("/proc") / str(rank.pid) / "root/mnt/inside-the-container").exists()
+    assert rank.environ()["SITE_SCRATCH"].endswith("/of-the-site")
     cluster.command("scancel", "--batch", "--signal=USR2", str(second))
     run.finish(second)
     run.finish(third)

@@ -34,6 +34,8 @@ PROGRAMS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
 }
+FORWARDED = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
+"""Variables that every rank must see, on whichever node."""
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 MACHINE = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
 NODE = ["unshare", "--net", "--uts", "--mount", "--propagation=private"]
@@ -232,7 +234,7 @@ class TwoNodes:
         ssh.chmod(0o755)
         # DeepSpeed forwards only a few variables to the nodes; the others come from this file, which may hold
         # neither a comment nor an empty line.
-        variables = self._job_environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
+        variables = self._job_environment() | FORWARDED
         lines = "".join(f"{key}={value}\n" for key, value in variables.items())
         (self.scratch / ".deepspeed_env").write_text(lines)
 

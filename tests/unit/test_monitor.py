@@ -57,7 +57,8 @@ class Terminal(io.StringIO):
 def test_tensorboard_holds_every_promised_scalar(tmp_path: Path) -> None:
     monitor, _ = run(tmp_path, GPU)
     monitor.text("configuration", "job:\n  name: run")
-    monitor.log_step(record(10, peak_memory_bytes=3 << 29, extra={"loss_scale": 1024.0}))
+    slow = {"slowest_rank": 3.0, "slowest_over_median": 1.5, "straggler": 3.0}
+    monitor.log_step(record(10, peak_memory_bytes=3 << 29, extra={"loss_scale": 1024.0}, stragglers=slow))
     monitor.log_validation(10, 2.0, {"conditional_bigram_entropy": 2.4})
     monitor.log_histograms(10, {"weights/embed_tokens": np.arange(10.0)})
     monitor.close()
@@ -80,6 +81,7 @@ def test_tensorboard_holds_every_promised_scalar(tmp_path: Path) -> None:
         "throughput/mfu_causal": 0.1,  # 1000 tokens/s * 1e6 FLOP / 1e10 FLOP/s
         "throughput/mfu_full": 0.2,
         "memory/peak_gib": 1.5,
+        **{f"stragglers/{name}": value for name, value in slow.items()},
     }
     assert set(board.Tags()["scalars"]) == set(expected)
     for tag, value in expected.items():
