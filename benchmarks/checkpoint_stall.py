@@ -20,16 +20,16 @@ from unittest.mock import Mock
 import numpy as np
 import torch.distributed as dist
 
-from launch import continuity
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints
-from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
 from launch.environment import choose_device, place_in_world
-from launch.monitor import SilentMonitor
-from launch.storage import storage_at
+from launch.monitoring.monitor import SilentMonitor
+from launch.saving import continuity
+from launch.saving.checkpoint import Checkpoints
+from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.storage import storage_at
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-import launch.weights  # noqa: F401  (imports DeepSpeed: its memory is not conversion's)
+import launch.weights.reader  # noqa: F401  (imports DeepSpeed: its memory is not conversion's)
 from launch.convert import from_hf, to_hf
-from launch.hugging_face import config_for, their_name
-from launch.safetensors_folder import ShardWriter
-from launch.stored_model import parameter_shapes
+from launch.weights.hugging_face import config_for, their_name
+from launch.weights.safetensors_folder import ShardWriter
+from launch.weights.stored_model import parameter_shapes
 from model.config import ModelConfig
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from launch.blend import Blend
-from launch.corpora import open_corpus
-from launch.data import Batches, SequenceSampler
-from launch.indexed import HEADER, MAGIC
-from launch.indexed_writer import IndexedWriter
-from launch.split import split_corpus
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.blend import Blend
+from launch.data.corpora import open_corpus
+from launch.data.indexed import HEADER, MAGIC
+from launch.data.indexed_writer import IndexedWriter
+from launch.data.split import split_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 16_000

@@ -3,11 +3,12 @@
     python benchmarks/layout_costs.py            # print it
     python benchmarks/layout_costs.py --write    # renew it in the document
 
-Memory is `launch.memory`'s estimate. Traffic is computed from the payloads below, which a test counts in real worlds,
-and the share of a payload that each rank sends in a ring algorithm: over m ranks (m - 1) / m of it in an all-gather or
-a reduce-scatter, twice that in an all-reduce.
+Memory is `launch.memory.formulas`'s estimate. Traffic is computed from the payloads below, which a test counts in real
+worlds, and the share of a payload that each rank sends in a ring algorithm: over m ranks (m - 1) / m of it in an
+all-gather or a reduce-scatter, twice that in an all-reduce.
 
-Letters as in `launch.memory`; L num_hidden_layers, P context_parallel_size, N parameters on a tensor-parallel rank.
+Letters as in `launch.memory.formulas`; L num_hidden_layers, P context_parallel_size, N parameters on a tensor-parallel
+rank.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from documents import markdown, renewed
 from launch.config import JobConfig, load_job
 from launch.context import context_plan
-from launch.memory import estimate_activations, estimate_states, working_copies
-from launch.parameters import count_parameters
+from launch.memory.formulas import estimate_activations, estimate_states, working_copies
+from launch.memory.parameters import count_parameters
 from launch.precision import BYTES, Precision
 from model.config import ModelConfig
 from parallel.mesh import MeshShape

@@ -31,9 +31,9 @@ import torch.distributed as dist
 import ringzero_row
 from documents import markdown, renewed
 from launch.config import JobConfig
-from launch.footprint import footprint
-from launch.recompute_plan import recompute_plan
-from launch.throughput import Throughput, peak_flops_per_second
+from launch.memory.footprint import footprint
+from launch.memory.recompute_plan import recompute_plan
+from launch.monitoring.throughput import Throughput, peak_flops_per_second
 from row_process import torchrun
 from workload import device_of, job_of, random_batches, timed_steps
 

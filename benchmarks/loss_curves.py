@@ -30,10 +30,10 @@ import torch
 
 import ringzero_row
 from documents import markdown
-from launch.bigram import conditional_bigram_entropy
 from launch.config import load_job
-from launch.corpora import load_corpora, samplers
-from launch.data import Batches
+from launch.data.batches import Batches
+from launch.data.bigram import conditional_bigram_entropy
+from launch.data.corpora import load_corpora, samplers
 from workload import device_of, timed_steps
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.config import load_job
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.kernels import select_kernel

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from launch.build import build_engine
 from launch.check import peak_memory
 from launch.config import JobConfig
-from launch.data import Batches
-from launch.monitor import SilentMonitor
+from launch.data.batches import Batches
+from launch.monitoring.monitor import SilentMonitor
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 from parallel.zero import initialize_distributed

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.config import JobConfig
-from launch.parameters import count_parameters
-from launch.recompute_plan import recompute_plan
+from launch.memory.parameters import count_parameters
+from launch.memory.recompute_plan import recompute_plan
 from model.config import ModelConfig
 from model.recompute import Recompute
 

@@ -28,7 +28,7 @@ from typing import Any
 from attention_contest.results import load, runs_of
 from attention_contest.rows import ONE_GPU, Row
 from launch.config import JobConfig
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
 from scaling_model import DOCS
 from step_time import ADAMW_BYTES, BF16, FP32, block_parameters, head_flops, product_flops
 from workload import job_of

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.config import JobConfig, load_job
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
-from launch.throughput import Throughput
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
+from launch.monitoring.throughput import Throughput
 from model.gpt import GPT
 from parallel.materialize import fill
 from parallel.tensor import TensorShard

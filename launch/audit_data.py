@@ -24,12 +24,12 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from launch.config import JobConfig
-from launch.corpora import load_corpora, open_corpus, samplers, split
-from launch.corpus import Corpus, CorpusError, Int64
-from launch.cursor import BlendedSamples, DataCursor
-from launch.data import SequenceSampler
-from launch.data_log import WHOLE, read_paths, total_digest
-from launch.violations import ConfigError
+from launch.data.batches import SequenceSampler
+from launch.data.corpora import load_corpora, open_corpus, samplers, split
+from launch.data.corpus import Corpus, CorpusError, Int64
+from launch.data.cursor import BlendedSamples, DataCursor
+from launch.data.data_log import WHOLE, read_paths, total_digest
+from launch.settings.violations import ConfigError
 
 _SAMPLES = 1 << 16
 """Drawn at a time, which bounds the memory."""

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
+from launch.memory.recompute_plan import recompute_plan
 from launch.precision import BYTES, DTYPES
-from launch.recompute_plan import recompute_plan
 from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
 from model.kernels import AttentionKernel, AttentionOperator, KernelOperator, KernelUnavailable, select_kernel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
-from launch.footprint import footprint, local_tokens
-from launch.memory import (
+from launch.memory.footprint import footprint, local_tokens
+from launch.memory.formulas import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
     HEADS_FORMULA,
@@ -15,9 +15,9 @@ from launch.memory import (
     block_formula,
     host_copies,
 )
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
+from launch.memory.recompute_plan import RecomputePlan, recompute_plan
 from launch.precision import BYTES
-from launch.recompute_plan import RecomputePlan, recompute_plan
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary

@@ -14,10 +14,8 @@ from typing import Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 import launch.sections.model  # noqa: F401  its rules; the keys are in model.config
-from launch.job_file import read_job
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
 from launch.precision import Precision, resolve_precision
-from launch.rules import violations
 from launch.sections.base import Section
 from launch.sections.checkpoint import CheckpointSection
 from launch.sections.data import DataSection
@@ -29,8 +27,10 @@ from launch.sections.parallel import ParallelSection, sequence_parallel
 from launch.sections.profile import ProfileSection
 from launch.sections.slurm import SlurmSection
 from launch.sections.training import TrainingSection, check_global_batch
-from launch.violations import ConfigError, Violation
-from launch.yaml_strict import write_yaml
+from launch.settings.job_file import read_job
+from launch.settings.rules import violations
+from launch.settings.violations import ConfigError, Violation
+from launch.settings.yaml_strict import write_yaml
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from launch.config import JobConfig
-from launch.encoders import BYTES
-from launch.hugging_face import COMPANIONS, UnsupportedModel, config_for, model_from, their_name
+from launch.data.encoders import BYTES
 from launch.precision import DTYPES
-from launch.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
-from launch.stored_model import (
+from launch.weights.hugging_face import COMPANIONS, UnsupportedModel, config_for, model_from, their_name
+from launch.weights.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
+from launch.weights.stored_model import (
     COMPANION_FOLDER,
     RUN_FILE,
     WeightsError,
@@ -88,7 +88,7 @@ def to_hf(
     Without `dtype` numbers stay as they are stored: fp32 from a run. Raises UnsupportedModel and WeightsError; `out`
     does not exist then.
     """
-    from launch.weights import Part, open_weights  # imports DeepSpeed, which the other direction does not need
+    from launch.weights.reader import Part, open_weights  # imports DeepSpeed, which the other direction does not need
 
     model, weights = stored_model(run), open_weights(run, step, verify=True)
     kept = run / COMPANION_FOLDER

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from launch.processes import die_with_parent
-from launch.pulse import PULSES, Pulses
-from launch.slurm_world import world_of_step
+from launch.health.processes import die_with_parent
+from launch.health.pulse import PULSES, Pulses
+from launch.slurm.world import world_of_step
 
 _FIRST_WORD_SECONDS = 20.0
 """How long rank 0 has to report a fault. The launcher looks once a second and ends all ranks once one has failed."""

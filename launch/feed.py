@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launch.config import JobConfig
 from launch.context import context_plan
-from launch.data import MicroBatch
+from launch.data.batches import MicroBatch
 from launch.precision import BYTES
 from model.kernels import Documents
 from model.kernels.linear_cross_entropy import IGNORED_LABEL

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.environment import choose_device, place_in_world, report_failure
-from launch.sampling import Sampling
-from launch.stored_model import stored_model
+from launch.inference.sampling import Sampling
+from launch.weights.stored_model import stored_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stored_model(options.run)  # a wrong folder is said before anything starts
         prompts = [*options.prompt, *(path.read_text(encoding="utf-8") for path in options.prompt_file)]
         device, _ = choose_device(options.device, place)
-        from launch.writing import Request, write_texts  # DeepSpeed looks for the device that was just chosen
+        from launch.inference.writing import Request, write_texts  # DeepSpeed looks for the device that was just chosen
 
         request = Request(
             folder=options.run,

@@ -31,12 +31,12 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from launch.corpus import CorpusError
-from launch.encoders import encoder_of
-from launch.indexed import beside, read_summary
-from launch.indexed_writer import IndexedWriter
-from launch.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
-from launch.text_tokens import Fault, TokenisingProcesses
+from launch.data.corpus import CorpusError
+from launch.data.encoders import encoder_of
+from launch.data.indexed import beside, read_summary
+from launch.data.indexed_writer import IndexedWriter
+from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
+from launch.data.text_tokens import Fault, TokenisingProcesses
 
 _SAVE_SECONDS = 5.0
 

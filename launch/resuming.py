@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch import continuity
-from launch.checkpoint import Checkpoints
-from launch.checkpoint_names import CheckpointError
-from launch.checkpoint_records import Progress, Resumed, Retention
 from launch.config import JobConfig
-from launch.corpora import Corpora, fresh_cursor
-from launch.cursor import DataCursor
-from launch.storage import storage_at
+from launch.data.corpora import Corpora, fresh_cursor
+from launch.data.cursor import DataCursor
+from launch.saving import continuity
+from launch.saving.checkpoint import Checkpoints
+from launch.saving.checkpoint_names import CheckpointError
+from launch.saving.checkpoint_records import Progress, Resumed, Retention
+from launch.saving.storage import storage_at
 from parallel.zero import ZeroEngine
 
 

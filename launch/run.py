@@ -10,33 +10,33 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from launch.bigram import conditional_bigram_entropy
 from launch.build import build_engine, device_memory
 from launch.check import layout_report
-from launch.checkpoint_names import CheckpointError
-from launch.checkpoint_records import Progress
 from launch.config import JobConfig
-from launch.corpora import corpora_on_all_ranks, describe, samplers, validation_sampler
-from launch.corpus import Corpus, CorpusError
-from launch.cursor import BlendedSamples, DataCursor
-from launch.data import Batches, validation_batches
-from launch.data_log import DataLog
+from launch.data.batches import Batches, validation_batches
+from launch.data.bigram import conditional_bigram_entropy
+from launch.data.corpora import corpora_on_all_ranks, describe, samplers, validation_sampler
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.cursor import BlendedSamples, DataCursor
+from launch.data.data_log import DataLog
+from launch.data.text_codec import text_codec
 from launch.environment import Place, report_failure
-from launch.generation import generate
-from launch.health import Health
-from launch.inference import attention_on_one_device
-from launch.initial_weights import load_initial_weights
-from launch.monitor import Monitor, RunMonitor, SilentMonitor
+from launch.health.rank_health import Health
+from launch.inference.generation import generate
+from launch.inference.model import attention_on_one_device
+from launch.inference.sampling import Sampling
+from launch.monitoring.monitor import Monitor, RunMonitor, SilentMonitor
+from launch.monitoring.throughput import Throughput
 from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunBusy, lock_run
-from launch.sampling import Sampling
+from launch.saving.checkpoint_names import CheckpointError
+from launch.saving.checkpoint_records import Progress
 from launch.stopping import STOPPED, StopVote
-from launch.stored_model import WeightsError
-from launch.text_codec import text_codec
-from launch.throughput import Throughput
 from launch.trainer import NonFiniteLoss, Trainer
+from launch.weights.initial_weights import load_initial_weights
+from launch.weights.stored_model import WeightsError
 from model.gpt import GPT
 from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from launch.config import load_job
 from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
-from launch.stored_model import RUN_FILE
-from launch.violations import ConfigError
+from launch.settings.violations import ConfigError
+from launch.weights.stored_model import RUN_FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DeviceUnavailable) as error:
         report_failure(str(error), place)
         return 2
-    from launch.evaluation import evaluate_weights  # DeepSpeed looks for the device that was just chosen
+    from launch.inference.evaluation import evaluate_weights  # DeepSpeed looks for the device that was just chosen
 
     try:
         evaluate_weights(job, options.step, place, device, options.first_bucket, options.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from launch.config import SECTIONS
-from launch.field_text import describe_default, describe_field, nested_model
+from launch.settings.field_text import describe_default, describe_field, nested_model
 
 _INTRODUCTION = """\
 # Configuration

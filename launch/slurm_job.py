@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.health_folder import HealthFolder
-from launch.slurm_world import meeting_port
-from launch.submission import Submission, point_latest, ready
+from launch.health.health_folder import HealthFolder
+from launch.slurm.submission import Submission, point_latest, ready
+from launch.slurm.world import meeting_port
 
 _DEAF = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
 """Slurm signals all processes of a step, what starts a container included; only the ranks are to hear it."""

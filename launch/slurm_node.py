@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launch.health_folder import HealthFolder
-from launch.processes import children, die_with_parent, ranks_beside
-from launch.pulse import PULSES, NodeWatch, Pulses
-from launch.submission import ready
+from launch.health.health_folder import HealthFolder
+from launch.health.processes import children, die_with_parent, ranks_beside
+from launch.health.pulse import PULSES, NodeWatch, Pulses
+from launch.slurm.submission import ready
 
 _STOPPED, _HUNG = 75, 76
-"""`launch.stopping.STOPPED` and `launch.watchdog.HUNG`, which torch stands before."""
+"""`launch.stopping.STOPPED` and `launch.health.watchdog.HUNG`, which torch stands before."""
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _LOOK_SECONDS = 0.1
 _LISTEN_SECONDS = 2.0

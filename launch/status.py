@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.health_folder import HealthFolder
-from launch.submission import LATEST, Submission, newest_submission
+from launch.health.health_folder import HealthFolder
+from launch.slurm.submission import LATEST, Submission, newest_submission
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

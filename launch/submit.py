@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.batch_script import gpu_request, render
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
-from launch.submission import CONFIG, SCRIPT, Submission, point_latest
-from launch.violations import ConfigError
+from launch.settings.violations import ConfigError
+from launch.slurm.batch_script import gpu_request, render
+from launch.slurm.submission import CONFIG, SCRIPT, Submission, point_latest
 
 _LAUNCH = Path(__file__).resolve().parent
 

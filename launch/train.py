@@ -20,8 +20,8 @@ from pathlib import Path
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
+from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
-from launch.violations import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,19 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from launch.checkpoint import Checkpoints
-from launch.checkpoint_records import Progress, Saved
 from launch.config import JobConfig
-from launch.continuity import LAST_LOSSES, unlike_recent
-from launch.data import Batches, MicroBatch
+from launch.data.batches import Batches, MicroBatch
+from launch.data.prefetch import Prefetcher
 from launch.feed import Cutter, HostBatch
-from launch.monitor import Monitor, StepRecord
-from launch.pace import STEP, Pace
-from launch.prefetch import Prefetcher
+from launch.health.pace import STEP, Pace
+from launch.health.stragglers import Stragglers
+from launch.monitoring.monitor import Monitor, StepRecord
+from launch.monitoring.timing import StepTimer
+from launch.monitoring.tracing import DATA, OPTIMIZER, StepTracer
+from launch.saving.checkpoint import Checkpoints
+from launch.saving.checkpoint_records import Progress, Saved
+from launch.saving.continuity import LAST_LOSSES, unlike_recent
 from launch.schedule import learning_rate_at
-from launch.stragglers import Stragglers
-from launch.timing import StepTimer
-from launch.tracing import DATA, OPTIMIZER, StepTracer
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine
 

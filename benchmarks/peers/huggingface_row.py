@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config import JobConfig
-from launch.hugging_face import their_name
+from launch.weights.hugging_face import their_name
 from parallel.zero import initialize_distributed
 from workload import FirstWeights, random_batches, record, timed_steps
 

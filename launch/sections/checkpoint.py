@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launch.continuity import acceptable, acceptable_keys
-from launch.rules import Job, rule
+from launch.saving.continuity import acceptable, acceptable_keys
+from launch.saving.storage import check_client
 from launch.sections.base import Section
-from launch.storage import check_client
+from launch.settings.rules import Job, rule
 
 
 class CheckpointSection(Section):

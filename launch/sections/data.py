@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launch.encoders import BYTES
-from launch.rules import Job, rule
+from launch.data.encoders import BYTES
 from launch.sections.base import Section
+from launch.settings.rules import Job, rule
 
 
 class BlendedCorpus(Section):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launch.encoders import BYTES
+from launch.data.encoders import BYTES
 from launch.precision import DTYPES, resolve_precision
-from launch.rules import Job, rule
+from launch.settings.rules import Job, rule
 from model.kernels import KERNELS
 
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from launch.rules import Job, rule
 from launch.sections.base import Section
 from launch.sections.training import TrainingSection
+from launch.settings.rules import Job, rule
 from parallel.mesh import MeshShape
 from parallel.sequence import check_sequence_parallel
 from parallel.tensor import check_head_divisibility

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from launch.rules import Job, rule
 from launch.sections.base import Section
+from launch.settings.rules import Job, rule
 
 
 class ProfileSection(Section):

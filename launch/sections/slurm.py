@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from launch.rules import Job, rule
 from launch.sections.base import Section
+from launch.settings.rules import Job, rule
 
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 """What stands on one `#SBATCH` line without blanks."""

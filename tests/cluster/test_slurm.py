@@ -15,7 +15,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.submission import newest_submission
+from launch.slurm.submission import newest_submission
 from tests.cluster.slurm_cluster import NODES as CLUSTER
 from tests.cluster.slurm_cluster import SlurmCluster, what_is_missing
 from tests.faults.launched import INJECTED, TinyJob

@@ -18,16 +18,17 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from fsspec.implementations.local import LocalFileSystem
 
-from launch import continuity, resuming
+from launch import resuming
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints
-from launch.checkpoint_names import CheckpointError
-from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
-from launch.monitor import SilentMonitor
-from launch.storage import storage_at
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
+from launch.monitoring.monitor import SilentMonitor
+from launch.saving import continuity
+from launch.saving.checkpoint import Checkpoints
+from launch.saving.checkpoint_names import CheckpointError
+from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.storage import storage_at
 from launch.trainer import Trainer
 from parallel.mesh import ParallelMesh
 

@@ -22,8 +22,8 @@ import torch
 
 from launch.build import build_engine
 from launch.config import JobConfig
-from launch.data import MicroBatch
-from launch.monitor import SilentMonitor
+from launch.data.batches import MicroBatch
+from launch.monitoring.monitor import SilentMonitor
 from launch.trainer import Trainer
 from model.attention import KernelAttention
 from model.gpt import GPT

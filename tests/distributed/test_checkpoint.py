@@ -261,18 +261,21 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, a
     directory = tmp_path / "checkpoints"
     writing = "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data"
     faults = [
-        (0, "launch.storage.LocalStorage.begin"),
+        (0, "launch.saving.storage.LocalStorage.begin"),
         (0, writing),
         (1, writing),
         (1, "torch.distributed.checkpoint.filesystem.FileSystemWriter.prepare_local_plan"),
         (0, "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish"),
         (1, "os.fsync"),
-        (1, "launch.continuity.batch_hash"),
-        (0, "launch.storage.LocalStorage.written_size"),
-        (0, "launch.storage.LocalStorage.complete"),
+        (1, "launch.saving.continuity.batch_hash"),
+        (0, "launch.saving.storage.LocalStorage.written_size"),
+        (0, "launch.saving.storage.LocalStorage.complete"),
     ]
     # Each node's own disk in place of a shared one: what rank 1 wrote is nowhere to be seen.
-    every = [*((*fault, NO_SPACE) for fault in faults), (0, "launch.storage.LocalStorage.written_size", NOT_SEEN)]
+    every = [
+        *((*fault, NO_SPACE) for fault in faults),
+        (0, "launch.saving.storage.LocalStorage.written_size", NOT_SEEN),
+    ]
     by_rank = run_distributed(fail_saves, 2, PAIR, directory, every, asynchronous)
     assert by_rank[0] == by_rank[1]
     first, *failed, last = by_rank[0]

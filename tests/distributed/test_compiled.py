@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 
 from launch.build import build_engine
 from launch.config import JobConfig
-from launch.footprint import footprint
-from launch.recompute_plan import recompute_plan
+from launch.memory.footprint import footprint
+from launch.memory.recompute_plan import recompute_plan
 from model.kernels import Documents
 from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from launch.config import JobConfig, load_job
-from launch.corpora import load_corpora, validation_sampler
-from launch.data import validation_batches
-from launch.evaluation import evaluated, position_edges, table
-from launch.safetensors_folder import ShardWriter
-from launch.stored_model import parameter_shapes, write_model
+from launch.data.batches import validation_batches
+from launch.data.corpora import load_corpora, validation_sampler
+from launch.inference.evaluation import evaluated, position_edges, table
+from launch.weights.safetensors_folder import ShardWriter
+from launch.weights.stored_model import parameter_shapes, write_model
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -85,7 +85,7 @@ def evaluate(folder: Path) -> list[dict[str, Any]]:
 @torch.no_grad()
 def expected(folder: Path, document_mask: bool) -> list[tuple[int, float]]:
     """(position, loss) of every token of the validation batches."""
-    from launch.weights import Part, open_weights
+    from launch.weights.reader import Part, open_weights
 
     job = job_of(folder, 1, 1, 0, document_mask)
     model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))

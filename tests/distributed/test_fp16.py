@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launch.build import build_engine
-from launch.monitor import SilentMonitor
+from launch.monitoring.monitor import SilentMonitor
 from launch.trainer import Trainer
 from parallel.mesh import MeshShape, ParallelMesh
 from tests.distributed.harness import run_distributed

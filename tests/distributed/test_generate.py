@@ -14,8 +14,8 @@ import torch
 
 from launch.environment import Place
 from launch.generate import main
-from launch.safetensors_folder import ShardWriter
-from launch.stored_model import COMPANION_FOLDER, parameter_shapes, write_model
+from launch.weights.safetensors_folder import ShardWriter
+from launch.weights.stored_model import COMPANION_FOLDER, parameter_shapes, write_model
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def expected(folder: Path, prompt: str, count: int) -> list[int]:
     """The likeliest tokens, the whole sequence computed again for each."""
-    from launch.weights import Part, open_weights
+    from launch.weights.reader import Part, open_weights
 
     model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
     open_weights(folder).read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch import probes, stragglers
-from launch.hang_report import Member
-from launch.probes import Links, Rates, outliers, probe, summary
-from launch.stragglers import Finding, Stragglers
+from launch.health import probes, stragglers
+from launch.health.hang_report import Member
+from launch.health.probes import Links, Rates, outliers, probe, summary
+from launch.health.stragglers import Finding, Stragglers
 from tests.distributed.harness import run_distributed
 
 WORLD = 4

@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.build import build_engine
-from launch.checkpoint import Checkpoints
-from launch.checkpoint_records import Progress, Retention
 from launch.config import JobConfig, load_job
-from launch.continuity import settings
 from launch.convert import to_hf
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
-from launch.initial_weights import _parts, load_initial_weights
-from launch.safetensors_folder import SINGLE, ShardWriter
-from launch.storage import storage_at
-from launch.stored_model import WeightsError, parameter_shapes, write_model
-from launch.weights import Part, open_weights
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
+from launch.saving.checkpoint import Checkpoints
+from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.continuity import settings
+from launch.saving.storage import storage_at
+from launch.weights.initial_weights import _parts, load_initial_weights
+from launch.weights.reader import Part, open_weights
+from launch.weights.safetensors_folder import SINGLE, ShardWriter
+from launch.weights.stored_model import WeightsError, parameter_shapes, write_model
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT

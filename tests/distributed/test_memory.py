@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from launch.memory import estimate_states, host_copies
+from launch.memory.formulas import estimate_states, host_copies
 from launch.precision import Precision
 from parallel import zero, zero_config
 from parallel.mesh import MeshShape, ParallelMesh

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from launch.generation import generate
-from launch.inference import attention_on_one_device
+from launch.inference.generation import generate
+from launch.inference.model import attention_on_one_device
+from launch.inference.sampling import Sampling
 from launch.precision import DTYPES
-from launch.sampling import Sampling
 from tests.distributed.checkpoint_ranks import LENGTH, Layout, Rank
 from tests.distributed.harness import run_distributed
 

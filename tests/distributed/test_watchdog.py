@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.hang_report import Member
-from launch.health_folder import HealthFolder
-from launch.pace import STEP, Limits, Pace
-from launch.processes import process_state
-from launch.watchdog import HUNG, Patience, Watchdog
+from launch.health.hang_report import Member
+from launch.health.health_folder import HealthFolder
+from launch.health.pace import STEP, Limits, Pace
+from launch.health.processes import process_state
+from launch.health.watchdog import HUNG, Patience, Watchdog
 from tests.distributed.harness import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,11 +107,11 @@ import os, sys, time
 from functools import partial
 from pathlib import Path
 from launch.environment import node_pulses, place_in_world
-from launch.hang_report import Member
-from launch.health_folder import HealthFolder
-from launch.pace import STEP, Limits, Pace
-from launch.processes import process_state
-from launch.watchdog import HUNG, Patience, Watchdog
+from launch.health.hang_report import Member
+from launch.health.health_folder import HealthFolder
+from launch.health.pace import STEP, Limits, Pace
+from launch.health.processes import process_state
+from launch.health.watchdog import HUNG, Patience, Watchdog
 
 place, pace = place_in_world(), Pace(Limits(10.0, 2.0, 2.0))
 members, patience = [Member(rank, "host", 0) for rank in range(2)], Patience(tick=0.1, hear=0.3, grace=1.0)
@@ -124,7 +124,8 @@ time.sleep(1000)
 """
 NODE = """
 import sys
-from launch import pulse, slurm_node
+from launch import slurm_node
+from launch.health import pulse
 pulse._TICK, pulse._LATE = 0.1, 2.0
 sys.exit(slurm_node.main())
 """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch import audit_data
-from launch.indexed_writer import IndexedWriter
+from launch.data.indexed_writer import IndexedWriter
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.health.watchdog import HUNG
 from launch.stopping import STOPPED
-from launch.watchdog import HUNG
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 

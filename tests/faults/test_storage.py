@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launch.manifest import encode, read_manifest
-from launch.storage import storage_at
+from launch.saving.manifest import encode, read_manifest
+from launch.saving.storage import storage_at
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 from tests.faults.test_disk import small_disk

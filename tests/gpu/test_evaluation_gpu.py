@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.config import load_job
-from launch.evaluation import evaluated
+from launch.inference.evaluation import evaluated
 from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_evaluation import expected, to_evaluate

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launch.generation import generate
-from launch.inference import attention_on_one_device
-from launch.sampling import Sampling
+from launch.inference.generation import generate
+from launch.inference.model import attention_on_one_device
+from launch.inference.sampling import Sampling
 from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from launch.memory import estimate_activations
+from launch.memory.formulas import estimate_activations
 from model.config import ModelConfig
 from model.head import Head
 from model.kernels import linear_cross_entropy

@@ -12,9 +12,9 @@ import torch
 
 from launch.build import build_engine
 from launch.config import JobConfig
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
-from launch.monitor import SilentMonitor
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
+from launch.monitoring.monitor import SilentMonitor
 from launch.trainer import Trainer
 from parallel.host_memory import _lock, host_buffer, release_host_buffer
 from parallel.mesh import ParallelMesh

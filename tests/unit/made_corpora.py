@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from launch.corpus import Corpus, Int64
+from launch.data.corpus import Corpus, Int64
 
 
 def corpus_of(*lengths: int, name: str = "training") -> Corpus:

@@ -10,11 +10,11 @@ import pytest
 
 from launch import audit_data
 from launch.config import JobConfig
-from launch.corpora import fresh_cursor, load_corpora, samplers
-from launch.cursor import BlendedSamples, DataCursor
-from launch.data import Batches
-from launch.data_log import DataLog
-from launch.indexed_writer import IndexedWriter
+from launch.data.batches import Batches
+from launch.data.corpora import fresh_cursor, load_corpora, samplers
+from launch.data.cursor import BlendedSamples, DataCursor
+from launch.data.data_log import DataLog
+from launch.data.indexed_writer import IndexedWriter
 
 JOB = """
 job: {{name: audited, run_directory: {run}}}

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from launch.check import layout_report
 from launch.config import load_job
-from launch.memory import estimate_activations, estimate_states
-from launch.parameters import count_parameters
+from launch.memory.formulas import estimate_activations, estimate_states
+from launch.memory.parameters import count_parameters
 from launch.precision import Precision
 from model.attention import KernelAttention
 from model.config import ModelConfig

@@ -9,7 +9,7 @@ import pytest
 
 from launch.check import layout_report
 from launch.config import ConfigError, JobConfig, load_job
-from launch.stored_model import stored_model, write_model
+from launch.weights.stored_model import stored_model, write_model
 from model.config import ModelConfig
 from tests.unit.job_files import JOB, load, report
 

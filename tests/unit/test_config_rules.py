@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.config import SECTIONS, JobConfig
-from launch.rules import RULES, Rule
+from launch.settings.rules import RULES, Rule
 from tests.unit.job_files import load, report
 
 

@@ -7,9 +7,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from launch.checkpoint_records import Retention
 from launch.config import SECTIONS, JobConfig
-from launch.continuity import (
+from launch.data.batches import Batches, SequenceSampler
+from launch.data.corpus import Corpus
+from launch.saving.checkpoint_records import Retention
+from launch.saving.continuity import (
     NEXT_BATCHES,
     acceptable,
     batch_hash,
@@ -19,8 +21,6 @@ from launch.continuity import (
     settings,
     unlike_recent,
 )
-from launch.corpus import Corpus
-from launch.data import Batches, SequenceSampler
 
 LENGTH, GLOBAL_BATCH = 16, 8
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launch.convert import from_hf, main, to_hf
-from launch.hugging_face import UnsupportedModel
-from launch.safetensors_folder import INDEX
-from launch.stored_model import WeightsError, stored_model, write_model
-from launch.weights import open_weights
+from launch.weights.hugging_face import UnsupportedModel
+from launch.weights.reader import open_weights
+from launch.weights.safetensors_folder import INDEX
+from launch.weights.stored_model import WeightsError, stored_model, write_model
 from tests.unit.transformers_models import CONFIGS, downloaded
 
 
@@ -98,7 +98,7 @@ def test_a_failing_write_leaves_nothing(sharded: Path, tmp_path: Path, monkeypat
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("launch.safetensors_folder.save_file", full)
+    monkeypatch.setattr("launch.weights.safetensors_folder.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         from_hf(sharded, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.bigram import conditional_bigram_entropy
-from launch.corpus import Corpus, CorpusError
-from launch.split import split_corpus
+from launch.data.bigram import conditional_bigram_entropy
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.split import split_corpus
 from tests.unit.made_corpora import contents, corpus_of, edges
 
 

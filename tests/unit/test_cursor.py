@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.blend import _STRIDE, Blend, _sum_of_floors
-from launch.corpus import Corpus, CorpusError
-from launch.cursor import BlendedSamples, DataCursor, Segment
-from launch.data import Batches, Sample, SequenceSampler
-from launch.packing import best_fit
+from launch.data.batches import Batches, Sample, SequenceSampler
+from launch.data.blend import _STRIDE, Blend, _sum_of_floors
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.cursor import BlendedSamples, DataCursor, Segment
+from launch.data.packing import best_fit
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 LENGTH = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launch.corpus import CorpusError
-from launch.data import Batches, SequenceSampler, validation_batches
+from launch.data.batches import Batches, SequenceSampler, validation_batches
+from launch.data.corpus import CorpusError
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from tests.unit.made_corpora import corpus_of
 

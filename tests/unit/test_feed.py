@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.config import load_job
-from launch.data import MicroBatch
+from launch.data.batches import MicroBatch
 from launch.feed import Cutter
 from parallel.mesh import MeshShape
 from parallel.sequence import balanced_parts, causal_parts, zigzag_parts

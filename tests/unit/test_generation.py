@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.generation import generate
-from launch.sampling import Sampling, choose
+from launch.inference.generation import generate
+from launch.inference.sampling import Sampling, choose
 from model.attention import KernelAttention
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT

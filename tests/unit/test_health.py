@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from launch.flight_recorder import Flight, flight_of
-from launch.hang_report import Member, RankReport, missing_ranks, verdict
-from launch.health_folder import HealthFolder
-from launch.pace import STEP, Activity, Limits, Pace
-from launch.probes import Rates, outliers, pairings, summary
-from launch.pulse import NodeWatch, Pulse, Pulses
-from launch.stragglers import slowest
+from launch.health.flight_recorder import Flight, flight_of
+from launch.health.hang_report import Member, RankReport, missing_ranks, verdict
+from launch.health.health_folder import HealthFolder
+from launch.health.pace import STEP, Activity, Limits, Pace
+from launch.health.probes import Rates, outliers, pairings, summary
+from launch.health.pulse import NodeWatch, Pulse, Pulses
+from launch.health.stragglers import slowest
 
 MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
 TRAIN_STEP = "launch/trainer.py:170 Trainer.train_step"
@@ -28,7 +28,11 @@ WAITS = [
     "torch/distributed/c10d_logger.py:83 wrapper",
     TRAIN_STEP,
 ]
-READS = ["threading.py:331 Condition.wait", "launch/prefetch.py:40 Prefetcher.get", "launch/trainer.py:90 Trainer.run"]
+READS = [
+    "threading.py:331 Condition.wait",
+    "launch/data/prefetch.py:40 Prefetcher.get",
+    "launch/trainer.py:90 Trainer.run",
+]
 
 
 def report(rank: int, stack: list[str], **groups: int) -> RankReport:
@@ -117,8 +121,8 @@ def test_a_rank_whose_recorder_is_silent_is_not_taken_for_the_cause() -> None:
 ASKED = """
 import os, threading
 from torch._C import _distributed_c10d as c10d
-from launch import flight_recorder
-from launch.flight_recorder import Flight, read_flight
+from launch.health import flight_recorder
+from launch.health.flight_recorder import Flight, read_flight
 
 flight_recorder._SECONDS, flight_recorder._RECORDERS = 0.2, ("never heard of",)
 assert read_flight() == Flight()
@@ -164,7 +168,7 @@ def test_reports_read_back() -> None:
 
 def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0.0, 30.0)
-    monkeypatch.setattr("launch.pace.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("launch.health.pace.time.monotonic", lambda: next(now))
     pace = Pace(Limits(factor=10.0, minimum_seconds=120.0, first_seconds=1800.0))
     assert pace.limit("start") == (1800.0, "health.first_step_seconds")
     for step in range(1, 6):
@@ -224,8 +228,8 @@ def test_the_slowest_rank_by_what_it_does_alone() -> None:
 
 
 def test_a_node_adds_nothing_to_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launch.pulse._TICK", 0.01)
-    monkeypatch.setattr("launch.pulse._LATE", 1.0)
+    monkeypatch.setattr("launch.health.pulse._TICK", 0.01)
+    monkeypatch.setattr("launch.health.pulse._LATE", 1.0)
     pulses = Pulses.make()
     ranks, watch, looks = Pulses(pulses.path), NodeWatch(pulses, "node-1"), itertools.count()
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
-from launch.hugging_face import UnsupportedModel, config_for, model_from
-from launch.initial_weights import _unused_tokenizer
-from launch.safetensors_folder import SINGLE
+from launch.weights.hugging_face import UnsupportedModel, config_for, model_from
+from launch.weights.initial_weights import _unused_tokenizer
+from launch.weights.safetensors_folder import SINGLE
 from model.config import RopeScaling
 from tests.unit.transformers_models import (
     CONFIGS,
@@ -148,7 +148,7 @@ def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
 MEASURED = """
 import sys
 from pathlib import Path
-import launch.weights
+import launch.weights.reader
 from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
 

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import indexed, indexed_writer
 from launch.config import JobConfig
-from launch.corpora import load_corpora, open_corpus
-from launch.corpus import Corpus, CorpusError
-from launch.indexed import HEADER, fingerprint, open_indexed
-from launch.indexed_writer import IndexedWriter
-from launch.sorted_search import search_left
-from launch.split import GROUPS, split_corpus
+from launch.data import indexed, indexed_writer
+from launch.data.corpora import load_corpora, open_corpus
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.indexed import HEADER, fingerprint, open_indexed
+from launch.data.indexed_writer import IndexedWriter
+from launch.data.sorted_search import search_left
+from launch.data.split import GROUPS, split_corpus
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron-Core misses packages of NVIDIA's that its data set has no use for

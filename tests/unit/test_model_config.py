@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.stored_model import parameter_shapes
+from launch.weights.stored_model import parameter_shapes
 from model.config import SHAPE_KEYS, ModelConfig
 from tests.unit.transformers_models import V
 

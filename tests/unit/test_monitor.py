@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.metrics_file import MetricsFile
-from launch.monitor import Monitor, RunMonitor, SilentMonitor, StepRecord
-from launch.throughput import Throughput, flops_per_token, peak_flops_per_second
+from launch.monitoring.metrics_file import MetricsFile
+from launch.monitoring.monitor import Monitor, RunMonitor, SilentMonitor, StepRecord
+from launch.monitoring.throughput import Throughput, flops_per_token, peak_flops_per_second
 from model.config import ModelConfig
 
 CPU = Throughput(tokens_per_step=1000, devices=4, flops_causal=1e6, flops_full=2e6, peak_flops=None)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from launch.data import Batches, MicroBatch, SequenceSampler
-from launch.prefetch import Prefetcher
+from launch.data.batches import Batches, MicroBatch, SequenceSampler
+from launch.data.prefetch import Prefetcher
 from tests.unit.made_corpora import corpus_of
 
 

@@ -21,11 +21,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from launch import prepare_data, text_inputs
-from launch.corpora import open_corpus
-from launch.indexed_writer import IndexedWriter
-from launch.text_inputs import BadInput, Block, Start, blocks
-from launch.text_tokens import TokenisingProcesses
+from launch import prepare_data
+from launch.data import text_inputs
+from launch.data.corpora import open_corpus
+from launch.data.indexed_writer import IndexedWriter
+from launch.data.text_inputs import BadInput, Block, Start, blocks
+from launch.data.text_tokens import TokenisingProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -283,7 +284,8 @@ def test_what_is_complete_is_left_alone_and_what_differs_is_refused(
 
 _SMALL = """
 import sys
-from launch import prepare_data, text_inputs
+from launch import prepare_data
+from launch.data import text_inputs
 text_inputs.BLOCK_BYTES, text_inputs.PARQUET_ROWS, prepare_data._SAVE_SECONDS = 2000, 7, 0.0
 sys.exit(prepare_data.main(sys.argv[1:]))
 """

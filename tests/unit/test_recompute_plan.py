@@ -9,9 +9,9 @@ import pytest
 
 from launch.check import layout_report, peak_memory
 from launch.config import JobConfig, load_job
-from launch.footprint import footprint
-from launch.memory import Activations
-from launch.recompute_plan import ASSUMED_MEMORY, BUDGET_SHARE, recompute_plan
+from launch.memory.footprint import footprint
+from launch.memory.formulas import Activations
+from launch.memory.recompute_plan import ASSUMED_MEMORY, BUDGET_SHARE, recompute_plan
 from model.recompute import Recompute
 from parallel.mesh import MeshShape
 

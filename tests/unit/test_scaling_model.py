@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
 from step_time import Machine, block_parameters, elementwise_bytes, step_of
 from workload import job_of
 

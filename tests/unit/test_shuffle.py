@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from launch.config import JobConfig
-from launch.corpora import Corpora, samplers
-from launch.shuffle import Permutation
+from launch.data.corpora import Corpora, samplers
+from launch.data.shuffle import Permutation
 from tests.unit.made_corpora import corpus_of
 
 

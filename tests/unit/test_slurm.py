@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import slurm_job, slurm_node, status, stopping, submit, watchdog
-from launch.batch_script import render
+from launch import slurm_job, slurm_node, status, stopping, submit
 from launch.config import load_job
-from launch.health_folder import HealthFolder
+from launch.health import watchdog
+from launch.health.health_folder import HealthFolder
 from launch.run_lock import RunBusy, lock_run
 from launch.sections.slurm import slurm_seconds
-from launch.slurm_world import first_host, meeting_port, tasks_per_node, world_of_step
-from launch.submission import Submission
+from launch.slurm.batch_script import render
+from launch.slurm.submission import Submission
+from launch.slurm.world import first_host, meeting_port, tasks_per_node, world_of_step
 
 ROOT = Path(__file__).resolve().parents[2]
 

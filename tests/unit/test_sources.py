@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from launch import sources
-from launch.bigram import conditional_bigram_entropy
-from launch.corpus import Corpus, CorpusError
-from launch.encoders import TokenizerEncoder
-from launch.sources import load_text
-from launch.split import split_corpus
+from launch.data import sources
+from launch.data.bigram import conditional_bigram_entropy
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.encoders import TokenizerEncoder
+from launch.data.sources import load_text
+from launch.data.split import split_corpus
 from tests.unit.made_corpora import edges
 
 

@@ -12,8 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from launch.manifest import CheckpointFiles, damage, encode, missing_file
-from launch.storage import LocalStorage, ObjectStorage, Storage, check_client, storage_at
+from launch.saving.manifest import CheckpointFiles, damage, encode, missing_file
+from launch.saving.storage import LocalStorage, ObjectStorage, Storage, check_client, storage_at
 
 NAME, OTHER = "step-00000001", "step-00000002"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.parameters import count_parameters
+from launch.memory.parameters import count_parameters
 from step_time import block_parameters, head_flops, product_flops
 from trace_figures import figures
 from workload import job_of

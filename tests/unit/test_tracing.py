@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from launch.tracing import DATA, OPTIMIZER, STEPS, StepTracer, step_parts
+from launch.monitoring.tracing import DATA, OPTIMIZER, STEPS, StepTracer, step_parts
 
 
 def event(category: str, name: str, start: float, end: float) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 import torch
 
-from launch.data import MicroBatch
+from launch.data.batches import MicroBatch
+from launch.data.text_codec import text_codec
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
-from launch.text_codec import text_codec
-from launch.timing import StepTimer
+from launch.monitoring.timing import StepTimer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

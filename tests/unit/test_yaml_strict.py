@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.yaml_strict import read_yaml, write_yaml
+from launch.settings.yaml_strict import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from launch.stored_model import stored_model
-from launch.weights import Part, open_weights
+from launch.weights.reader import Part, open_weights
+from launch.weights.stored_model import stored_model
 from model.attention import KernelAttention
 from model.gpt import GPT
 from model.kernels import KERNELS

@@ -1,0 +1,1 @@
+"""From texts on disk to the micro-batches of a step."""

@@ -1,0 +1,145 @@
+"""From the configuration's `data` section to the corpora of a run."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from launch.data.batches import SequenceSampler
+from launch.data.corpus import Corpus, CorpusError
+from launch.data.cursor import DataCursor, Segment
+from launch.data.indexed import open_indexed
+from launch.data.sources import load_text
+from launch.data.split import split_corpus
+
+if TYPE_CHECKING:
+    from launch.config import JobConfig
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What a run trains on, by name, and what it is evaluated on: all held-out parts, one after the other."""
+
+    training: dict[str, Corpus]
+    validation: Corpus
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training corpora; equal on every rank that reads the same, whatever the weights."""
+        said = [f"{name} {self.training[name].fingerprint}" for name in sorted(self.training)]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def load_corpora(job: JobConfig) -> Corpora:
+    """The corpora of `job`, split, each long enough for a sequence. Raises CorpusError."""
+    data = job.data
+    if data.source == "indexed":
+        whole = {corpus.label: open_corpus(corpus.path, job.model.vocab_size) for corpus in data.blend}
+    else:
+        text = load_text(
+            source=data.source,
+            files=data.files,
+            tokenizer=data.tokenizer,
+            vocab_size=job.model.vocab_size,
+            cache_directory=Path(data.cache_directory) if data.cache_directory else None,
+        )
+        whole = {data.source: text}
+    held_out = [open_corpus(path, job.model.vocab_size, key="data.validation_paths") for path in data.validation_paths]
+    training = {}
+    for name, corpus in whole.items():
+        training[name], validation = split(corpus, job)
+        held_out += [validation] if validation is not None else []
+    corpora = Corpora(training, Corpus.concatenated("validation", held_out))
+    samplers(corpora, job)
+    validation_sampler(corpora, job)
+    return corpora
+
+
+def split(corpus: Corpus, job: JobConfig) -> tuple[Corpus, Corpus | None]:
+    """(training, validation) as the job holds out."""
+    return split_corpus(corpus, 0 if job.data.validation_paths else job.data.validation_fraction, job.job.seed)
+
+
+def corpora_on_all_ranks(job: JobConfig) -> Corpora:
+    """The job's corpora, the same on every rank. Raises CorpusError on every rank where any has cause."""
+    failure, corpora = None, None
+    try:
+        corpora = load_corpora(job)
+    except CorpusError as error:
+        failure = str(error)
+    seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(seen, (failure, corpora.fingerprint if corpora else None))
+    for rank, (said, fingerprint) in enumerate(seen):
+        if said:
+            raise CorpusError(said)
+        if fingerprint != seen[0][1]:
+            raise CorpusError(
+                f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
+                f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
+            )
+    assert corpora is not None
+    return corpora
+
+
+def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.blend") -> Corpus:
+    """The corpus at `path`: a prefix, or a glob of prefixes whose shards are joined in the order of their names.
+
+    `key` is where errors say that the path stands. Raises CorpusError.
+    """
+    prefixes = [path]
+    if glob.has_magic(path):
+        found = glob.glob(os.path.expanduser(path) + ".bin") + glob.glob(os.path.expanduser(path) + ".idx")
+        prefixes = sorted({name[: -len(".bin")] for name in found})
+        if not prefixes:
+            raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
+    corpus = Corpus.of_shards(path, [open_indexed(Path(prefix).expanduser(), vocab_size) for prefix in prefixes])
+    if not len(corpus):
+        raise CorpusError(f"{path}: the corpus is empty: {len(prefixes)} shards, 0 tokens; leave it out of {key}")
+    return corpus
+
+
+def samplers(corpora: Corpora, job: JobConfig) -> dict[str, SequenceSampler]:
+    """Each training corpus in the job's sequences. Raises CorpusError where one is too short."""
+    length, seed, packing = job.training.sequence_length, job.job.seed, job.data.packing
+    return {
+        name: SequenceSampler(corpus, length, seed, packing, f"{name} ") for name, corpus in corpora.training.items()
+    }
+
+
+def validation_sampler(corpora: Corpora, job: JobConfig) -> SequenceSampler:
+    """Raises CorpusError where the validation corpus is too short."""
+    return SequenceSampler(corpora.validation, job.training.sequence_length, job.job.seed, job.data.packing)
+
+
+def fresh_cursor(corpora: Corpora, job: JobConfig) -> DataCursor:
+    """The cursor of a run that starts with this configuration."""
+    weights = {corpus.label: corpus.weight for corpus in job.data.blend} or dict.fromkeys(corpora.training, 1.0)
+    return DataCursor(
+        seed=job.job.seed,
+        sequence_length=job.training.sequence_length,
+        packing=job.data.packing,
+        corpora={name: corpus.fingerprint for name, corpus in corpora.training.items()},
+        history=(Segment(0, job.training.global_batch_size, weights),),
+    )
+
+
+def describe(corpora: Corpora, job: JobConfig, cursor: DataCursor, step: int) -> Sequence[str]:
+    """A line on each corpus: its size, and how much of it the run has read and will have read at its end."""
+    last = cursor.history[-1].weights
+    given, total = (cursor.given(cursor.first_sample(at)) for at in (step, max(step, job.total_steps)))
+    whole = sum(last.values())
+    lines = []
+    for name, sampler in samplers(corpora, job).items():
+        epochs = [count[name] / sampler.num_windows for count in (given, total)]
+        lines.append(
+            f"corpus {name}: {len(sampler.corpus):,} tokens, {sampler.corpus.num_documents:,} documents, weight "
+            f"{last.get(name, 0) / whole:.3f}; epochs read {epochs[0]:.2f}, at the end of the job {epochs[1]:.2f}"
+        )
+    return lines

@@ -1,0 +1,198 @@
+"""The data cursor: what the order of the data depends on besides the step, small, plain, and kept with each checkpoint.
+
+    {"format": 1, "seed": 0, "sequence_length": 8192, "packing": "split",
+     "corpora": {"web": FINGERPRINT, "code": FINGERPRINT},
+     "history": [{"step": 0, "global_batch_size": 512, "weights": {"web": 0.7, "code": 0.3}},
+                 {"step": 4000, "global_batch_size": 512, "weights": {"web": 0.5, "code": 0.5}}]}
+
+Global sample t comes from one corpus (`launch.data.blend`), and is that corpus's next sample: how many it has given
+before follows from the history. So the weights may change at a resume, and every corpus goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+
+from launch.data.batches import Sample, SequenceSampler
+from launch.data.blend import Blend
+from launch.data.corpus import CorpusError, Int64
+
+FORMAT = 1
+ACCEPT_DATA = "data"
+"""What checkpoint.accept_changes calls a change of the data itself."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps of one blend."""
+
+    step: int
+    """The first, counted from 0."""
+    global_batch_size: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """The order of a run's samples, from its start to its last segment's end, which is open."""
+
+    seed: int
+    sequence_length: int
+    packing: str
+    corpora: dict[str, str]
+    """Fingerprint of each corpus that the run has drawn from, by name."""
+    history: tuple[Segment, ...]
+    """Ascending; the first is of the step at which the data began: 0, unless a change of the data was accepted."""
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `record`. Raises CorpusError where it is none."""
+        try:
+            fields = {key: value for key, value in record.items() if key != "format"}
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
+            return cls(**{**fields, "history": tuple(Segment(**segment) for segment in fields["history"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorpusError(
+                f"the record of what the run has read is not readable ({error!r}); a run saved by another version of "
+                "this program cannot continue here: finish it there, or start another job.name"
+            ) from error
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"format": FORMAT, **asdict(self), "history": [asdict(segment) for segment in self.history]}
+
+    def continued(self, step: int, now: DataCursor, accepted: Collection[str] = ()) -> DataCursor:
+        """This cursor, saved after `step` steps, going on as the fresh cursor `now` says.
+
+        Weights, corpora and global batch size may differ. Raises CorpusError where seed, sequence length, packing or
+        the content of a corpus do, since that would repeat some documents and lose others; where the key, or "data", is
+        among the `accepted`, the data begins anew with `step` instead.
+        """
+        [segment] = now.history
+        anew = replace(now, history=(replace(segment, step=step),))
+        for key, name in _FIXED.items():
+            before, after = getattr(self, key), getattr(now, key)
+            if before != after and not {name, ACCEPT_DATA}.isdisjoint(accepted):
+                return anew
+            if before != after:
+                raise CorpusError(
+                    f"{name} was {before} up to step {step} and is {after} now; documents would be repeated and lost: "
+                    f"set {name}={before}, choose another job.name, or, to begin the data anew, name {ACCEPT_DATA} in "
+                    "checkpoint.accept_changes"
+                )
+        for name, fingerprint in now.corpora.items():
+            if (known := self.corpora.get(name, fingerprint)) != fingerprint:
+                if ACCEPT_DATA in accepted:
+                    return anew
+                raise CorpusError(
+                    f"the run was trained on other data (corpus {name}: fingerprint {known[:12]}, here "
+                    f"{fingerprint[:12]}): the corpus, its tokenizer or the split changed; restore it, give the new "
+                    "one another name in data.blend, choose another job.name, or, to begin the data anew, name "
+                    f"{ACCEPT_DATA} in checkpoint.accept_changes"
+                )
+        kept = tuple(one for one in self.history if one.step < step)
+        if not kept or replace(segment, step=kept[-1].step) != kept[-1]:
+            kept += (replace(segment, step=step),)
+        return replace(self, corpora=self.corpora | now.corpora, history=kept)
+
+    def changes_at(self, step: int) -> bool:
+        """Whether another blend or batch size begins with `step`."""
+        return step > 0 and self.history[-1].step == step
+
+    def first_sample(self, step: int) -> int:
+        """The global sample that `step` begins with."""
+        span = next(span for span in reversed(self._spans) if span.segment.step <= step)
+        return span.first + (step - span.segment.step) * span.segment.global_batch_size
+
+    @property
+    def offset(self) -> int:
+        """See `launch.data.batches.Batches`: of the last segment."""
+        last = self.history[-1]
+        return self.first_sample(last.step) - last.step * last.global_batch_size
+
+    def draws(self, samples: Int64) -> dict[str, tuple[Int64, Int64]]:
+        """Of each corpus among global `samples` [n]: where in `samples` it stands, and which of its own samples stand
+        there, counted from 0."""
+        found: dict[str, list[tuple[Int64, Int64]]] = {}
+        for span in self._spans:
+            inside = np.flatnonzero((samples >= span.first) & (samples < span.end))
+            if not len(inside):
+                continue
+            start, stop = int(samples[inside].min()), int(samples[inside].max()) + 1
+            given, corpora = span.given(start), span.blend.corpora(np.arange(start, stop))
+            for index, name in enumerate(span.blend.names):
+                own = corpora == index
+                number = given[name] + np.cumsum(own) - 1
+                at = inside[own[samples[inside] - start]]
+                if len(at):
+                    found.setdefault(name, []).append((at, number[samples[at] - start]))
+        return {
+            name: (np.concatenate([at for at, _ in parts]), np.concatenate([number for _, number in parts]))
+            for name, parts in found.items()
+        }
+
+    def given(self, samples: int) -> Counter[str]:
+        """How many of the global samples 0..samples-1 came from each corpus."""
+        return next(span for span in reversed(self._spans) if span.first <= samples).given(samples)
+
+    @cached_property
+    def _spans(self) -> list[_Span]:
+        spans: list[_Span] = []
+        first, given = 0, Counter(dict.fromkeys(self.corpora, 0))
+        for segment, after in zip(self.history, [*self.history[1:], None], strict=True):
+            end = _OPEN if after is None else first + (after.step - segment.step) * segment.global_batch_size
+            spans.append(_Span(segment, first, end, Blend(segment.weights, self.seed), given))
+            if after is not None:
+                first, given = end, spans[-1].given(end)
+        return spans
+
+
+_OPEN = 1 << 62
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A segment in global samples."""
+
+    segment: Segment
+    first: int
+    end: int
+    """The one after the last; _OPEN for the last segment."""
+    blend: Blend
+    before: Counter[str]
+    """Samples of each corpus up to `first`."""
+
+    def given(self, sample: int) -> Counter[str]:
+        """Samples of each corpus up to `sample`, which lies in this span or ends it."""
+        start, stop = self.blend.counts(self.first), self.blend.counts(sample)
+        return self.before + Counter({name: stop[name] - start[name] for name in stop})
+
+
+_FIXED = {
+    "seed": "job.seed",
+    "sequence_length": "training.sequence_length",
+    "packing": "data.packing",
+}
+
+
+class BlendedSamples:
+    """The samples of a run's corpora in the order of its cursor."""
+
+    def __init__(self, samplers: Mapping[str, SequenceSampler], cursor: DataCursor) -> None:
+        """One sampler for each corpus of the cursor's last segment."""
+        self.samplers, self.cursor = dict(samplers), cursor
+        self.sequence_length = cursor.sequence_length
+
+    def samples(self, indices: Int64) -> list[Sample]:
+        """See `launch.data.batches.SampleSource`. Raises CorpusError where a corpus cannot be read."""
+        out: dict[int, Sample] = {}
+        for name, (positions, numbers) in self.cursor.draws(indices).items():
+            out.update(zip(positions.tolist(), self.samplers[name].samples(numbers), strict=True))
+        return [out[position] for position in range(len(indices))]

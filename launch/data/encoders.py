@@ -1,0 +1,117 @@
+"""From texts to token ids, for corpora: a Hugging Face tokenizer, or the bytes themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from launch.data.corpus import CorpusError, Tokens
+from launch.data.indexed import token_type
+
+BYTES = "bytes"
+"""Stands for no tokenizer: a token is a byte of UTF-8."""
+
+
+class Encoder(Protocol):
+    dtype: np.dtype
+    """Of the tokens in a corpus."""
+    vocab_size: int
+    identity: str
+    """Changes whenever the tokens of a text would."""
+
+    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
+        """The tokens of each file. Raises CorpusError, by its path, for one that this encoder does not read."""
+
+    def ids(self, texts: list[str], *, special: bool = True) -> Sequence[npt.ArrayLike]:
+        """Token ids of each text; `special` with what the tokenizer's own post-processor puts at a text's ends."""
+
+    def at_the_ends(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+
+    def token_id(self, token: str) -> int:
+        """Raises CorpusError where there is no such token."""
+
+
+class ByteEncoder:
+    """Token = byte; any file will do."""
+
+    dtype: np.dtype = np.dtype("u1")
+    vocab_size = 256
+    identity = BYTES
+
+    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
+        return [np.frombuffer(content, dtype=np.uint8) for content in contents]
+
+    def ids(self, texts: list[str], *, special: bool = True) -> Sequence[npt.ArrayLike]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def at_the_ends(self) -> tuple[list[int], list[int]]:
+        return [], []
+
+    def token_id(self, token: str) -> int:
+        if len(token.encode()) != 1:
+            raise CorpusError(
+                f"{token!r} is no byte, and with the tokenizer {BYTES} a token is one; name one character"
+            )
+        return token.encode()[0]
+
+
+class TokenizerEncoder:
+    """A Hugging Face tokenizer.json."""
+
+    def __init__(self, path: str) -> None:
+        """Raises CorpusError."""
+        try:
+            content = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorpusError(
+                f"the tokenizer {path!r} cannot be read ({error}); give {BYTES} or the path of a tokenizer.json"
+            ) from error
+        try:
+            self._tokenizer: Any = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+            raise CorpusError(f"the tokenizer {path!r} is no tokenizer.json ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have holes
+        self.dtype: np.dtype = token_type(self.vocab_size)
+        self.identity = hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, paths: Sequence[Path], contents: Sequence[bytes]) -> list[Tokens]:
+        texts = [_decode(path, content) for path, content in zip(paths, contents, strict=True)]
+        return [np.array(ids, dtype=self.dtype) for ids in self.ids(texts)]
+
+    def ids(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def at_the_ends(self) -> tuple[list[int], list[int]]:
+        [full], [bare] = self.ids(["a"]), self.ids(["a"], special=False)
+        before = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
+        return full[:before], full[before + len(bare) :]
+
+    def token_id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
+        return int(found)
+
+
+def encoder_of(tokenizer: str) -> Encoder:
+    """Of `bytes`, or of the tokenizer.json at a path. Raises CorpusError."""
+    return ByteEncoder() if tokenizer == BYTES else TokenizerEncoder(tokenizer)
+
+
+def _decode(path: Path, content: bytes) -> str:
+    remedy = f"leave it out of data.files, or use data.tokenizer: {BYTES}"
+    if (position := content.find(b"\0")) >= 0:
+        raise CorpusError(f"{path}: binary, not text (NUL at byte {position}); {remedy}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 text (at byte {error.start}); {remedy}") from error

@@ -1,0 +1,111 @@
+"""How documents are laid into windows of one sequence: which stretches of the corpus each window holds.
+
+Either way each token of the corpus lies in exactly one window, which window holds what follows from its number and the
+corpus alone, and there is no index to build: `split` needs none, `best_fit` plans GROUP windows at a time.
+
+Shapes: N tokens of the corpus, S sequence length, W windows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
+
+from launch.data.corpus import Corpus
+
+Stretch = tuple[int, int]
+"""(start, stop) in tokens of the corpus."""
+
+GROUP = 64
+"""Windows that best_fit plans together. More would cut fewer documents and take longer to plan."""
+
+
+class Packing(Protocol):
+    num_windows: int
+    """W."""
+
+    def window(self, index: int) -> list[Stretch]:
+        """The stretches of a window, in its order; together S tokens. What the corpus lacks to fill all W windows, less
+        than S, is missing in one of the last, or in several (best_fit)."""
+
+
+class Split:
+    """Documents one after the other as they lie in the corpus, cut where a window ends: window w is the tokens w * S to
+    w * S + S - 1. The last window is as long as what is left."""
+
+    def __init__(self, corpus: Corpus, sequence_length: int) -> None:
+        self._tokens, self._length = len(corpus), sequence_length
+        self.num_windows = -(-len(corpus) // sequence_length)
+
+    def window(self, index: int) -> list[Stretch]:
+        start = index * self._length
+        return [(start, min(start + self._length, self._tokens))]
+
+
+class BestFit:
+    """Documents rearranged inside groups of GROUP windows, so that few are cut and nothing is padded.
+
+    A group is GROUP * S consecutive tokens. Its documents (one longer than S: in pieces of S and a rest) go, longest
+    first, each to the window with the least room that takes it (best-fit decreasing; its use for training: Ding et al.,
+    "Fewer truncations improve language modeling", arXiv:2404.10830). What fits nowhere whole is cut to fill the gaps,
+    which add up to exactly that: so a group has as many windows as its tokens fill, and the first window of every group
+    is known without planning those before it.
+    """
+
+    def __init__(self, corpus: Corpus, sequence_length: int) -> None:
+        self._corpus, self._length = corpus, sequence_length
+        self.num_windows = -(-len(corpus) // sequence_length)
+        self._plan: Callable[[int], list[list[Stretch]]] = lru_cache(maxsize=256)(self._planned)
+
+    def window(self, index: int) -> list[Stretch]:
+        return self._plan(index // GROUP)[index % GROUP]
+
+    def _planned(self, group: int) -> list[list[Stretch]]:
+        begin = group * GROUP * self._length
+        end = min(begin + GROUP * self._length, len(self._corpus))
+        edges = [begin, *(self._corpus.document_starts(begin, end) + begin).tolist(), end]
+        return best_fit(list(zip(edges[:-1], edges[1:], strict=True)), self._length)
+
+
+def best_fit(documents: list[Stretch], length: int) -> list[list[Stretch]]:
+    """The documents in ceil(tokens / length) windows of at most `length`, in each the stretches in their order."""
+    pieces = [(start, min(start + length, stop)) for first, stop in documents for start in range(first, stop, length)]
+    count = -(-sum(stop - start for start, stop in pieces) // length)
+    windows: list[list[Stretch]] = [[] for _ in range(count)]
+    rooms = [(length, index) for index in range(count)]  # ascending
+    left_over = []
+    for start, stop in sorted(pieces, key=lambda piece: (piece[0] - piece[1], piece[0])):
+        place = bisect_left(rooms, (stop - start, -1))
+        if place == len(rooms):
+            left_over.append((start, stop))
+            continue
+        room, index = rooms.pop(place)
+        windows[index].append((start, stop))
+        insort(rooms, (room - (stop - start), index))
+    gaps = sorted((index, room) for room, index in rooms if room)
+    for start, stop in left_over:
+        while start < stop:
+            index, room = gaps[0]
+            taken = min(room, stop - start)
+            windows[index].append((start, start + taken))
+            start += taken
+            gaps[0] = (index, room - taken)
+            if taken == room:
+                gaps.pop(0)
+    return [_merged(sorted(window)) for window in windows]
+
+
+def _merged(stretches: list[Stretch]) -> list[Stretch]:
+    """Ascending stretches, with those that touch as one."""
+    out = stretches[:1]
+    for start, stop in stretches[1:]:
+        if start == out[-1][1]:
+            out[-1] = (out[-1][0], stop)
+        else:
+            out.append((start, stop))
+    return out
+
+
+PACKINGS: dict[str, Callable[[Corpus, int], Packing]] = {"split": Split, "best_fit": BestFit}

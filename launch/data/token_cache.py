@@ -1,0 +1,59 @@
+"""Tokenised texts on disk: written once by one process of a node, memory-mapped by all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from launch.data.corpus import CorpusError, Shard, Tokens
+from launch.data.indexed import open_indexed, read_summary
+from launch.data.indexed_writer import IndexedWriter
+
+
+def cached_shard(
+    directory: Path, key: str, dtype: np.dtype, documents: Callable[[], Iterable[Tokens]]
+) -> tuple[Shard, int]:
+    """The documents kept under directory/key, and their largest token id, built from `documents()` by the first process
+    to come.
+
+    Every process of the node calls this. One takes the lock and builds; the others wait in the kernel until
+    it is done or dead, so a killed builder leaves nobody hanging. The finished folder appears by a rename,
+    hence complete or not at all. Errors: OSError when the folder cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    entry = directory / key
+    if not entry.exists():
+        with open(directory / f"{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not entry.exists():
+                _build(entry, dtype, documents())
+    try:
+        summary = read_summary(entry / "tokens")
+        if summary is None:
+            raise CorpusError("tokens.summary.json is missing")
+        return open_indexed(entry / "tokens"), summary["largest_token"]
+    except CorpusError as error:
+        raise CorpusError(f"the token cache {entry} is damaged ({error}); delete that folder") from error
+
+
+def _build(entry: Path, dtype: np.dtype, documents: Iterable[Tokens]) -> None:
+    partial = entry.with_name(entry.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed builder left
+    partial.mkdir()
+    try:
+        writer = IndexedWriter(partial / "tokens", dtype)
+        try:
+            for document in documents:
+                writer.write(document, np.array([len(document)], dtype=np.int64))
+            writer.finish()
+        finally:
+            writer.close()
+        os.rename(partial, entry)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

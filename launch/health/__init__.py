@@ -1,0 +1,1 @@
+"""Before the first step and beside the others: who is slow, who is missing."""

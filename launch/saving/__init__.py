@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, kept, found again, and proved to belong to the run."""

@@ -1,0 +1,264 @@
+"""Checkpoints of a run: saved whole or not at all, beside the training, verified before use, some of them kept.
+
+    DIRECTORY/step-00000150/                  complete
+        manifest.json                         progress, settings, data, and size and CRC-32 of every file, its own too
+        .metadata  __0_0.distcp ...           torch.distributed.checkpoint; see `parallel.state` for the keys
+
+There is no `latest` file to go stale: the newest complete directory is the latest. How one becomes complete at once is
+`launch.saving.storage`'s business.
+
+Two threads talk over two groups, so that no collective of the one ever meets one of the other: the training thread,
+and the one that writes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+from launch.data.batches import Batches
+from launch.saving import continuity
+from launch.saving.checkpoint_names import CheckpointError, complete_steps, step_name
+from launch.saving.checkpoint_records import Progress, Resumed, Retention, Saved
+from launch.saving.continuity import Settings
+from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
+from launch.saving.storage import Storage
+from parallel.state import load_state, save_state
+from parallel.zero import Snapshot, ZeroEngine
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is collective: all ranks call it, in the same order."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        retention: Retention,
+        *,
+        settings: Settings,
+        asynchronous: bool = False,
+        accept_changes: tuple[str, ...] = (),
+    ):
+        """`settings` are stored with each checkpoint and compared at a resume."""
+        self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
+        self.settings, self.accept_changes = settings, accept_changes
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", group_desc="checkpoints")  # the training thread's
+        # The writing thread's, or the training thread's in its place.
+        self._writers = dist.new_group(backend="gloo", group_desc="checkpoint writers")
+        self._in_flight: Future[Saved] | None = None
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, engine: ZeroEngine, progress: Progress, batches: Batches, losses: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts a save: asynchronously it returns once the state is copied to host memory (on a GPU: is being copied).
+
+        `outcome` must have given the result of the one before. `batches` are what the run reads next.
+        """
+        assert self._in_flight is None, "the outcome of the save before has not been asked for"
+        begun = time.perf_counter()
+        snapshot = engine.snapshot(copy=self.asynchronous)
+        facts = {"progress": asdict(progress), "losses": dict(losses or {})}
+        future: Future[Saved] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._write(snapshot, engine.shards, facts, batches, begun))
+            except BaseException as error:  # raised by `outcome`, in the training thread
+                future.set_exception(error)
+
+        self._in_flight = future
+        if self.asynchronous:
+            threading.Thread(target=work, name="checkpoint", daemon=True).start()
+        else:
+            work()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save's outcome has not been given yet."""
+        return self._in_flight is not None
+
+    def outcome(self, *, wait: bool) -> Saved | None:
+        """How the save in flight ended; None if there is none, or, without `wait`, if some rank still writes."""
+        if self._in_flight is None:
+            return None
+        if not wait:
+            done = torch.tensor(int(self._in_flight.done()))
+            dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
+            if not done:
+                return None
+        saved, self._in_flight = self._in_flight.result(), None
+        return saved
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        shards: Mapping[str, Any],
+        facts: dict[str, Any],
+        batches: Batches,
+        begun: float,
+    ) -> Saved:
+        """The whole of a save, but for the copy. Collective over the writers."""
+        step = facts["progress"]["step"]
+        name, path = step_name(step), self.path(step)
+        files = CheckpointFiles(self.storage, name)
+
+        def finish(complete: bool, error: CheckpointError | None) -> Saved:
+            return Saved(path, time.perf_counter() - begun, error, complete)
+
+        try:
+            self._on_first(lambda: self.storage.begin(name))
+            snapshot.wait()
+            save_state(files, snapshot.fragments, shards, self._writers)
+            parts = self._everywhere(
+                lambda: (files.sums, continuity.next_batches(batches, step, self._rank, self._world_size))
+            )
+            manifest = {
+                "format": FORMAT,
+                **facts,
+                "optimizer_steps": snapshot.step_count,
+                "loss_scaler": snapshot.loss_scaler,
+                "settings": self.settings,
+                "next_batches": {at: digest for _, hashes in parts for at, digest in hashes.items()},
+                "torch": torch.__version__,
+                "files": {file: entry for sums, _ in parts for file, entry in sums.items()},
+            }
+            self._on_first(lambda: self._complete(name, manifest, manifest["files"]))
+        except (CheckpointException, CheckpointError) as error:
+            if self._rank == 0:
+                self.storage.discard(name)
+            return finish(False, CheckpointError(f"checkpoint {path} could not be written: {_reason(error)}"))
+        try:
+            self._on_first(self._remove_old)
+        except CheckpointError as error:
+            return finish(True, CheckpointError(f"checkpoint {path} is complete, but an older one stayed: {error}"))
+        return finish(True, None)
+
+    def _complete(self, name: str, manifest: dict[str, Any], files: FileSums) -> None:
+        missing = missing_file(self.storage, name, files)
+        if missing:
+            raise OSError(missing)
+        self.storage.complete(name, encode(manifest))
+
+    def _remove_old(self) -> None:
+        for step in self.retention.removable(complete_steps(self.storage)):
+            self.storage.remove(step_name(step))
+
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first (as rank 0 sees them)."""
+        found = self._everywhere(lambda: complete_steps(self.storage) if self._rank == 0 else [], self._group)
+        return found[0]
+
+    def load_latest(self, engine: ZeroEngine) -> Resumed | None:
+        """Loads the newest complete checkpoint, whatever layout wrote it; None where there is none.
+
+        Raises CheckpointError if it is damaged (naming the newest sound one before it), or of another model or run.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        name, path = step_name(steps[-1]), self.path(steps[-1])
+        found = self._damage(steps[-1])
+        if found:
+            sound = next((step for step in steps[-2::-1] if not self._damage(step)), -1)
+            newer = ", ".join(step_name(step) for step in steps if step > sound)
+            offer = (
+                f"the newest sound one is {step_name(sound)}: move {newer} away to continue from there"
+                if sound >= 0
+                else f"there is no sound one; move {newer} away to start again"
+            )
+            raise CheckpointError(f"checkpoint {path} is damaged: {found}; {offer}")
+        manifest = read_manifest(self.storage, name)
+        told = self._check_same_run(path, manifest)
+        fragments = list(engine.fragments())
+        try:
+            load_state(CheckpointFiles(self.storage, name), fragments, engine.shards, self._group)
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {path} could not be loaded: {_reason(error)}") from error
+        engine.adopt_state(manifest["optimizer_steps"])
+        engine.loss_scaler_state = manifest["loss_scaler"]
+        progress = Progress(**manifest["progress"])
+        return Resumed(path, progress, manifest["losses"], manifest["next_batches"], told)
+
+    def check_batches(self, resumed: Resumed, batches: Batches) -> None:
+        """Raises CheckpointError, naming the first difference, unless the run goes on with the data it would have."""
+        if continuity.DATA in self.accept_changes:
+            return
+        step = resumed.progress.step
+        parts = self._everywhere(
+            lambda: continuity.next_batches(batches, step, self._rank, self._world_size), self._group
+        )
+        other = continuity.other_batch(resumed.batches, {at: one for part in parts for at, one in part.items()})
+        if other:
+            raise CheckpointError(
+                f"checkpoint {resumed.path} would go on with other data: {other}; restore what data and seed were, or, "
+                f"if the change is meant, name {continuity.DATA} in checkpoint.accept_changes"
+            )
+
+    def _check_same_run(self, path: str, manifest: dict[str, Any]) -> list[str]:
+        """What differs and may. Raises CheckpointError with what differs and must not."""
+        refused, told = continuity.differences(manifest["settings"], self.settings, self.accept_changes)
+        if refused:
+            kind = "model" if refused[0].startswith("model.") else "run"
+            raise CheckpointError(
+                f"checkpoint {path} is of another {kind}: {'; '.join(refused)}; give this {kind} another job.name, or, "
+                "if the change is meant, name the keys in checkpoint.accept_changes"
+            )
+        return told
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a complete checkpoint's files, or None. The ranks share the reading."""
+        name = step_name(step)
+        found = self._everywhere(lambda: damage(self.storage, name, self._rank, self._world_size), self._group)
+        return next((fault for fault in found if fault), None)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def path(self, step: int) -> str:
+        """What a user calls the checkpoint of `step`."""
+        return f"{self.storage.location}/{step_name(step)}"
+
+    def _on_first(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0; every writer waits, and raises CheckpointError if it failed."""
+        self._everywhere(lambda: action() if self._rank == 0 else None)
+
+    def _everywhere(self, action: Callable[[], Any], group: ProcessGroup | None = None) -> list[Any]:
+        """Runs `action` on every rank and returns all results, over the writers' group unless another is given.
+
+        Raises CheckpointError everywhere if any rank failed: whatever the reason, the others must not wait for it.
+        """
+        try:
+            outcome: tuple[Any, str | None] = (action(), None)
+        except Exception as error:
+            outcome = (None, f"rank {self._rank}: {_words(error)}")
+        outcomes: list[Any] = [None] * self._world_size
+        dist.all_gather_object(outcomes, outcome, group=group or self._writers)
+        failures = [failure for _, failure in outcomes if failure]
+        if failures:
+            raise CheckpointError("; ".join(failures))
+        return [result for result, _ in outcomes]
+
+
+def _words(error: BaseException) -> str:
+    """OSErrors and our own speak for themselves; of others the type says what they are."""
+    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _reason(error: BaseException) -> str:
+    """The ranks' own words, without the traceback that torch adds."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(error.failures.items()))
+    return str(error)

@@ -1,0 +1,116 @@
+"""Whether a run that resumes is the run that was saved: the same model, the same data, the same learning.
+
+What a checkpoint is compared with, and what a difference means:
+
+    model, data, what a sample is, Adam's betas and eps   refused: another run, or another meaning of the saved moments
+    learning rate, schedule, batch size, clipping, length told: who resumes may want to steer
+    layout, kernels, intervals, names                     not compared: they change no number but by rounding
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from launch.data.batches import Batches
+from launch.data.cursor import ACCEPT_DATA
+from model.config import JOB_KEYS
+
+if TYPE_CHECKING:
+    from launch.config import JobConfig
+
+NEXT_BATCHES = 20
+"""Global batches after a checkpoint whose tokens it vouches for."""
+LAST_LOSSES = 20
+"""Losses before a checkpoint that it remembers."""
+
+DATA = ACCEPT_DATA
+"""The key under which the tokens themselves are compared and accepted."""
+_FIXED = (
+    "job.seed",
+    "training.sequence_length",
+    "data.document_mask",
+    "optimizer.betas",
+    "optimizer.eps",
+)
+_STEERED = (
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.min_learning_rate_ratio",
+    "optimizer.decay_fraction",
+    "training.gradient_clipping",
+    "training.global_batch_size",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.precision",
+)
+
+Settings = dict[str, Any]
+"""section.key -> value, plain JSON."""
+
+
+def acceptable(key: str) -> bool:
+    """Whether checkpoint.accept_changes may name `key`."""
+    return key == DATA or key in _FIXED or key.startswith("model.")
+
+
+def acceptable_keys() -> str:
+    return ", ".join([DATA, "model.KEY", *_FIXED])
+
+
+def settings(job: JobConfig) -> Settings:
+    """What of the job is stored with its checkpoints."""
+    sections = job.model_dump(mode="json")
+    model = {f"model.{key}": value for key, value in sections["model"].items() if key not in JOB_KEYS}
+    keys = (key.split(".") for key in (*_FIXED, *_STEERED))
+    return model | {f"{section}.{key}": sections[section][key] for section, key in keys}
+
+
+def differences(there: Settings, here: Settings, accepted: Collection[str]) -> tuple[list[str], list[str]]:
+    """(what forbids a resume, what is only told), each naming a key and both its values."""
+    refused: list[str] = []
+    told: list[str] = []
+    for key, value in here.items():
+        if there.get(key) != value:
+            text = f"{key} is {there.get(key)!r} there and {value!r} here"
+            (told if key in _STEERED or key in accepted else refused).append(text)
+    return refused, told
+
+
+def batch_hash(batches: Batches, step: int) -> str:
+    """Of the token ids and labels of a step's global batch, in their order: the same on every layout."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in batches.samples(batches.global_batch(step)):
+        digest.update(sample.input_ids.astype("<i8").tobytes())
+        digest.update(sample.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def next_batches(batches: Batches, step: int, rank: int, world_size: int) -> dict[str, str]:
+    """Step -> hash of this rank's share of the batches from `step` on. Every rank can read every batch."""
+    return {str(at): batch_hash(batches, at) for at in range(step + rank, step + NEXT_BATCHES, world_size)}
+
+
+def other_batch(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+    """The first batch that differs, in words, or None."""
+    for step in sorted(there, key=int):
+        if there[step] != here.get(step):
+            return f"the batch of step {int(step) + 1} has hash {there[step][:12]} there and {here[step][:12]} here"
+    return None
+
+
+def unlike_recent(loss: float, recent: Mapping[str, float]) -> str | None:
+    """What is odd about the first loss after a resume, beside those before the checkpoint; None if nothing is."""
+    if not recent:
+        return None
+    low, high = min(recent.values()), max(recent.values())
+    room = max(high - low, 0.1 * high)
+    if low - room <= loss <= high + room:
+        return None
+    return (
+        f"the first loss after the resume is {loss:.4f}, but the last {len(recent)} before the checkpoint lay between "
+        f"{low:.4f} and {high:.4f}; something that this program does not compare (a kernel, a driver) has changed"
+    )

@@ -1,0 +1,1 @@
+"""The text of a job file, and what is wrong with it."""

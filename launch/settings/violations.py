@@ -1,0 +1,140 @@
+"""What is wrong with a job, one entry per fault, and the report that shows all of them at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from launch.settings.field_text import describe_default, describe_field, nested_model, yaml_scalar
+from launch.settings.yaml_strict import KeyPath
+
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One fault: the key it concerns, the value found there, and what is wrong and how to mend it."""
+
+    path: KeyPath
+    message: str
+    value: object = _UNSET
+    place: str = ""
+    related: tuple[KeyPath, ...] = ()
+    """Other keys whose values the fault may lie in."""
+
+    def __str__(self) -> str:
+        name = dotted(self.path)
+        if self.value is not _UNSET:
+            shown = yaml_scalar(self.value)
+            name += f" = {shown if len(shown) <= 60 else shown[:57] + '...'}"
+        return f"{': '.join(part for part in (self.place, name) if part)}\n    {self.message}"
+
+
+class ConfigError(ValueError):
+    """A job that cannot run. `str()` is one report of every violation."""
+
+    def __init__(self, source: str, violations: Sequence[Violation]):
+        self.source, self.violations = source, tuple(violations)
+        count = len(self.violations)
+        title = f"{source}: {count} error{'' if count == 1 else 's'} in the job's configuration"
+        super().__init__("\n".join([title, *(f"  {violation}".replace("\n", "\n  ") for violation in self.violations)]))
+
+
+def dotted(path: KeyPath) -> str:
+    """("optimizer", "betas", 1) -> "optimizer.betas[1]"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """The choice that looks most like `word`."""
+    return difflib.get_close_matches(word, choices, n=1, cutoff=0.0)[0]
+
+
+def section_violations(
+    name: str, section: type[BaseModel], error: ValidationError, sections: Mapping[str, type[BaseModel]]
+) -> list[Violation]:
+    """Pydantic's errors for one section, in the words of this project."""
+    return [_violation(name, section, dict(detail), sections) for detail in error.errors(include_url=False)]
+
+
+def unknown_section(name: str, sections: Mapping[str, type[BaseModel]]) -> str:
+    """Message for a top-level key that is no section."""
+    owners = [other for other, section in sections.items() if name in section.model_fields]
+    guess = f"{owners[0]}.{name}" if owners else nearest(name, list(sections))
+    return f"unknown section; did you mean {guess}? Sections: {', '.join(sections)}"
+
+
+def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapping[str, type[BaseModel]]) -> Violation:
+    kind, location = detail["type"], tuple(detail["loc"])
+    path = (name, *location)
+    if kind == "extra_forbidden":
+        owner = _owner(section, location)
+        return Violation(path, _unknown_key(str(location[-1]), name, location, owner, sections), detail["input"])
+    if kind == "missing":
+        info = _field(section, location)
+        if info is not None and isinstance(location[-1], int):
+            return Violation(path[:-1], f"too short; give {describe_field(info)}", detail["input"])
+        purpose = f" ({first_sentence(info.description)})" if info is not None and info.description else ""
+        takes = describe_field(info) if info is not None else "a value"
+        return Violation(path, f"missing{purpose}; give {takes}")
+    if kind in ("value_error", "assertion_error"):  # raised by a validator: its text is already ours
+        message = str(detail["ctx"]["error"])
+        if location:
+            return Violation(path, message, detail["input"])
+        mentioned = [word for word in re.findall(r"\w+", message) if word in section.model_fields]
+        if not mentioned:
+            return Violation(path, message)
+        found = detail["input"].get(mentioned[0], _UNSET) if isinstance(detail["input"], dict) else _UNSET
+        related = tuple((*path, key) for key in mentioned[1:])
+        return Violation((*path, mentioned[0]), message, found, related=related)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        owner = _owner(section, (*location, ""))
+        return Violation(path, f"must be a group of keys: {', '.join(owner.model_fields)}", detail["input"])
+    problem = detail["msg"]
+    for theirs, ours in {"Input should be": "must be", "String should": "must", "Tuple": "the list"}.items():
+        problem = problem.replace(theirs, ours)
+    info = _field(section, location)
+    takes = ""
+    if info is not None:
+        takes = f"; give {describe_field(info)}" + (
+            "" if info.is_required() else f" (default: {describe_default(info)})"
+        )
+    if isinstance(detail["input"], str) and kind in ("int_type", "float_type", "bool_type"):
+        problem += ", not text"
+    return Violation(path, problem + takes, detail["input"])
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first period or colon, on one line."""
+    return re.split(r"[.:;](?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
+
+
+def _unknown_key(
+    key: str, name: str, location: KeyPath, owner: type[BaseModel], sections: Mapping[str, type[BaseModel]]
+) -> str:
+    if key not in owner.model_fields:
+        for other, section in sections.items():
+            if other != name and key in section.model_fields:
+                return f"unknown key here; it belongs in section {other}: {other}.{key}"
+    prefix = dotted((name, *location[:-1]))
+    return f"unknown key; did you mean {prefix}.{nearest(key, list(owner.model_fields))}?"
+
+
+def _owner(section: type[BaseModel], location: KeyPath) -> type[BaseModel]:
+    """The model that the last part of `location` is looked up in."""
+    owner = section
+    for part in location[:-1]:
+        info = owner.model_fields.get(str(part))
+        owner = (nested_model(info.annotation) if info is not None else None) or owner
+    return owner
+
+
+def _field(section: type[BaseModel], location: KeyPath) -> FieldInfo | None:
+    """The field at `location`; that of the whole list for one of its items."""
+    names = tuple(part for part in location if isinstance(part, str))
+    return _owner(section, names).model_fields.get(names[-1]) if names else None

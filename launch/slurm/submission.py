@@ -1,0 +1,118 @@
+"""What a submission to Slurm leaves in the run directory, and how it is found again. Imports no torch.
+
+RUN/slurm/20261122-214001/       one submission; RUN/slurm/latest leads to the newest
+    job.sbatch  config.yaml  revision.txt  changes.patch
+    submission.json              what the job script needs to know, and the jobs' ids
+    slices.jsonl                 a line for each start of a job: when, where, from which step
+    job-123.log                  what the job says, restarts appended
+    123-0/  123-1/               a log of each rank, for each start; `latest` leads to the newest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.saving.checkpoint_names import complete_steps
+from launch.saving.storage import storage_at
+
+SCRIPT, CONFIG, LATEST = "job.sbatch", "config.yaml", "latest"
+_FACTS, _SLICES = "submission.json", "slices.jsonl"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One submission's facts, those of them that the nodes read without knowing what a configuration is."""
+
+    folder: Path
+    run: Path
+    checkpoint_location: str
+    """Where the run's checkpoints are, from `working_directory`."""
+    working_directory: str
+    total_steps: int
+    nodes: int
+    processes_per_node: int
+    python: str
+    train_script: str
+    node_script: str
+    srun_options: tuple[str, ...]
+    container: tuple[str, ...]
+    max_restarts: int
+    max_idle_slices: int
+    exclude: bool
+    job_ids: tuple[int, ...] = ()
+
+    def write(self) -> None:
+        """Replaces submission.json at once."""
+        facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        partial = self.folder / f"{_FACTS}.partial"
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(partial, self.folder / _FACTS)
+
+    @classmethod
+    def read(cls, folder: Path) -> Submission:
+        """The inverse of `write`."""
+        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
+        for key in ("srun_options", "container", "job_ids"):
+            facts[key] = tuple(facts[key])
+        return cls(**facts | {"folder": folder, "run": Path(facts["run"])})
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / CONFIG
+
+    def log(self, job_id: int | str) -> Path:
+        """What a job says."""
+        return self.folder / f"job-{job_id}.log"
+
+    def saved_step(self) -> int:
+        """Steps in the newest complete checkpoint; 0 before there is one."""
+        location = self.checkpoint_location
+        if "://" not in location:
+            location = os.path.join(self.working_directory, location)
+        return max(complete_steps(storage_at(location)), default=0)
+
+    def note_start(self, **facts: Any) -> None:
+        """Adds a line to slices.jsonl."""
+        with open(self.folder / _SLICES, "a") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+
+    def slices(self) -> list[dict[str, Any]]:
+        """The starts so far."""
+        path = self.folder / _SLICES
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def idle_slices(self, step: int) -> int:
+        """How many of the last starts in a row were made from `step`, avoiding the same nodes."""
+        count, starts = 0, self.slices()
+        for start in reversed(starts):
+            if start["step"] != step or start.get("excluded") != starts[-1].get("excluded"):
+                break
+            count += 1
+        return count
+
+
+def ready(logs: Path, node: int) -> Path:
+    """What a node makes once its ranks can be told to stop."""
+    return logs / f"ready-{node}"
+
+
+def newest_submission(run: Path) -> Submission:
+    """The last submission of a run. Raises ValueError where there is none."""
+    folder = run / "slurm" / LATEST
+    if not (folder / _FACTS).exists():
+        raise ValueError(f"{run} holds no submission to Slurm; give a run directory that launch/submit.py has made")
+    return Submission.read(folder.resolve())
+
+
+def point_latest(folder: Path) -> None:
+    """Lets `latest`, beside `folder`, lead to it."""
+    partial = folder.parent / f".{LATEST}-{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.name)
+    os.replace(partial, folder.parent / LATEST)

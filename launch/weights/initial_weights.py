@@ -1,0 +1,77 @@
+"""A run's first weights, where they are not random: `model.init_from`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launch.config import JobConfig
+from launch.data.encoders import BYTES
+from launch.weights.reader import Part, open_weights
+from launch.weights.stored_model import COMPANION_FOLDER, WeightsError, stored_model
+from model.config import JOB_KEYS
+from parallel.state import rectangles
+from parallel.tensor import TensorShard
+from parallel.zero import StateFragment, ZeroEngine
+
+
+def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
+    """Fills `engine` with the weights that model.init_from names; returns a line for the log. Collective.
+
+    The tokenizer files beside the weights are copied into the run directory. Raises WeightsError on every rank.
+    """
+    assert job.model.init_from is not None
+    folder = Path(job.model.init_from)
+    origin = read_weights(engine.fragments(), engine.shards, folder)
+    engine.adopt_state(step_count=0)
+    if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
+        shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
+    return f"weights of {origin}{_differences(job, folder)}{_unused_tokenizer(job, folder)}"
+
+
+def read_weights(
+    fragments: Iterable[StateFragment], shards: Mapping[str, TensorShard], folder: Path, step: int | None = None
+) -> str:
+    """Fills the parameters of `fragments` from a run or a converted model; returns where they lay. Collective.
+
+    Every rank reads the rectangles that ZeRO and tensor parallelism leave to it, and no others. Raises WeightsError on
+    every rank if any rank fails.
+    """
+    parts = [part for fragment in fragments for part in _parts(fragment, shards[fragment.name])]
+    failure, origin = None, ""
+    try:
+        weights = open_weights(folder, step)
+        origin = weights.origin
+        weights.read(parts)
+    except (WeightsError, OSError) as error:
+        failure = str(error)
+    failures = [failure] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for rank, said in enumerate(failures):
+        if said:
+            raise WeightsError(f"rank {rank}: {said}")
+    return origin
+
+
+def _parts(fragment: StateFragment, shard: TensorShard) -> list[Part]:
+    """What the fragment holds of the parameter itself, without the optimizer's moments."""
+    weight = replace(fragment, tensors={"parameter": fragment.tensors["parameter"]})
+    return [Part(fragment.name, found.offsets, found.tensor) for found in rectangles(weight, shard)]
+
+
+def _differences(job: JobConfig, folder: Path) -> str:
+    """Keys that the job sets otherwise than the weights were trained with, such as a longer context's rope_scaling."""
+    stored, here = stored_model(folder).model_dump(), job.model.model_dump()
+    changed = [key for key in here if key not in JOB_KEYS and here[key] != stored[key]]
+    return f", with another {', '.join(changed)}" if changed else ""
+
+
+def _unused_tokenizer(job: JobConfig, folder: Path) -> str:
+    tokenizer = folder / COMPANION_FOLDER / "tokenizer.json"
+    if job.data.tokenizer != BYTES or not tokenizer.is_file():
+        return ""
+    return f"; WARNING: they come with {tokenizer}, but data.tokenizer is {BYTES}"
