@@ -37,7 +37,7 @@ def prepared(
     mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
     engine, note = build_engine(job, mesh, device)
     batches = batches_of(mesh.dp_size, mesh.dp_rank)
-    trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})  # type: ignore[arg-type]
+    trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})
     made = [[trainer.cutter.cut(batch) for batch in batches.micro_batches(step)] for step in range(steps)]
 
     def train_step(step: int) -> tuple[float, float]:

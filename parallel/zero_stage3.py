@@ -3,10 +3,9 @@
 Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements of each rank's part.
 
 DeepSpeed 0.19.8 copies every parameter once more after it has been gathered, casts, copies and divides gradients in
-passes of their own before they are reduced, and lets the host wait between micro-batches. That is 0.7 TB of memory
-traffic in a step of the 8B shape on two GPUs, between and beside the products: without it the step takes 3.5 % less
-time (docs/log.md). Each function here gives one optimizer or one model another method of the same name; the numbers
-stay what they are.
+passes of their own before they are reduced, and lets the host wait between micro-batches. Without that, the step of the
+8B shape on two GPUs takes 3.5 % less time (docs/log.md). Each function here gives one optimizer or one model another
+method of the same name; the numbers stay what they are.
 """
 
 from __future__ import annotations
@@ -33,17 +32,14 @@ def gather_without_copies(model: nn.Module) -> None:
         parameter.all_gather_coalesced = partial(_gather, theirs)  # type: ignore[attr-defined]
 
 
-class Gathering:
+class _Gathering:
     """Parameters on their way; what DeepSpeed's coordinator waits for."""
 
-    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor], event: torch.cuda.Event | None = None):
-        """`wholes` are results of collectives, or written before `event`."""
-        self._parameters, self._wholes, self._event = parameters, wholes, event
+    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor]):
+        self._parameters, self._wholes = parameters, wholes
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Lets the current stream wait, not the host."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
         for parameter, whole in zip(self._parameters, self._wholes, strict=True):
             parameter.data = _arrived(whole)[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
@@ -51,26 +47,19 @@ class Gathering:
 
 
 def _gather(theirs: Any, parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
-    parameters = list(parameters)
+    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)  # the same order on every rank
     group = parameters[0].ds_process_group
     if group.size() == 1 or quantize or any(one.ds_secondary_tensor is not None for one in parameters):
         return theirs(parameters, safe_mode=safe_mode, quantize=quantize)
-    parameters = begin_gathering(parameters)
-    after_computing(parameters[0].device)
-    parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
-    return Gathering(parameters, functional_collectives.all_gather_into_tensor_coalesced(parts, group))
-
-
-def begin_gathering(parameters: Iterable[Any]) -> list[Any]:
-    """Marks them as under way; in the order that is the same on every rank."""
-    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)
     for parameter in parameters:
         assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
         parameter.ds_status = ZeroParamStatus.INFLIGHT
-    return parameters
+    _after_computing(parameters[0].device)
+    parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
+    return _Gathering(parameters, functional_collectives.all_gather_into_tensor_coalesced(parts, group))
 
 
-def after_computing(device: torch.device) -> None:
+def _after_computing(device: torch.device) -> None:
     """Lets what the current stream is given from now on come after what has been computed by now.
 
     The next unit is gathered while this one computes, and no sooner: DeepSpeed's messages run ahead of the computing as
@@ -189,7 +178,8 @@ def _lend_gradients(optimizer: Any, sub_group: int) -> None:
 
 
 def _clip_in_update(optimizer: Any, sub_group: int, scaled_norm: Tensor) -> None:
-    scale = torch.tensor(float(optimizer.loss_scale), device=scaled_norm.device)
+    # Filled on the device: a number copied there would let the host wait.
+    scale = torch.full((), float(optimizer.loss_scale), device=scaled_norm.device)
     if optimizer.clip_grad > 0:
         excess = (scaled_norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad
         scale = (scale * excess.clamp(min=1.0)).float()

@@ -70,7 +70,9 @@ class KeptMetrics(MetricsProcessor):
 
     last = (math.nan, math.nan)
 
-    def log(self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+    def log(
+        self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, *_: Any, **__: Any
+    ) -> None:
         self.last = (global_avg_loss, grad_norm)
 
 
@@ -150,7 +152,7 @@ def titan_config(job: JobConfig, steps: int, scratch: str) -> TitanConfig:
             fsdp_reshard_after_forward="always" if job.parallel.zero_stage == 3 else "never",
         ),
         activation_checkpoint=section.ActivationCheckpoint(
-            mode=training.activation_checkpointing,  # type: ignore[arg-type]
+            mode=training.activation_checkpointing,
             selective_ac_option="op",
         ),
         compile=section.Compile(enable=training.compile is not False),

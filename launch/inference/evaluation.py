@@ -143,8 +143,9 @@ class _HeadByRange(nn.Module):
 def _head_by_range(model: GPT, count: int, device: torch.device) -> Iterator[_HeadByRange]:
     head = model.lm_head
     try:
-        model.lm_head = _HeadByRange(head, count, device)  # type: ignore[assignment]
-        yield model.lm_head  # type: ignore[misc]
+        by_range = _HeadByRange(head, count, device)
+        model.lm_head = by_range  # type: ignore[assignment]  # GPT names the class of its own head
+        yield by_range
     finally:
         model.lm_head = head
 

@@ -143,7 +143,7 @@ class RunMonitor:
     def _make_bar(self, progress_bar: str) -> Any:
         if progress_bar == "off" or (progress_bar == "auto" and not self._stream.isatty()):
             return None
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         return tqdm(total=self._total_steps, initial=self._first_step, unit="step", file=self._stream)
 

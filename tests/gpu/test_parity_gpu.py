@@ -3,13 +3,10 @@ kernel."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from model.kernels.select import KERNELS
-from parallel.zero import ZeroEngine
 from tests.distributed.parity import Case, run_cases
 
 pytestmark = [
@@ -40,24 +37,6 @@ def test_zero_options(keys: str) -> None:
     cases = [Case(1, 1, 2, stage, tied=False, head_dim=64, parallel=keys) for stage in stages]
     for case, errors in run_cases(cases, device_type="cuda").items():
         assert errors.largest < FP32, (case, errors)
-
-
-def _gather_by_reading() -> None:
-    """In this rank's process: every engine of stage 3 reads shares."""
-    make = ZeroEngine.__init__
-
-    def make_and_read(engine: ZeroEngine, *arguments: Any, **options: Any) -> None:
-        make(engine, *arguments, **options)
-        engine.gather_by_reading()
-
-    ZeroEngine.__init__ = make_and_read  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: "x".join(map(str, layout)))
-def test_gathering_by_reading(layout: tuple[int, int, int]) -> None:
-    case = Case(*layout, 3, tied=False, head_dim=64)
-    errors = run_cases([case], _gather_by_reading, device_type="cuda")[case]
-    assert errors.largest < FP32, (case, errors)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
