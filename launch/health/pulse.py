@@ -60,11 +60,14 @@ class Pulses:
         os.pwrite(self._file.fileno(), text.ljust(_SLOT), slot * _SLOT)
 
     def read(self) -> dict[int, Pulse]:
-        """By slot."""
+        """By slot; without one that is being written just now."""
         text = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
         found = {}
         for slot in range(len(text) // _SLOT):
-            facts = json.loads(text[slot * _SLOT : (slot + 1) * _SLOT].strip(b"\0 ") or "null")
+            try:
+                facts = json.loads(text[slot * _SLOT : (slot + 1) * _SLOT].strip(b"\0 ") or "null")
+            except ValueError:  # half of it is of another look; a rank that is stopped writes nothing
+                continue
             if facts:
                 found[slot] = Pulse(**facts)
         return found

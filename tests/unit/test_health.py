@@ -189,6 +189,18 @@ def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatc
     assert pace.current == Activity(STEP, 29, pace.current.began) and str(pace.current) == "step 29"
 
 
+def test_a_pulse_that_is_being_written_is_left_for_the_next_look() -> None:
+    pulses, of_rank = Pulses.make(), Pulse(3, 17, 1, "step 9", 4.0, None)
+    pulses.write(0, of_rank)
+    pulses.write(1, of_rank)
+    with open(pulses.path, "r+b") as memory:
+        memory.seek(20)
+        memory.write(b'"half": {')
+    assert pulses.read() == {1: of_rank}
+    pulses.write(0, of_rank)
+    assert pulses.read() == {0: of_rank, 1: of_rank}
+
+
 @pytest.mark.parametrize("count", range(1, 12))
 def test_each_node_meets_its_neighbours_once_and_one_at_a_time(count: int) -> None:
     rounds = pairings(count)
