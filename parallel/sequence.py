@@ -200,14 +200,3 @@ def shard_sequence(array: NDArray, context_parallel_size: int, cp_rank: int) -> 
         return array
     chunk = sequence_length // (2 * context_parallel_size)
     return np.concatenate([array[:, start : start + chunk] for start in starts], axis=1)
-
-
-def local_index(position: int, sequence_length: int, context_parallel_size: int) -> tuple[int, int]:
-    """Where one position of the full sequence lives: (cp_rank, index in that rank's part)."""
-    if context_parallel_size == 1:
-        return 0, position
-    chunk = sequence_length // (2 * context_parallel_size)
-    number, offset = divmod(position, chunk)
-    if number < context_parallel_size:
-        return number, offset
-    return 2 * context_parallel_size - 1 - number, chunk + offset

@@ -115,6 +115,7 @@ class _Trade:
     def __init__(self, attention: UlyssesAttention, tensors: Sequence[Tensor], k: Tensor):
         self.attention, self.transport = attention, attention.transport
         self.batch, self.length, kv_heads, head_dim = k.shape
+        assert kv_heads % attention.size == 0, "launch.context trades heads over as many ranks as divide them"
         sizes = group_sizes(kv_heads // attention.size, attention.head_groups)
         repeats = [tensor.shape[2] // kv_heads for tensor in tensors]
         self.groups = [
@@ -198,12 +199,3 @@ def group_sizes(heads: int, groups: int) -> list[int]:
         ends, inner = [max(1, heads // (2 * (groups - 1)))], groups - 2
     left = heads - 2 * sum(ends)
     return ends + [left * (i + 1) // inner - left * i // inner for i in range(inner)] + ends
-
-
-def check_ulysses(num_key_value_heads: int, group_size: int) -> None:
-    """Raises ValueError unless the KV heads of a rank divide over the group."""
-    if num_key_value_heads % group_size:
-        raise ValueError(
-            f"attention by heads needs num_key_value_heads of a tensor-parallel rank ({num_key_value_heads}) to be "
-            f"divisible by its group ({group_size}); choose context_parallel_mode: auto, exchange or ring"
-        )

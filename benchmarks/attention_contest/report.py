@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +17,7 @@ from attention_contest.results import (
     tflops,
 )
 from attention_contest.rows import ANCHOR, IDEAL, ONE_GPU, TORCH, Bar, Row, all_rows, bars, grid
+from documents import markdown
 
 COLUMNS = [
     "mode",
@@ -30,12 +30,6 @@ COLUMNS = [
     "peak GiB",
     "error",
 ]
-
-
-def _table(rows: Iterable[Iterable[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    width = lines[0].count(" | ") + 1
-    return "\n".join([lines[0], "|" + " --- |" * width, *lines[1:]])
 
 
 def entry_table(entry: Entry) -> str:
@@ -59,7 +53,7 @@ def entry_table(entry: Entry) -> str:
             ]
         )
     failed = [f"- {name}: {mode['failed']}" for name, mode in entry["modes"].items() if "failed" in mode]
-    return "\n".join([_table(lines), *(["", *failed] if failed else [])])
+    return "\n".join([markdown(lines[0], lines[1:]), *(["", *failed] if failed else [])])
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -87,7 +81,7 @@ def runs_table(results: Results) -> str:
         single = anchors[run]["modes"].get(ONE_GPU, {}).get("forward_backward") if run in anchors else None
         on = f"{about['gpus']} x {about['gpu']}"
         lines.append([run, on, about["torch"], "" if single is None else f"{single:.2f}"])
-    return _table(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def bars_table(results: Results) -> str:
@@ -115,7 +109,7 @@ def bars_table(results: Results) -> str:
                 _auto(newest, bar),
             ]
         )
-    return _table(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def _auto(entry: Entry, bar: Bar) -> str:
@@ -141,7 +135,7 @@ def grid_table(results: Results) -> str:
             shares = newest_shares(results, row, kernel)
             if any(ours for _, ours in shares.values()):
                 lines.append([row.name, kernel, *_best(shares, ours=True), *_best(shares, ours=False)])
-    return _table(lines)
+    return markdown(lines[0], lines[1:])
 
 
 def _best(shares: dict[str, tuple[float, bool]], ours: bool) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from parallel.sequence import (
     check_sequence_length,
     chunk_starts,
     document_rows,
-    local_index,
     shard_sequence,
     zigzag_parts,
 )
@@ -33,13 +32,6 @@ def test_each_position_is_on_one_rank(size: int) -> None:
     assert {len(part) for part in parts} == {SEQUENCE // size}
     for part in parts:  # causal masks of local indices rely on this
         assert part == sorted(part)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_local_index_finds_each_position(size: int) -> None:
-    for position in range(SEQUENCE):
-        rank, index = local_index(position, SEQUENCE, size)
-        assert positions(size, rank)[index] == position
 
 
 @pytest.mark.parametrize("size", SIZES)
