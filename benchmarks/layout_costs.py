@@ -50,7 +50,7 @@ class Payload:
 def tensor_payload(
     model: ModelConfig, tokens: int, width: int, *, tp: int, checkpointing: bool, sequence_parallel: bool
 ) -> Payload:
-    """What one micro batch moves over tp.
+    """What one micro-batch moves over tp.
 
     Regions: two in a layer, the embedding's and the head's, half each. Each is left once forward and entered once
     backward, a sum of t E b; under sequence parallelism it is entered forward and left backward too, and what was a
@@ -71,20 +71,20 @@ def tensor_payload(
 
 
 def ring_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> int:
-    """Bytes sent by one rank around the ring for one micro batch.
+    """Bytes sent by one rank around the ring for one micro-batch.
 
-    K and V forward, again backward, and again where the forward pass is computed again, P - 1 hops each; dK and dV in
-    fp32, P hops.
+    Keys and values forward, again backward, and again where the forward pass is computed again, P - 1 hops each; dK
+    and dV in fp32, P hops.
     """
     passes = 3 if checkpointing else 2
     return _keys(model, tokens, tp) * (passes * (cp - 1) * width + cp * 4)
 
 
 def exchange_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp: int, checkpointing: bool) -> float:
-    """Bytes sent by one rank, the mean over the ranks, in the exchange of keys for one micro batch, without window and
+    """Bytes sent by one rank, the mean over the ranks, in the exchange of keys for one micro-batch, without window and
     documents.
 
-    A query chunk needs no keys of its future, so that a rank fetches 3/4 (P - 1) t tokens of K and V: forward, again
+    A query chunk needs no keys of its future, so that a rank fetches those of 3/4 (P - 1) t tokens: forward, again
     where the forward pass is computed again, and again backward for P > 2; dK and dV of as many go back.
     """
     passes = 2 + checkpointing + (cp > 2)
@@ -92,14 +92,14 @@ def exchange_payload(model: ModelConfig, tokens: int, width: int, *, tp: int, cp
 
 
 def _keys(model: ModelConfig, tokens: int, tp: int) -> int:
-    """Elements of K and V of all layers."""
+    """Elements of keys and values of all layers."""
     return model.num_hidden_layers * 2 * tokens * model.head_dim * (model.num_key_value_heads // tp)
 
 
 def zero_payloads(
     parameters: int, stage: int, precision: Precision, head: int, reduced: int = 4
 ) -> tuple[Payload, Payload]:
-    """What DeepSpeed 0.19 moves for one micro batch, and what once a step; gradients in numbers of `reduced` bytes.
+    """What DeepSpeed 0.19 moves for one micro-batch, and what once a step; gradients in numbers of `reduced` bytes.
 
     Stage 3 for a model larger than its limit of live parameters; below it, parameters stay gathered for backward, as
     the `head` elements of the last module always do.
@@ -115,7 +115,7 @@ def zero_payloads(
 
 
 def table() -> str:
-    """Markdown: the shape of Llama-3 8B in bf16 at 8,192 and at 131,072 tokens, micro batches of one sequence."""
+    """Markdown: the shape of Llama-3 8B in bf16 at 8,192 and at 131,072 tokens, micro-batches of one sequence."""
     names = ["GPUs", "tokens", "tp x cp x dp", "ZeRO", "recompute", "states", "activations", "peak"]
     names += ["tp", "cp exchange", "cp ring", "ZeRO", "ZeRO a step"]
     rows = []

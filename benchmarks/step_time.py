@@ -1,7 +1,7 @@
 """How long a training step takes, from what its parts take by themselves. docs/scaling.md says it in prose.
 
 Letters: S sequence length, t tokens of a rank's micro-batch, L layers, n parameters of a block, N of the model, E
-hidden_size, F intermediate_size, K key and value width, z ranks of dp x cp, a accumulation steps.
+hidden_size, F intermediate_size, K key/value heads, D head_dim, z ranks of dp x cp, a accumulation steps.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def computed(job: JobConfig, machine: Machine, again: Recompute) -> Computed:
 def elementwise_bytes(model: ModelConfig) -> float:
     """Of a token in one block, forward, with neighbouring operations fused; backward moves twice as many.
 
-    Norms and residual sums 9 E, rotation 2 (E + K / 2), SwiGLU 3 F numbers of bf16.
+    Norms and residual sums 9 E, rotation 2 (E + K D), SwiGLU 3 F numbers of bf16.
     """
     keys = model.num_key_value_heads * model.head_dim
     return BF16 * (9 * model.hidden_size + 2 * (model.hidden_size + keys) + 3 * model.intermediate_size)

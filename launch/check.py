@@ -84,10 +84,10 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
     rows = {
         "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
-        "tokens per rank": f"{local_tokens(job, mesh):,} in a micro batch: "
+        "tokens per rank": f"{local_tokens(job, mesh):,} in a micro-batch: "
         f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
         "hidden states": f"{local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
-        "accumulation": f"{_count(accumulation, 'micro batch', 'micro batches')} x {training.micro_batch_size} x dp "
+        "accumulation": f"{_count(accumulation, 'micro-batch', 'micro-batches')} x {training.micro_batch_size} x dp "
         f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
         f"{job.tokens_per_step:,} tokens a step",
         "length": f"{_count(total, 'step')}, {total * job.tokens_per_step:,} tokens",

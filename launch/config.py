@@ -117,7 +117,7 @@ class JobConfig(Section):
         return self.mesh_shape(world_size).data_parallel_size
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro batches of one optimizer step. Raises ValueError where they do not come out whole."""
+        """Micro-batches of one optimizer step. Raises ValueError where they do not come out whole."""
         data_parallel_size = self.data_parallel_size(world_size)
         check_global_batch(self.training.global_batch_size, self.training.micro_batch_size, data_parallel_size)
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)

@@ -1,7 +1,7 @@
 """How a job's context parallelism attends: by heads, by exchange or in a ring, and what the choice holds in memory.
 
 P context_parallel_size = U x R: U ranks trade heads, R trade keys. H query and K key/value heads of one tensor-parallel
-rank, D head_dim, t tokens of one micro batch on one rank, b bytes of a number.
+rank, D head_dim, t tokens of one micro-batch on one rank, b bytes of a number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ContextPlan:
     """R: ranks among which keys travel, by exchange or in a ring."""
     keys: Literal["exchange", "ring"]
     fetched_tokens: int
-    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro batch; with room
+    """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro-batch; with room
     for some twice where one call serves both chunks."""
     fetched_bytes: int
     """Of their keys and values."""

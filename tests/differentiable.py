@@ -1,6 +1,6 @@
 """A kernel under any mask as a differentiable function.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def attention(
     """softmax(scale * q k^T + mask) v by `kernel`, differentiable once.
 
     Args:
-        q: [B, Sq, H, D]; k, v: [B, Sk, Hk, D], Hk dividing H.
+        q: [B, Sq, H, D]; k, v: [B, Sk, K, D], K dividing H.
         deterministic: the backward gives the same bits every time.
 
     Returns:

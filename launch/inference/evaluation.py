@@ -1,6 +1,6 @@
 """What run_eval.py does on every rank: the validation loss of stored weights, and how it falls with the context.
 
-Shapes: B rows of a micro batch, L tokens of a row on this rank, E hidden_size, N ranges of positions.
+Shapes: B rows of a micro-batch, L tokens of a row on this rank, E hidden_size, N ranges of positions.
 """
 
 from __future__ import annotations

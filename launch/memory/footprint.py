@@ -58,5 +58,5 @@ def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[R
 
 
 def local_tokens(job: JobConfig, mesh: MeshShape) -> int:
-    """Tokens of one micro batch on one rank."""
+    """Tokens of one micro-batch on one rank."""
     return job.training.micro_batch_size * job.training.sequence_length // mesh.context_parallel_size

@@ -1,7 +1,7 @@
 """What a rank of a job holds in memory: states by ZeRO stage, activations by formula.
 
 Letters: E hidden_size, D head_dim; one tensor-parallel rank's share of F intermediate_size, H query heads, K key/value
-heads and V padded vocabulary; t tokens of one micro batch on one rank; b bytes of a working number.
+heads and V padded vocabulary; t tokens of one micro-batch on one rank; b bytes of a working number.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def host_copies(parameters: int, zero_stage: int, zero_size: int) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro batch, at the end of its forward pass."""
+    """Bytes of one micro-batch, at the end of its forward pass."""
 
     kept: int
     """What all blocks keep for the backward pass on the device."""
@@ -143,9 +143,10 @@ HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
 """Head: the gradients of the weight, in fp32, and of the hidden states; with them 8 bytes for each logit of a chunk of
 c tokens, later both gradients once more, as the backward pass hands them on."""
 RING_FORMULA = "t D (4 H + 16 K + 4 K b)"
-"""Ring: dQ or the merged output, and dK and dV held and received, in fp32; K and V held and received."""
+"""Ring: dQ or the merged output, and dK and dV held and received, in fp32; keys and values held and received."""
 EXCHANGE_FORMULA = "(12 M + 6 t) K D b"
-"""Exchange: the buffer of K and V and its gradient; a peer's shares, the sums in fp32; four slots that peers read."""
+"""Exchange: the buffer of keys and values, and its gradient; a peer's shares, the sums in fp32; four slots that peers
+read."""
 HEADS_FORMULA = "t (4 f (H + 2 K) + H) D b"
 """Heads: four slots that peers read, of the largest group of heads (a share f of all); the output's gradient for all
 tokens."""
@@ -164,7 +165,7 @@ def estimate_activations(
     mlp_tile_tokens: int | None = None,
     offload: bool = False,
 ) -> Activations:
-    """Activations of `tokens` tokens (one micro batch on one rank).
+    """Activations of `tokens` tokens (one micro-batch on one rank).
 
     `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
     `recompute`: one policy for all blocks, or one for each. `offload`: blocks keep in host memory what is as large as

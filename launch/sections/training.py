@@ -70,7 +70,7 @@ class TrainingSection(Section):
 
 
 def check_global_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
-    """Raises ValueError unless each data-parallel rank gets a whole number of micro batches."""
+    """Raises ValueError unless each data-parallel rank gets a whole number of micro-batches."""
     unit = micro_batch_size * data_parallel_size
     if global_batch_size % unit:
         below = global_batch_size // unit * unit

@@ -7,7 +7,7 @@ the rectangle is first trimmed to the rows and columns that see something: bound
 no row is empty. All of it is decided from shapes on the host; a plain causal square or a full rectangle is
 never trimmed, so it costs nothing.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, Tq = B * Sq
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq
 and Tk = B * Sk packed tokens.
 """
 
@@ -149,8 +149,8 @@ class BandedKernel(AttentionKernel):
     ) -> tuple[Tensor, Tensor]:
         """Attention in which no row is empty.
 
-        Without packing q [B, Sq, H, D] and k, v [B, Sk, Hk, D] give out like q and lse [B, H, Sq]. With it
-        q [Tq, H, D] and k, v [Tk, Hk, D] give out like q and lse [H, Tq]: a band in each document. `target` may be
+        Without packing q [B, Sq, H, D] and k, v [B, Sk, K, D] give out like q and lse [B, H, Sq]. With it
+        q [Tq, H, D] and k, v [Tk, K, D] give out like q and lse [H, Tq]: a band in each document. `target` may be
         written and returned in place of a new out; one that is not returned is overwritten.
         """
 

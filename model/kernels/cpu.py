@@ -5,7 +5,7 @@ The operator takes grouped heads both ways. Its causal triangle starts at the to
 at the bottom right: the two agree on squares, and any other band goes in as an additive mask of Sq x Sk
 elements. Documents are run one after the other, each as its own rectangle.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, Tq = B * Sq and Tk = B * Sk
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq and Tk = B * Sk
 packed tokens.
 """
 

@@ -7,7 +7,7 @@ deterministic backward: torch itself calls this attention non-deterministic.
 
 cuDNN builds a plan for each new combination of shapes and strides (a fraction of a second), so lengths should not vary.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations

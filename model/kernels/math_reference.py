@@ -3,7 +3,7 @@
 It materialises the whole [B, H, Sq, Sk] score matrix, so it serves as reference and as last resort, not for
 long sequences. Half precision is computed in fp32 and rounded once, at the end.
 
-Shapes: B batch, Sq queries, Sk keys, Hk key/value heads, G query heads of each, D head width.
+Shapes: B batch, Sq queries, Sk keys, K key/value heads, G query heads of each, D head_dim.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MathKernel(AttentionKernel):
 
 
 def visible_pairs(mask: AttentionMask, batch: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Booleans that broadcast to [B, Hk, G, Sq, Sk], True where query i sees key j; None if all see all."""
+    """Booleans that broadcast to [B, K, G, Sq, Sk], True where query i sees key j; None if all see all."""
     distance = torch.arange(queries, device=device)[:, None] + mask.offset - torch.arange(keys, device=device)
     visible = None
     if mask.packing is not None:
@@ -99,12 +99,12 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, Sq, H, D] -> [B, Sq, Hk, G, D]: query heads beside the key/value head they share."""
+    """[B, Sq, H, D] -> [B, Sq, K, G, D]: query heads beside the key/value head they share."""
     return x.unflatten(2, (kv_heads, -1))
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, mask: AttentionMask) -> Tensor:
-    """[B, Hk, G, Sq, Sk], -inf where masked."""
+    """[B, K, G, Sq, Sk], -inf where masked."""
     scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * scale
     visible = visible_pairs(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
     return scores if visible is None else scores.masked_fill_(~visible, float("-inf"))

@@ -1,6 +1,6 @@
 """Causal self-attention as one operator: autograd, compilers and recomputation see it whole.
 
-Shapes: B batch, S tokens of a row on this device, H query heads, K key/value heads, D head width.
+Shapes: B batch, S tokens of a row on this device, H query heads, K key/value heads, D head_dim.
 
 `ringzero::attention` is registered with torch.library, so that a compiled block calls it without looking inside and a
 recomputation policy can name it: its outputs (out, lse, kept) are what its backward needs beside q, k and v, so that

@@ -1,7 +1,7 @@
 """What an attention kernel takes, gives and may refuse.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads (H a multiple of Hk, never repeated),
-D head width. Scores are scale * q.k; query head h reads key/value head h // (H / Hk).
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads (H a multiple of K, never repeated),
+D head_dim. Scores are scale * q.k; query head h reads key/value head h // (H / K).
 
 Inputs may have any strides, and results can be written where they belong: `out`, `dq`, `dk` and `dv` take a slice of
 heads or of positions of a larger tensor. A kernel whose own interface takes such an output writes it directly, any
@@ -96,7 +96,7 @@ class AttentionKernel(ABC):
         """Attention and the logarithm of each row's softmax denominator.
 
         Args:
-            q: [B, Sq, H, D]; k, v: [B, Sk, Hk, D], of one dtype and device.
+            q: [B, Sq, H, D]; k, v: [B, Sk, K, D], of one dtype and device.
             scale: multiplies q.k.
             out: written and returned if given: [B, Sq, H, D] in q's dtype, contiguous in D, apart from the inputs.
 
@@ -140,7 +140,7 @@ class AttentionKernel(ABC):
                 each other and from the inputs.
 
         Returns:
-            dq [B, Sq, H, D], dk and dv [B, Sk, Hk, D].
+            dq [B, Sq, H, D], dk and dv [B, Sk, K, D].
 
         Raises:
             KernelUnavailable, ValueError: as `forward`.

@@ -29,7 +29,7 @@ SMALL = WIDTH**2  # bytes; what is smaller is bookkeeping, not state
 
 
 def held_bytes() -> list[tuple[int, int]]:
-    """Bytes on this rank, by layout, with gradients of two of three micro batches accumulated: of the states, and of
+    """Bytes on this rank, by layout, with gradients of two of three micro-batches accumulated: of the states, and of
     what a snapshot for an asynchronous save then adds."""
     zero_config._LARGEST_BUCKET = 1000  # no communication buffer larger than it must be
     mesh = ParallelMesh.create(MeshShape(data_parallel_size=2))

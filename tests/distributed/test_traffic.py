@@ -169,7 +169,7 @@ def test_tiles_gather_no_weight_twice(zero_measured: dict) -> None:
 def test_zero(stage: int, precision: Precision, reduced: Precision, zero_measured: dict) -> None:
     found, elements = zero_measured[stage, precision, reduced]
     each, once = zero_payloads(elements, stage, precision, head=HIDDEN * VOCABULARY, reduced=BYTES[reduced])
-    # Only the once-a-step gathering of the norms is stage 3's exception to "for one micro batch".
+    # Only the once-a-step gathering of the norms is stage 3's exception to "for one micro-batch".
     norms = (2 * ACCUMULATION - 1) * PERSISTENT * BYTES[precision] if stage == 3 else 0
     wanted = {
         "all_reduce": ACCUMULATION * each.all_reduced + once.all_reduced,

@@ -3,7 +3,7 @@
 Errors are relative L2 norms, judged as a ratio to what plain torch loses in the same half precision. FlashAttention-4
 compiles each kind of call as it first runs, so its part takes minutes; `-k "not flash_attn_4"` leaves it out.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations

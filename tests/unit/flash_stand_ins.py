@@ -5,7 +5,7 @@ sees key j if -left <= j - i - (Sk - Sq) <= right, -1 or None unbounded, causal 
 real one silently assumes (contiguous lse, no empty row, 16-byte steps between the heads it writes). What only hardware
 shows is in tests/gpu.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width, T packed tokens.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, T packed tokens.
 """
 
 from __future__ import annotations

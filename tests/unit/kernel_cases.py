@@ -1,6 +1,6 @@
 """What attention kernels are tried on: masks of every kind, tensors, and the definition of who sees whom.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations

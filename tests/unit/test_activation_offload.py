@@ -67,7 +67,7 @@ def parked(store: ActivationOffload) -> list[list[bool]]:
     [("full", False, None), ("full", False, 16), ("attention", False, None), ("attention", True, None)],
 )
 def test_the_same_bits(policy: Recompute, compiled: bool, tile: int | None) -> None:
-    """Two micro batches; as many buffers as one needs, all free in the end."""
+    """Two micro-batches; as many buffers as one needs, all free in the end."""
     gradients = []
     store = ActivationOffload(CPU)
     for used in (None, store):

@@ -58,8 +58,8 @@ def test_report_of_a_long_context_job() -> None:
     assert "mesh: tp 2 x cp 8 x dp 2; rank = (dp * 8 + cp) * 2 + tp" in lines
     assert "     1    3   22 23" in lines
     assert "heads per rank   16 query, 4 key/value (of 32 and 8), head_dim 128" in lines
-    assert ("tokens per rank  16,384 in a micro batch: 1 sequence x 16,384 of 131,072 tokens") in lines
-    assert "accumulation     16 micro batches x 1 x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
+    assert ("tokens per rank  16,384 in a micro-batch: 1 sequence x 16,384 of 131,072 tokens") in lines
+    assert "accumulation     16 micro-batches x 1 x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
     assert "vocabulary       128,257, padded to 128,258 for tp 2" in lines
     assert "heads over 4 around exchange of keys over 2 ranks" in text
 

@@ -1,6 +1,6 @@
 """The reference kernel against two independent definitions, and the CPU kernel against the reference.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations

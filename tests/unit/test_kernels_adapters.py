@@ -1,6 +1,6 @@
 """The CUDA adapters on the CPU, against stand-ins for the packages they call (`flash_stand_ins`).
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, Hk key/value heads, D head width.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
