@@ -11,7 +11,7 @@ keys of a query at once: its output, LSE and dQ are final.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -238,12 +238,16 @@ class ExchangeAttention(AttentionOperator):
             parts = causal_parts(length, size, q.shape[2] * batch, self.window) if self.balanced else None
             plan = exchange_plan(length, size, self.rank, self.window, None, parts, joined and batch == 1)
             return [_Rows(None, plan, self._calls(plan, None, q))]
-        rows = []
-        for row, boundaries in enumerate(document_rows(documents.boundaries, batch, length)):
+        plans = []
+        for boundaries in document_rows(documents.boundaries, batch, length):
             parts = balanced_parts(length, size, boundaries, self.window) if self.balanced else None
-            plan = exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined)
+            plans.append(exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined))
+        largest = max(plan.largest_buffer for plan in plans)  # a slot must not outgrow those before it while in use
+        rows = []
+        for row, plan in enumerate(plans):
             batch_rows = slice(row, row + 1) if batch > 1 else None
-            rows.append(_Rows(batch_rows, plan, self._calls(plan, batch_rows, q)))
+            calls = self._calls(plan, batch_rows, q)
+            rows.append(_Rows(batch_rows, replace(plan, largest_buffer=largest), calls))
         return rows
 
     def _joins(self, q: Tensor) -> bool:

@@ -26,15 +26,17 @@ class RecordedAttention(AttentionOperator):
     compute the same but share no transport: a graph remembers which slots it used.
 
     Every forward whose backward is still to come holds a recording of its own (inputs, results and what is kept), so a
-    model needs as many as layers are alive between forward and backward: one under full recomputation.
+    model needs as many as layers are alive between forward and backward. Under full recomputation that is one, and what
+    forwards held whose results were dropped: a recording is known by the address of the LSE that it gave, and once that
+    address is given anew its backward cannot come.
     """
 
     def __init__(self, plain: AttentionOperator, recorded: AttentionOperator):
         super().__init__()
         self.plain, self.recorded = plain, recorded
         self._idle: dict[tuple[Any, ...], list[_Recording]] = defaultdict(list)
-        self._busy: dict[int, _Recording] = {}
-        """By the address of the LSE that a forward handed out."""
+        self._busy: dict[int, tuple[tuple[Any, ...], _Recording]] = {}
+        """By the address of the LSE that a forward handed out, with the shapes."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         return super().__call__(q, k, v, documents) if torch.is_grad_enabled() else self.plain(q, k, v, documents)
@@ -48,26 +50,34 @@ class RecordedAttention(AttentionOperator):
         if documents is not None:
             return self.plain.forward(q, k, v, documents, out)
         key = q.shape, k.shape, q.dtype
+        lse = q.new_empty(self.saved_shapes(q, k)[0], dtype=torch.promote_types(q.dtype, torch.float32))
+        if lse.data_ptr() in self._busy:  # of a forward whose results are gone
+            self._release(lse)
         recording = self._idle[key].pop() if self._idle[key] else _Recording(self.recorded, q, k, v)
-        self._busy[recording.lse.data_ptr()] = recording
+        self._busy[lse.data_ptr()] = key, recording
         for static, given in zip(recording.inputs, (q, k, v), strict=True):
             static.copy_(given)
         recording.forward.replay()
         out = q.new_empty(q.shape) if out is None else out
-        return out.copy_(recording.out), recording.lse.detach(), recording.kept.detach()
+        return out.copy_(recording.out), lse.copy_(recording.lse), recording.kept.detach()
 
     def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
         if saved.documents is not None:
             return self.plain.backward(dout, saved, targets)
-        recording = self._busy.pop(saved.lse.data_ptr())
+        recording = self._release(saved.lse)
         recording.dout.copy_(dout)
         recording.backward.replay()
         dq, dk, dv = (
             (like.new_empty(like.shape) if target is None else target).copy_(static)
             for like, target, static in zip(saved[:3], targets, recording.gradients, strict=True)
         )
-        self._idle[saved.q.shape, saved.k.shape, saved.q.dtype].append(recording)
         return dq, dk, dv
+
+    def _release(self, lse: Tensor) -> _Recording:
+        """The recording that gave this LSE: from now on another forward may take it."""
+        key, recording = self._busy.pop(lse.data_ptr())
+        self._idle[key].append(recording)
+        return recording
 
 
 class _Recording:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,9 @@ class Transport(Protocol):
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uninitialised memory of `like`'s dtype and device, for the next `exchange`, which comes before the next slot.
+
+        All ranks ask for the same shape. What it holds can be read until its turn comes again, three slots later, or
+        until a larger one is asked for.
 
         From now on peers' rows may arrive, whatever this rank is given to do before it calls `exchange`. So what
         `place` writes is allocated before, and nothing else writes there until `Arrival.wait`.
@@ -121,6 +124,9 @@ class SymmetricTransport:
         self._recent: list[_Taken] = []
         """The last exchanges, the oldest first."""
         self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
+        self._captured = False
+        self._in_graphs: list[Any] = []
+        """Memory that has been outgrown, but is written and read by CUDA graphs."""
 
     @staticmethod
     def reaches(group: ProcessGroup, device: torch.device) -> bool:
@@ -161,6 +167,7 @@ class SymmetricTransport:
             self._flags.raise_(self._number, reader)
         self._takes.wait_event(self._ready_to_take)
         if torch.cuda.is_current_stream_capturing():
+            self._captured = True
             self._takes.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._takes):
             for owner in self._peers:
@@ -196,6 +203,10 @@ class SymmetricTransport:
         dist.barrier(self.group)
         self._recent.clear()
         self._views.clear()
+        if self._captured:
+            self._in_graphs.append((self._memory, self._handle))
+        self._captured = False
+        torch.cuda.empty_cache()  # what torch's allocator holds unused is not to be had otherwise
         self._bytes = -(-size // 512) * 512
         self._memory = symmetric_memory.empty(self._SLOTS * self._bytes, dtype=torch.uint8, device=self.device)
         self._handle = symmetric_memory.rendezvous(self._memory, self.group)

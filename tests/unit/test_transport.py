@@ -95,6 +95,7 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
         stream=use,
         is_current_stream_capturing=lambda: capturing,
         synchronize=lambda device: None,
+        empty_cache=lambda: None,
     )
     handle = SimpleNamespace(
         signal_pad_ptrs=[1000 * pad for pad in range(size)],
