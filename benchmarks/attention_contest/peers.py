@@ -10,7 +10,7 @@ all-gather (llama3).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -108,8 +108,8 @@ def _yunchang(stage: Stage) -> Contestant:
 
 
 @cache
-def _mesh() -> DeviceMesh:
-    return init_device_mesh("cuda", (dist.get_world_size(),))
+def _mesh(device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (dist.get_world_size(),))
 
 
 def _torch(stage: Stage, rotation: str) -> Contestant:
@@ -122,7 +122,10 @@ def _torch(stage: Stage, rotation: str) -> Contestant:
     def context() -> Iterator[None]:
         set_rotate_method(rotation)
         unused = torch.zeros(2 * stage.ranks, device=stage.device)  # it insists on something to shard
-        with context_parallel(_mesh(), buffers=[unused], buffer_seq_dims=[0]), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with (
+            context_parallel(_mesh(stage.device.type), buffers=[unused], buffer_seq_dims=[0]),
+            sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+        ):
             yield
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,45 +144,77 @@ def _flex(stage: Stage) -> Contestant:
     )
     from torch.distributed.tensor.experimental._context_parallel._load_balancer import (
         _HeadTailLoadBalancer,
+        _LoadBalancer,
         _PTRRLoadBalancer,
     )
     from torch.distributed.tensor.parallel import parallelize_module
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # each row compiles its own; the limit on forms of one function is not for this
-    row, length = stage.row, stage.length
-    lengths = torch.diff(torch.tensor(row.boundaries(stage.ranks)))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(stage.device)
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = query >= key
-        if row.window:
-            seen = seen & (query - key < row.window)
-        if row.documents:
-            seen = seen & (document[query] == document[key])
-        return seen
-
+    row, device, mesh = stage.row, stage.device, _mesh(stage.device.type)
+    boundaries, inside = row.boundaries(stage.ranks), torch.arange(stage.length)
+    balancer: _LoadBalancer = _HeadTailLoadBalancer(stage.length, stage.ranks, device.type)
     if row.documents:
-        whole = torch.compile(create_block_mask, dynamic=False)(visible, 1, 1, length, length, device="cuda")
-        balancer = _PTRRLoadBalancer(whole, stage.ranks)
-    else:
-        balancer = _HeadTailLoadBalancer(length, stage.ranks, "cuda")
-    mask = context_parallel._create_cp_block_mask(visible, 1, 1, length, length, _mesh(), balancer)
-    positions = balancer._generate_indices(restore=False)[0].view(stage.ranks, -1)[dist.get_rank()].cpu().long()
+        balancer = _PTRRLoadBalancer(block_mask(inside, inside, boundaries, stage.window, device), stage.ranks)
+    order = balancer._generate_indices(restore=False)[0].cpu()
+    positions = order.view(stage.ranks, -1)[dist.get_rank()]
+    mask = block_mask(positions, order, boundaries, stage.window, device)
+    flex_attention = _flex_attention()
 
     class Attention(torch.nn.Module):
-        compiled = staticmethod(torch.compile(flex_attention, dynamic=False))
-
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             grouped = query.shape[1] != key.shape[1]
-            return self.compiled(query, key, value, block_mask=mask, scale=HEAD_DIM**-0.5, enable_gqa=grouped)
+            return flex_attention(query, key, value, block_mask=mask, scale=HEAD_DIM**-0.5, enable_gqa=grouped)
 
     style = context_parallel._ContextParallel(
         seq_dim=2, attention_type=context_parallel._ContextParallel.AttentionType.FLEX
     )
-    layer = parallelize_module(Attention(), _mesh(), style)
+    layer = parallelize_module(Attention(), mesh, style)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return layer(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
 
     return Contestant(positions, attend)
+
+
+@cache
+def _flex_attention() -> Any:
+    """Compiled once for each shape, with and without gradients: masks differ in the tensors that they read."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 64  # as many forms of one function as there are shapes
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(
+    queries: Tensor, keys: Tensor, boundaries: Sequence[int], window: int | None, device: torch.device
+) -> Any:
+    """FlexAttention's mask of the queries and keys at these positions, whole blocks of neighbours each, any order.
+
+    `create_block_mask` looks at every pair: 4 GiB at 65,536 tokens, or half a minute of compilation for each shape and
+    rank. But from a block of queries on another block of keys is seen where the nearest pair is (the first query and the
+    last key), and wholly where the farthest is.
+    """
+    from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
+
+    starts = torch.tensor(boundaries)
+    lowest = starts[torch.searchsorted(starts, queries, right=True) - 1]
+    if window is not None:
+        lowest = torch.maximum(lowest, queries - window + 1)
+    size = _DEFAULT_SPARSE_BLOCK_SIZE
+    first, last = queries.view(-1, size)[:, :1], queries.view(-1, size)[:, -1:]
+    low, high = lowest.view(-1, size)[:, :1], lowest.view(-1, size)[:, -1:]
+    first_key, last_key = keys.view(-1, size)[:, 0], keys.view(-1, size)[:, -1]
+    assert torch.equal(last - first, torch.full_like(first, size - 1)), "blocks of queries are neighbours"
+    assert torch.equal(last_key - first_key, torch.full_like(first_key, size - 1)), "blocks of keys are neighbours"
+    some = (first_key <= last) & (last_key >= low)
+    every = (last_key <= first) & (first_key >= high)
+    at, lowest, place = (tensor.to(device, torch.int32) for tensor in (queries, lowest, keys))
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (place[key] <= at[query]) & (place[key] >= lowest[query])
+
+    listed = []
+    for blocks in (some & ~every, every):
+        counts, indices = blocks.sum(1), blocks.int().argsort(dim=1, descending=True, stable=True)
+        listed += [tensor[None, None].to(device, torch.int32) for tensor in (counts, indices)]
+    lengths = len(queries), len(keys)
+    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=lengths)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from attention_contest import results as book
 from attention_contest.contestants import Stage, auto_name, our_contestants
 from attention_contest.measure import Inputs, Measurement, attention_and_rest, covered, measure_row
+from attention_contest.peers import block_mask, peers
 from attention_contest.reference import sampled_attention
 from attention_contest.report import all_tables, bars_table, grid_table
 from attention_contest.rows import (
@@ -215,10 +221,12 @@ def test_the_reference_is_attention_with_a_gradient_at_a_few_queries(window: int
 
 def _measured() -> dict[str, Any]:
     found = {}
-    for row in (Row(4, 2, 128), Row(4, 2, 128, 9), Row(4, 2, 128, 0, 8)):
-        stage = Stage(row, "cpu" if not row.window and not row.documents else "math", torch.device("cpu"))
-        ours = our_contestants(stage)
-        found[row.name] = measure_row(stage, ours | {"a peer": _broken}, set(ours), repetitions=1)
+    for row in (Row(4, 2, 128), Row(4, 2, 256, 9), Row(4, 2, 256, 0, 8)):
+        masked = bool(row.window or row.documents)
+        stage = Stage(row, "math" if masked else "cpu", torch.device("cpu"))
+        ours, others = our_contestants(stage), peers(replace(stage, kernel="flash_attn_4")) if masked else {}
+        with patch("attention_contest.peers._flex_attention", lambda: _dense):
+            found[row.name] = measure_row(stage, ours | others | {"a peer": _broken}, set(ours), repetitions=1)
     # A contestant that computes something else is told from the right ones by its error.
     stage = Stage(Row(4, 2, 64), "cpu", torch.device("cpu"))
     right = our_contestants(stage)["exchange"]()
@@ -227,6 +235,42 @@ def _measured() -> dict[str, Any]:
     dist.all_reduce(measurement.squares)
     found["wrong"] = (measurement.squares[:, 0] / measurement.squares[:, 1]).sqrt().tolist()
     return found
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float, enable_gqa: bool) -> Tensor:
+    """What FlexAttention computes, which has no backward on CPUs."""
+    mask = create_mask(block_mask.mask_mod, 1, 1, query.shape[2], key.shape[2], device="cpu")
+    return functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def test_the_mask_of_flex_attention_is_made_as_by_looking_at_every_pair() -> None:
+    """In all its blocks, for documents and windows, in any order of blocks."""
+    length = 1536
+    for seed in range(8):
+        random = Random(seed)
+        bounds = sorted({0, length, *(random.randrange(length) for _ in range(random.choice((0, 3, 20)))), 256 * seed})
+        blocks, window = list(torch.arange(length).split(128)), random.choice((None, 1, 128, 129, 300))
+        random.shuffle(blocks)
+        keys = torch.cat(blocks)
+        queries = keys[: length // 2]
+        document = torch.searchsorted(torch.tensor(bounds), torch.arange(length), right=True)
+
+        def visible(
+            batch: Tensor, head: Tensor, query: Tensor, key: Tensor, at: Any = (queries, keys, document, window)
+        ) -> Tensor:
+            queries, keys, document, window = at
+            query, key = queries[query], keys[key]
+            seen = (key <= query) & (document[key] == document[query])
+            return seen if window is None else seen & (query - key < window)
+
+        found = block_mask(queries, keys, bounds, window, torch.device("cpu"))
+        expected = create_block_mask(visible, 1, 1, len(queries), length, device="cpu")
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), (seed, name)
+        assert torch.equal(found.to_dense(), expected.to_dense()), seed
+        pairs = torch.arange(len(queries))[:, None], torch.arange(length)
+        nothing = torch.tensor(0)
+        assert torch.equal(found.mask_mod(nothing, nothing, *pairs), expected.mask_mod(nothing, nothing, *pairs)), seed
 
 
 def _broken() -> Any:
@@ -239,6 +283,9 @@ def test_contestants_take_turns_and_agree_with_fp32() -> None:
     assert min(wrong) > 0.1
     for row, modes in found.items():
         assert modes.pop("a peer") == {"failed": "ImportError: not installed"}
+        if (flex := modes.pop(f"{TORCH}, FlexAttention", None)) or "window" in row or "documents" in row:
+            assert flex and "failed" not in flex, flex
+            assert not flex["ours"] and max(flex["errors"].values()) < 2e-2, (row, flex)
         assert set(modes) == {ONE_GPU, "heads, 1 group", "exchange", "exchange, balanced cut", "zigzag ring"}, row
         for name, result in modes.items():
             assert result["forward_backward"] > 0 and result["ours"]
