@@ -190,8 +190,8 @@ def block_mask(
     """FlexAttention's mask of the queries and keys at these positions, whole blocks of neighbours each, any order.
 
     `create_block_mask` looks at every pair: 4 GiB at 65,536 tokens, or half a minute of compilation for each shape and
-    rank. But from a block of queries on another block of keys is seen where the nearest pair is (the first query and the
-    last key), and wholly where the farthest is.
+    rank. But an earlier block of keys is seen from a block of queries where the nearest pair is, the first query and the
+    last key, and wholly where the farthest is.
     """
     from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
 

@@ -1,5 +1,5 @@
-"""Attention replayed from recordings: each backward finds its own forward's, and none is held for a forward whose results
-were dropped. What CUDA graphs replay is computed here by the operator itself, into the recording's memory."""
+"""Attention replayed from recordings: each backward finds its own forward's, and none is held for a forward whose
+results were dropped. What CUDA graphs replay is computed here by the operator itself, into the recording's memory."""
 
 from __future__ import annotations
 
