@@ -189,9 +189,9 @@ def block_mask(
 ) -> Any:
     """FlexAttention's mask of the queries and keys at these positions, whole blocks of neighbours each, any order.
 
-    `create_block_mask` looks at every pair: 4 GiB at 65,536 tokens, or half a minute of compilation for each shape and
-    rank. But an earlier block of keys is seen from a block of queries where the nearest pair is, the first query and the
-    last key, and wholly where the farthest is.
+    `create_block_mask` looks at every pair: 4 GiB at 65,536 tokens, or a compilation for each shape and rank. But an
+    earlier block of keys is seen from a block of queries where the nearest pair is, the first query and the last key,
+    and wholly where the farthest is.
     """
     from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
 
