@@ -119,6 +119,8 @@ class SymmetricTransport:
         """Each reader starts with another owner."""
         self._takes = torch.cuda.Stream(device, priority=-1)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._handle: Any  # with the flags, from the first slot on
+        self._flags: Flags
         self._bytes = 0
         self._uses = 0
         self._recent: list[_Taken] = []
