@@ -17,8 +17,20 @@ from parallel.mesh import MeshShape, ParallelMesh
 from parallel.ring import RingAttention
 from parallel.transport import MessageTransport
 from parallel.ulysses import UlyssesAttention
+from tests.distributed.context_cases import (
+    LONG,
+    NAMES,
+    PRIMES,
+    SCALE,
+    B,
+    Case,
+    S,
+    dense,
+    full_inputs,
+    local_part,
+    results_of,
+)
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_ring import LONG, NAMES, PRIMES, SCALE, B, Case, S, dense, full_inputs, local_part
 
 WORLD = 8
 LENGTH = 240
@@ -51,13 +63,6 @@ def modes() -> Iterator[tuple[str, Make]]:
     )
 
 
-def run(attend: AttentionOperator, inputs: list[torch.Tensor], case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """out, dq, dk, dv of this rank's part."""
-    q, k, v, dout = (local_part(tensor, dist.group.WORLD).to(dtype).requires_grad_() for tensor in inputs)
-    out = attend(q, k, v, case.documents())
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-
 def leak(attend: AttentionOperator, case: Case) -> dict[str, float]:
     """The largest change in all documents but the first of each row when everything in that one changes."""
     inputs = full_inputs(case)
@@ -67,7 +72,9 @@ def leak(attend: AttentionOperator, case: Case) -> dict[str, float]:
         tensor[1, : LONG[0]] += 1
     position = local_part(torch.arange(S).expand(B, S).contiguous(), dist.group.WORLD)
     others = position >= torch.tensor([[PRIMES[0]], [LONG[0]]])
-    before, after = (run(attend, tensors, case, torch.float32) for tensors in (inputs, changed))
+    before, after = (
+        results_of(attend, dist.group.WORLD, tensors, case, torch.float32) for tensors in (inputs, changed)
+    )
     assert others.all() or any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
     return {
         name: (one - other)[others].abs().max().item() for name, one, other in zip(NAMES, before, after, strict=True)
@@ -86,14 +93,15 @@ def squared_errors(results: list[torch.Tensor], case: Case) -> dict[str, tuple[f
 def _promises() -> dict[str, Any]:
     packed, plain = Case(lengths=PRIMES + LONG, heads=32, kv_heads=16), Case(heads=16, kv_heads=16)
     found: dict[str, Any] = {}
+    group = dist.group.WORLD
     for name, make in modes():
         settings = {"scale": SCALE, "deterministic": True}
-        repeated = [run(make(settings), full_inputs(packed), packed, torch.bfloat16) for _ in range(2)]
+        repeated = [results_of(make(settings), group, full_inputs(packed), packed, torch.bfloat16) for _ in range(2)]
         found[name] = {
             "leak": leak(make(settings), packed),
             "repeats": all(torch.equal(one, other) for one, other in zip(*repeated, strict=True)),
             "squares": squared_errors(
-                run(make({"scale": SCALE}), full_inputs(plain, LENGTH), plain, torch.bfloat16), plain
+                results_of(make({"scale": SCALE}), group, full_inputs(plain, LENGTH), plain, torch.bfloat16), plain
             ),
         }
     q, k, v, dout = (tensor.bfloat16().requires_grad_() for tensor in full_inputs(plain, LENGTH))

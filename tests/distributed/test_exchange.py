@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,24 +20,21 @@ from parallel.exchange import ExchangeAttention
 from parallel.exchange_plan import exchange_plan
 from parallel.sequence import balanced_parts, causal_parts, document_rows
 from parallel.transport import MessageTransport, Place, Rows
-from tests.distributed.harness import run_distributed
-from tests.distributed.test_ring import (
+from tests.distributed.context_cases import (
     CASES,
-    LONG,
-    NAMES,
-    PRIMES,
     RINGS,
     SCALE,
     B,
     Case,
     Results,
     S,
-    dense,
     full_inputs,
     local_part,
     on_rings,
+    relative_errors,
     worst,
 )
+from tests.distributed.harness import run_distributed
 
 VARIANTS = {
     "keys kept": {"joined": True},
@@ -63,10 +61,10 @@ def part_of(full: Tensor, group: dist.ProcessGroup, case: Case, variant: dict[st
 
 
 def results_of(
-    attend: ExchangeAttention, group: dist.ProcessGroup, case: Case, dtype: torch.dtype, variant: dict[str, bool]
+    attend: ExchangeAttention, part: Callable[[Tensor], Tensor], case: Case, dtype: torch.dtype
 ) -> list[Tensor]:
     """out, dq, dk, dv of this rank's part."""
-    local = [part_of(full, group, case, variant).to(dtype) for full in full_inputs(case)]
+    local = [part(full).to(dtype) for full in full_inputs(case)]
     q, k, v = (tensor.requires_grad_() for tensor in local[:3])
     if case.lengths or not attend.joined:
         out = attend(q, k, v, case.documents())
@@ -86,14 +84,9 @@ def _errors() -> Results:
             for kernel, dtype in (("math", torch.float64), ("cpu", torch.float32)):
                 if kernel == "cpu" and label != "keys kept":
                     continue
-                results = results_of(make(group, case, kernel, **variant), group, case, dtype, variant)
-                found[size, name, label, kernel] = {
-                    tensor: (
-                        (result.double() - part_of(full, group, case, variant)).abs().max()
-                        / full.abs().max().clamp(min=1)
-                    ).item()
-                    for tensor, result, full in zip(NAMES, results, dense(case), strict=True)
-                }
+                part = partial(part_of, group=group, case=case, variant=variant)
+                results = results_of(make(group, case, kernel, **variant), part, case, dtype)
+                found[size, name, label, kernel] = relative_errors(results, case, part)
         return found
 
     # So that short sequences are not cut in zigzag, and as many query heads decide as there are.
@@ -114,31 +107,6 @@ def test_equals_attention_over_the_whole_sequence(errors: Results, size: int, ke
     for key, tensors in found.items():
         for tensor, error in tensors.items():
             assert error < tolerance, (key, tensor)
-
-
-def _leak() -> float:
-    """The largest change in documents 2, 3, ... of each row when document 1 changes."""
-    group = dist.new_group(RINGS[4])
-    if dist.get_rank() not in RINGS[4]:
-        return 0.0
-    case = Case(lengths=PRIMES + LONG)
-    attend = make(group, case, "cpu")
-    inputs = full_inputs(case)
-    changed = [tensor.clone() for tensor in inputs]
-    for tensor in changed:
-        tensor[0, : PRIMES[0]] += 1
-        tensor[1, : LONG[0]] += 1
-    outputs = []
-    for q, k, v, _ in (inputs, changed):
-        outputs.append(attend(*(local_part(x, group).float() for x in (q, k, v)), case.documents()))
-    position = local_part(torch.arange(S).expand(B, S).contiguous(), group)
-    others = position >= torch.tensor([[PRIMES[0]], [LONG[0]]])
-    assert (outputs[0] != outputs[1])[~others].any() or others.all()
-    return (outputs[0] - outputs[1])[others].abs().max().item()
-
-
-def test_nothing_leaks_from_one_document_to_the_next() -> None:
-    assert run_distributed(_leak, 8) == [0.0] * 8
 
 
 def _messages(case: Case, joined: bool) -> list[int]:

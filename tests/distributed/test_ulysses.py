@@ -1,6 +1,6 @@
 """Attention by heads against attention over the whole sequence on one rank: alone, and around an exchange or a ring.
 
-Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim; P context_parallel_size = U (by heads) x R.
+P context_parallel_size = U ranks that trade heads x R that trade keys.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,20 +26,19 @@ from parallel.fused import Heads
 from parallel.ring import RingAttention
 from parallel.transport import MessageTransport
 from parallel.ulysses import UlyssesAttention, group_sizes
-from tests.distributed.harness import run_distributed
-from tests.distributed.test_ring import (
+from tests.distributed.context_cases import (
     CASES,
-    LONG,
     NAMES,
-    PRIMES,
     SCALE,
     Case,
     Results,
-    dense,
     full_inputs,
     local_part,
+    relative_errors,
+    results_of,
     worst,
 )
+from tests.distributed.harness import run_distributed
 
 LAYOUTS = {
     (2, 1): [3, 6],
@@ -80,15 +80,9 @@ def with_heads(case: Case, heads: int) -> Case:
 
 
 def errors(whole: dist.ProcessGroup, attend: UlyssesAttention, case: Case, dtype: torch.dtype) -> dict[str, float]:
-    q, k, v, dout = (local_part(tensor, whole).to(dtype).requires_grad_() for tensor in full_inputs(case))
-    out = attend(q, k, v, case.documents())
-    found = {}
-    results = out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
-    for name, result, full in zip(NAMES, results, dense(case), strict=True):
-        assert result.is_contiguous() and result.dtype == dtype
-        difference = (result.double() - local_part(full, whole)).abs().max()
-        found[name] = (difference / full.abs().max().clamp(min=1)).item()
-    return found
+    results = results_of(attend, whole, full_inputs(case), case, dtype)
+    assert all(result.is_contiguous() and result.dtype == dtype for result in results)
+    return relative_errors(results, case, partial(local_part, group=whole))
 
 
 def _errors() -> Results:
@@ -125,32 +119,6 @@ def test_equals_attention_over_the_whole_sequence(
     for key, tensors in found.items():
         for tensor, error in tensors.items():
             assert error < tolerance, (key, tensor)
-
-
-def _leak() -> float:
-    """The largest change in documents 2, 3, ... of each row when document 1 changes."""
-    ranks = LAYOUTS[2, 2]
-    whole, by_heads, by_keys = groups(ranks, 2)
-    if dist.get_rank() not in ranks:
-        return 0.0
-    case = with_heads(Case(lengths=PRIMES + LONG), 2)
-    attend = make(by_heads, by_keys, case, "cpu", "exchange", head_groups=2)
-    inputs = full_inputs(case)
-    changed = [tensor.clone() for tensor in inputs]
-    for tensor in changed:
-        tensor[0, : PRIMES[0]] += 1
-        tensor[1, : LONG[0]] += 1
-    outputs = []
-    for q, k, v, _ in (inputs, changed):
-        outputs.append(attend(*(local_part(x, whole).float() for x in (q, k, v)), case.documents()))
-    length = inputs[0].shape[1]
-    position = local_part(torch.arange(length).expand(2, length).contiguous(), whole)
-    others = position >= torch.tensor([[PRIMES[0]], [LONG[0]]])
-    return (outputs[0] - outputs[1])[others].abs().max().item()
-
-
-def test_nothing_leaks_from_one_document_to_the_next() -> None:
-    assert run_distributed(_leak, 8) == [0.0] * 8
 
 
 @contextmanager
