@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import torch.distributed as dist
@@ -25,12 +24,11 @@ from launch.config import JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.environment import choose_device, place_in_world
-from launch.monitoring.monitor import SilentMonitor
 from launch.saving import continuity
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Retention
 from launch.saving.storage import storage_at
-from launch.trainer import Trainer
+from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
 
 _LENGTH, _BATCH = 64, 1
@@ -70,14 +68,14 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint8)
     sampler = SequenceSampler(Corpus.from_documents("training", tokens, [len(tokens)], "0"), _LENGTH, seed=0)
     batches = Batches(sampler, _BATCH, _BATCH, 1, 0)
-    trainer = Trainer(wanted, mesh, engine, batches, Mock(), SilentMonitor(), Mock(), {})
+    stepper = Stepper(wanted, mesh, engine)
     step = 0
 
     def train() -> float:
         """Seconds of one step."""
         nonlocal step
         begun = time.perf_counter()
-        float(trainer.train_step(step, trainer._load(step)).loss)
+        float(stepper.train(step, stepper.cut(batches.micro_batches(step))).loss)
         step += 1
         return time.perf_counter() - begun
 

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ import torch
 import ringzero_row
 from documents import markdown
 from launch.config import load_job
-from launch.data.batches import Batches
 from launch.data.bigram import conditional_bigram_entropy
-from launch.data.corpora import load_corpora, samplers
+from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from workload import device_of, timed_steps
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -190,11 +190,7 @@ def _run(options: argparse.Namespace) -> None:
     device = device_of(int(os.environ["LOCAL_RANK"]))
     corpora = load_corpora(job)
 
-    def batches_of(dp_size: int, dp_rank: int) -> Batches:
-        (sampler,) = samplers(corpora, job).values()
-        training = job.training
-        return Batches(sampler, training.global_batch_size, training.micro_batch_size, dp_size, dp_rank)
-
+    batches_of = partial(training_batches, corpora, job, fresh_cursor(corpora, job))
     train_step, note = ringzero_row.prepared(job, job.total_steps, device, batches_of)
     found = timed_steps(train_step, job.total_steps)
     if torch.distributed.get_rank() == 0:

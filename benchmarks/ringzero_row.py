@@ -1,4 +1,4 @@
-"""This project on a row's job: its own engine and trainer, without checkpoints and monitor."""
+"""This project on a row's job: its own engine and steps, without the trainer around them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from launch.build import build_engine
 from launch.check import peak_memory
 from launch.config import JobConfig
 from launch.data.batches import Batches
-from launch.monitoring.monitor import SilentMonitor
-from launch.trainer import Trainer
+from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
 from parallel.zero import initialize_distributed
 from workload import random_batches, record, timed_steps
@@ -37,11 +36,11 @@ def prepared(
     mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
     engine, note = build_engine(job, mesh, device)
     batches = batches_of(mesh.dp_size, mesh.dp_rank)
-    trainer = Trainer(job, mesh, engine, batches, lambda: iter(()), SilentMonitor(), None, {})
-    made = [[trainer.cutter.cut(batch) for batch in batches.micro_batches(step)] for step in range(steps)]
+    stepper = Stepper(job, mesh, engine)
+    made = [stepper.cut(batches.micro_batches(step)) for step in range(steps)]
 
     def train_step(step: int) -> tuple[float, float]:
-        outcome = trainer.train_step(step, made[step])
+        outcome = stepper.train(step, made[step])
         return float(outcome.loss), float(outcome.grad_norm)
 
     return train_step, note

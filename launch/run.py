@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -13,11 +12,10 @@ import torch.distributed as dist
 from launch.build import build_engine, device_memory
 from launch.check import layout_report
 from launch.config import JobConfig
-from launch.data.batches import Batches, validation_batches
 from launch.data.bigram import conditional_bigram_entropy
-from launch.data.corpora import corpora_on_all_ranks, describe, samplers, validation_sampler
+from launch.data.corpora import corpora_on_all_ranks, describe, training_batches, validation_batches
 from launch.data.corpus import Corpus, CorpusError
-from launch.data.cursor import BlendedSamples, DataCursor
+from launch.data.cursor import DataCursor
 from launch.data.data_log import DataLog
 from launch.data.text_codec import text_codec
 from launch.environment import Place, report_failure
@@ -33,6 +31,7 @@ from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunBusy, lock_run
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress
+from launch.stepper import Stepper
 from launch.stopping import STOPPED, StopVote
 from launch.trainer import NonFiniteLoss, Trainer
 from launch.weights.initial_weights import load_initial_weights
@@ -108,46 +107,33 @@ def _train(
     resumed = resume(job, checkpoints, engine)
     progress = resumed.progress if resumed else None
     cursor = cursor_of(job, corpora, progress)
-    batch_sizes: dict[str, Any] = {
-        "global_batch_size": job.training.global_batch_size,
-        "micro_batch_size": job.training.micro_batch_size,
-        "data_parallel_size": mesh.dp_size,
-        "dp_rank": mesh.dp_rank,
-        "document_mask": job.data.document_mask,
-    }
-    batches = Batches(BlendedSamples(samplers(corpora, job), cursor), **batch_sizes, offset=cursor.offset)
+    batches = training_batches(corpora, job, cursor, mesh.dp_size, mesh.dp_rank)
     if resumed is not None and not cursor.changes_at(resumed.progress.step):
         checkpoints.check_batches(resumed, batches)
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
-    for line in (
+    lines = (
         device_note,
         f"precision {job.resolve_precision(device.type)}; attention: {attention_note}",
         f"run directory {job.run_path}",
         *probed,
         *beginning(resumed, initial),
         *describe(corpora, job, cursor, progress.step if progress else 0),
-    ):
+    )
+    for line in lines:
         monitor.message(line)
     monitor.text("probe", "\n".join(probed))
     monitor.text("configuration", job.to_yaml())
     monitor.text("layout", layout_report(job, place.world_size, device.type, device_memory(device)))
     data_log = _data_log(job, mesh, cursor, progress, monitor)
-    validation = corpora.validation
     trainer = Trainer(
         job,
-        mesh,
-        engine,
+        Stepper(job, mesh, engine),
         replace(batches, note=data_log.note if data_log else None),
-        partial(
-            validation_batches,
-            validation_sampler(corpora, job),
-            evaluation_batches=job.training.evaluation_batches,
-            **batch_sizes,
-        ),
+        validation_batches(corpora, job, mesh.dp_size, mesh.dp_rank),
+        _validation_facts(corpora.validation),
         monitor,
         checkpoints,
-        {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))},
         stop,
         health.pace,
         health.stragglers(device),
@@ -158,7 +144,7 @@ def _train(
         )
         complete = reached.step >= job.total_steps
         if complete and job.training.sample_tokens:
-            monitor.message(_sample(job, mesh, engine, validation))
+            monitor.message(_sample(job, mesh, engine, corpora.validation))
     except CorpusError as error:
         raise _UnreadableStep(str(error), leads=not mesh.tp_rank and not mesh.cp_rank) from error
     finally:
@@ -166,6 +152,10 @@ def _train(
             data_log.close()
         monitor.close()
     return complete
+
+
+def _validation_facts(validation: Corpus) -> dict[str, float]:
+    return {"bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), _ENTROPY_TOKENS)))}
 
 
 class _UnreadableStep(CorpusError):

@@ -1,52 +1,32 @@
-"""The training loop: batches in, updates out, and what is told and saved on the way. It knows no layout."""
+"""The training loop: when to step, evaluate, save and stop, and what is told on the way."""
 
 from __future__ import annotations
 
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import record_function
 
 from launch.config import JobConfig
-from launch.data.batches import Batches, MicroBatch
+from launch.data.batches import Batches
 from launch.data.prefetch import Prefetcher
-from launch.feed import Cutter, HostBatch
 from launch.health.pace import STEP, Pace
 from launch.health.stragglers import Stragglers
 from launch.monitoring.monitor import Monitor, StepRecord
-from launch.monitoring.timing import StepTimer
-from launch.monitoring.tracing import DATA, OPTIMIZER, StepTracer
+from launch.monitoring.tracing import DATA, StepTracer
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
 from launch.saving.continuity import LAST_LOSSES, unlike_recent
-from launch.schedule import learning_rate_at
-from parallel.mesh import ParallelMesh
-from parallel.zero import ZeroEngine
+from launch.stepper import StepOutcome, Stepper
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient became infinite or not a number; going on would only waste the job's time."""
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """One step's results, still on the device: reading them waits for the step."""
-
-    step: int
-    """Updates done, this one included."""
-    loss: Tensor
-    """Mean over the global batch's tokens, nats."""
-    local_loss: Tensor
-    """This rank's summed loss, to tell which rank went wrong."""
-    grad_norm: Tensor | float
-    applied: bool
-    """False where a loss scaler skipped the update."""
 
 
 class Trainer:
@@ -55,28 +35,25 @@ class Trainer:
     def __init__(
         self,
         job: JobConfig,
-        mesh: ParallelMesh,
-        engine: ZeroEngine,
+        stepper: Stepper,
         training: Batches,
-        validation: Callable[[], Iterator[list[MicroBatch]]],
+        validation: Batches,
+        validation_facts: dict[str, float],
         monitor: Monitor,
         checkpoints: Checkpoints,
-        validation_facts: dict[str, float],
-        stop: Callable[[], bool] = lambda: False,
-        pace: Pace | None = None,
-        stragglers: Stragglers | None = None,
+        stop: Callable[[], bool],
+        pace: Pace,
+        stragglers: Stragglers | None,
     ):
-        """`validation()` yields the same micro-batches at every call; `validation_facts` are logged beside its loss.
+        """`validation_facts` are logged beside the validation loss.
 
         `stop()` is asked once a step, and answers the same on every rank: save and return early. `pace` is told what
         begins, for a watchdog that looks at it; without `stragglers` slow ranks are not looked for.
         """
-        self.job, self.mesh, self.engine = job, mesh, engine
-        self.cutter = Cutter.of(job, mesh, engine.device)
+        self.job, self.stepper, self.engine, self.timer = job, stepper, stepper.engine, stepper.timer
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
         self.monitor, self.checkpoints, self.stop = monitor, checkpoints, stop
-        self.pace, self.stragglers = pace or Pace.of(job), stragglers
-        self.timer = StepTimer(engine.device)
+        self.pace, self.stragglers = pace, stragglers
         self.tracer = StepTracer(job.profile.steps, job.run_path / "trace", dist.get_rank())
         self._losses: dict[str, float] = {}
         self._expected: dict[str, float] | None = None
@@ -93,7 +70,7 @@ class Trainer:
         evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
         unchecked: StepOutcome | None = None
         logged_at, logged_step = time.perf_counter(), start
-        with Prefetcher(self._load, stop=total) as batches:
+        with Prefetcher(lambda step: self.stepper.cut(self.training.micro_batches(step)), stop=total) as batches:
             for step in range(start, total):
                 self.pace.begin(STEP, step + 1)
                 self.tracer.before(step + 1)
@@ -101,7 +78,7 @@ class Trainer:
                 with record_function(DATA):
                     micro_batches = batches.get(step)
                 self.timer.mark("data")
-                outcome = self.train_step(step, micro_batches)
+                outcome = self.stepper.train(step, micro_batches)
                 traced = self.tracer.after(outcome.step)
                 if traced:
                     self.monitor.message(traced)
@@ -146,64 +123,13 @@ class Trainer:
             self._log_validation(start)
         return progress
 
-    def train_step(self, step: int, micro_batches: list[HostBatch]) -> StepOutcome:
-        """One optimizer step on one global batch; starts the work and does not wait for it."""
-        engine, group = self.engine, self.mesh.zero_group
-        tokens = torch.tensor(sum(batch.token_count for batch in micro_batches), dtype=torch.float32)
-        tokens = tokens.to(engine.device, non_blocking=True)
-        dist.all_reduce(tokens, group=group)
-        # DeepSpeed divides by the accumulation steps and averages over dp x cp; what is wanted is a mean over tokens.
-        scale = len(micro_batches) * self.mesh.zero_size / tokens.clamp(min=1)
-        local_loss = torch.zeros((), device=engine.device)
-        for batch in micro_batches:
-            loss_sum, _ = engine(*batch.to(engine.device).arguments())
-            engine.backward(loss_sum * scale)
-            local_loss += loss_sum.detach()
-        self.timer.mark("compute")
-        with record_function(OPTIMIZER):
-            applied = engine.step(self._learning_rate(step))
-        self.timer.mark("optimizer")
-        loss = local_loss.clone()
-        dist.all_reduce(loss, group=group)
-        return StepOutcome(step + 1, loss / tokens.clamp(min=1), local_loss, engine.grad_norm, applied)
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the validation batches, nats per token."""
-        self.engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        for micro_batches in self.validation():
-            for batch in map(self.cutter.cut, micro_batches):
-                loss_sum, token_count = self.engine(*batch.to(self.engine.device).arguments())
-                totals += torch.stack([loss_sum.double(), token_count.double()])
-        self.engine.train()
-        dist.all_reduce(totals, group=self.mesh.zero_group)
-        return (totals[0] / totals[1]).item()
-
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _load(self, step: int) -> list[HostBatch]:
-        return [self.cutter.cut(batch) for batch in self.training.micro_batches(step)]
-
-    def _learning_rate(self, step: int) -> float:
-        optimizer = self.job.optimizer
-        return learning_rate_at(
-            step,
-            peak=optimizer.learning_rate,
-            warmup_steps=optimizer.warmup_steps,
-            total_steps=self.job.total_steps,
-            schedule=optimizer.schedule,
-            min_ratio=optimizer.min_learning_rate_ratio,
-            decay_fraction=optimizer.decay_fraction,
-        )
 
     def _check_finite(self, outcome: StepOutcome) -> None:
         """Every rank sees the same loss and norm, so all stop together."""
         loss, norm = float(outcome.loss), float(outcome.grad_norm)
         self._remember(outcome.step, loss)
-        # DeepSpeed skips such an update in any precision; only a scaler makes that right, by lowering its scale.
-        skipped_by_scaler = not outcome.applied and bool(self.engine.loss_scaler_state)
-        if math.isfinite(loss) and (math.isfinite(norm) or skipped_by_scaler):
+        if self.stepper.is_sound(outcome):
             return
         flags = torch.zeros(dist.get_world_size(), device=self.engine.device)
         flags[dist.get_rank()] = float(not math.isfinite(float(outcome.local_loss)))
@@ -231,7 +157,7 @@ class Trainer:
                 step=outcome.step,
                 loss=float(outcome.loss),
                 gradient_norm=float(outcome.grad_norm),
-                learning_rate=self._learning_rate(outcome.step - 1),
+                learning_rate=self.stepper.learning_rate(outcome.step - 1),
                 tokens=progress.tokens,
                 seconds=seconds,
                 parts=parts,
@@ -245,7 +171,8 @@ class Trainer:
             self.monitor.text("stragglers", slow.named)
 
     def _log_validation(self, step: int) -> None:
-        self.monitor.log_validation(step, self.evaluate(), self.validation_facts)
+        loss = self.stepper.evaluate(self.validation.once(self.job.training.evaluation_batches))
+        self.monitor.log_validation(step, loss, self.validation_facts)
         if self.job.monitor.histograms:
             parameters = {fragment.name: fragment.tensors["parameter"] for fragment in self.engine.fragments()}
             self.monitor.log_histograms(step, {name: part.float().cpu().numpy() for name, part in parameters.items()})

@@ -168,6 +168,15 @@ class Batches:
         rows = self.micro_batch_size
         return [self._assembled(samples[first : first + rows]) for first in range(0, len(samples), rows)]
 
+    def once(self, most: int) -> Iterator[list[MicroBatch]]:
+        """The global batches up to `limit`, `most` of them at most, each as this rank's micro-batches.
+
+        The rest of the last one is blank. Every rank gets as many as the others; all of a micro-batch may be blank.
+        """
+        assert self.limit is not None
+        for step in range(min(most, -(-self.limit // self.global_batch_size))):
+            yield self.micro_batches(step)
+
     def _assembled(self, samples: list[Sample]) -> MicroBatch:
         length = self.source.sequence_length
         steady = np.arange(length, dtype=np.int64)
@@ -185,32 +194,3 @@ class Batches:
             position_ids=positions,
             boundaries=tuple(boundaries) if self.document_mask else None,
         )
-
-
-def validation_batches(
-    sampler: SequenceSampler,
-    *,
-    evaluation_batches: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_parallel_size: int,
-    dp_rank: int,
-    document_mask: bool = False,
-) -> Iterator[list[MicroBatch]]:
-    """The same global batches at every call, at most `evaluation_batches` of them, each as this rank's
-    micro-batches.
-
-    A corpus that holds fewer is seen whole and once: the rest of its last global batch is blank. Every rank
-    gets as many batches as the others; a rank's micro-batch may be all blank.
-    """
-    batches = Batches(
-        sampler,
-        global_batch_size,
-        micro_batch_size,
-        data_parallel_size,
-        dp_rank,
-        document_mask,
-        limit=sampler.num_windows,
-    )
-    for step in range(min(evaluation_batches, -(-sampler.num_windows // global_batch_size))):
-        yield batches.micro_batches(step)

@@ -6,15 +6,15 @@ import glob
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from launch.data.batches import SequenceSampler
+from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
-from launch.data.cursor import DataCursor, Segment
+from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.indexed import open_indexed
 from launch.data.sources import load_text
 from launch.data.split import split_corpus
@@ -116,6 +116,25 @@ def samplers(corpora: Corpora, job: JobConfig) -> dict[str, SequenceSampler]:
 def validation_sampler(corpora: Corpora, job: JobConfig) -> SequenceSampler:
     """Raises CorpusError where the validation corpus is too short."""
     return SequenceSampler(corpora.validation, job.training.sequence_length, job.job.seed, job.data.packing)
+
+
+def training_batches(corpora: Corpora, job: JobConfig, cursor: DataCursor, dp_size: int, dp_rank: int) -> Batches:
+    """What a data-parallel rank trains on, in the order of the run's cursor."""
+    source = BlendedSamples(samplers(corpora, job), cursor)
+    return replace(_batches(source, job, dp_size, dp_rank), offset=cursor.offset)
+
+
+def validation_batches(corpora: Corpora, job: JobConfig, dp_size: int, dp_rank: int) -> Batches:
+    """What a data-parallel rank evaluates on: every window of the validation corpus once, and then blanks."""
+    sampler = validation_sampler(corpora, job)
+    return replace(_batches(sampler, job, dp_size, dp_rank), limit=sampler.num_windows)
+
+
+def _batches(source: SampleSource, job: JobConfig, dp_size: int, dp_rank: int) -> Batches:
+    training = job.training
+    return Batches(
+        source, training.global_batch_size, training.micro_batch_size, dp_size, dp_rank, job.data.document_mask
+    )
 
 
 def fresh_cursor(corpora: Corpora, job: JobConfig) -> DataCursor:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from launch.build import build_inference
 from launch.config import JobConfig
-from launch.data.batches import MicroBatch, validation_batches
-from launch.data.corpora import corpora_on_all_ranks, validation_sampler
+from launch.data.batches import MicroBatch
+from launch.data.corpora import corpora_on_all_ranks, validation_batches
 from launch.environment import Place
 from launch.feed import Cutter
 from launch.quiet import leave_out_what_no_user_can_change
@@ -68,15 +68,7 @@ def evaluated(
     origin = read_weights(engine.fragments(), engine.shards, Path(job.model.init_from), step)
     engine.adopt_state()
     assert isinstance(engine.model, GPT)
-    batches = validation_batches(
-        validation_sampler(corpora, job),
-        evaluation_batches=job.training.evaluation_batches,
-        global_batch_size=job.training.global_batch_size,
-        micro_batch_size=job.training.micro_batch_size,
-        data_parallel_size=mesh.dp_size,
-        dp_rank=mesh.dp_rank,
-        document_mask=job.data.document_mask,
-    )
+    batches = validation_batches(corpora, job, mesh.dp_size, mesh.dp_rank).once(job.training.evaluation_batches)
     edges = position_edges(job.training.sequence_length, first_bucket)
     return {"weights": origin} | summary(
         loss_by_position(engine, engine.model, mesh, Cutter.of(job, mesh, device), batches, edges, device), edges

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import deepspeed
 import fsspec
@@ -23,13 +23,12 @@ from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
-from launch.monitoring.monitor import SilentMonitor
 from launch.saving import continuity
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress, Retention
 from launch.saving.storage import storage_at
-from launch.trainer import Trainer
+from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
 
 VOCABULARY, LENGTH, GLOBAL_BATCH, SAVED_AT, END = 61, 16, 4, 2, 4
@@ -131,7 +130,7 @@ class Rank:
             data_parallel_size=self.mesh.dp_size,
             dp_rank=self.mesh.dp_rank,
         )
-        self.trainer = Trainer(job, self.mesh, self.engine, self.batches, Mock(), SilentMonitor(), Mock(), {})
+        self.stepper = Stepper(job, self.mesh, self.engine)
 
     def checkpoints(
         self, location: Path | str, *, keep_last: int = 3, keep_every: int = 0, **changes: Any
@@ -148,7 +147,8 @@ class Rank:
 
     def train(self, first: int, stop: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the steps."""
-        outcomes = [self.trainer.train_step(step, self.trainer._load(step)) for step in range(first, stop)]
+        stepper, batches = self.stepper, self.batches
+        outcomes = [stepper.train(step, stepper.cut(batches.micro_batches(step))) for step in range(first, stop)]
         return [(float(outcome.loss), float(outcome.grad_norm)) for outcome in outcomes]
 
     def state(self) -> RankState:

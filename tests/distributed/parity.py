@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ import torch
 from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data.batches import MicroBatch
-from launch.monitoring.monitor import SilentMonitor
-from launch.trainer import Trainer
+from launch.stepper import Stepper
 from model.attention import KernelAttention
 from model.gpt import GPT
 from model.kernels import select_kernel
@@ -254,11 +252,10 @@ def _train(case: Case, mesh: ParallelMesh, device_type: str) -> dict[str, Any]:
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     engine, _ = build_engine(job, mesh, device)
     rows = _Rows(case, mesh.dp_rank)
-    trainer = Trainer(job, mesh, engine, Mock(), Mock(), SilentMonitor(), Mock(), {})
+    stepper = Stepper(job, mesh, engine)
     losses, norms = [], []
     for step in range(STEPS):
-        micro_batches = [trainer.cutter.cut(batch) for batch in rows.micro_batches(step)]
-        outcome = trainer.train_step(step, micro_batches)
+        outcome = stepper.train(step, stepper.cut(rows.micro_batches(step)))
         losses.append(float(outcome.loss))
         norms.append(float(outcome.grad_norm))
     pieces = [

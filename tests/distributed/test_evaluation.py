@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from launch.config import JobConfig, load_job
-from launch.data.batches import validation_batches
-from launch.data.corpora import load_corpora, validation_sampler
+from launch.data.corpora import load_corpora, validation_batches
 from launch.inference.evaluation import evaluated, position_edges, table
 from launch.weights.safetensors_folder import ShardWriter
 from launch.weights.stored_model import parameter_shapes, write_model
@@ -91,16 +90,8 @@ def expected(folder: Path, document_mask: bool) -> list[tuple[int, float]]:
     model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
     open_weights(folder).read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
     found = []
-    batches = validation_batches(
-        validation_sampler(load_corpora(job), job),
-        evaluation_batches=2,
-        global_batch_size=4,
-        micro_batch_size=4,
-        data_parallel_size=1,
-        dp_rank=0,
-        document_mask=document_mask,
-    )
-    for batch in (batch for micro_batches in batches for batch in micro_batches):
+    batches = validation_batches(load_corpora(job), job, dp_size=1, dp_rank=0)
+    for batch in (batch for micro_batches in batches.once(2) for batch in micro_batches):
         documents = Documents.from_boundaries(batch.boundaries, "cpu") if batch.boundaries else None
         logits = model(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids), None, documents)
         losses = -logits.double().log_softmax(dim=-1).numpy()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import launch.build
 import launch.feed
-import launch.trainer
+import launch.stepper
 import parallel.collectives
 import parallel.key_gradients
 import parallel.mesh
@@ -171,7 +171,7 @@ def mean_of_means() -> None:
             else:
                 torch.distributed.all_reduce(tensor, **rest)
 
-    launch.trainer.dist = NoReduction()  # type: ignore[assignment]
+    launch.stepper.dist = NoReduction()  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

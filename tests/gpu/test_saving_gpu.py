@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
-from launch.monitoring.monitor import SilentMonitor
-from launch.trainer import Trainer
+from launch.stepper import Stepper
 from parallel.host_memory import _lock, host_buffer, release_host_buffer
 from parallel.mesh import ParallelMesh
 from parallel.zero import StateFragment
@@ -56,7 +54,7 @@ def copy_late() -> list[dict[str, Any]]:
         tokens = np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint8)
         corpus = Corpus.from_documents("training", tokens, [len(tokens)], "0")
         batches = Batches(SequenceSampler(corpus, LENGTH, seed=0), 2, 1, 1, 0)
-        trainer = Trainer(job, mesh, engine, batches, Mock(), SilentMonitor(), Mock(), {})
+        stepper = Stepper(job, mesh, engine)
         engine.snapshot(copy=True).wait()  # makes the buffer, which may wait for the device
         for step in range(2):
             before: Parts = {key: part.detach().cpu().clone() for key, part in parts(engine.fragments()).items()}
@@ -65,7 +63,7 @@ def copy_late() -> list[dict[str, Any]]:
             snapshot = engine.snapshot(copy=True)
             copied = engine._host_copies._copied
             late = copied is not None and not copied.query()
-            trainer.train_step(step, trainer._load(step))
+            stepper.train(step, stepper.cut(batches.micro_batches(step)))
             snapshot.wait()
             copies, after = parts(snapshot.fragments), parts(engine.fragments())
             found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 
 from launch import audit_data
 from launch.config import JobConfig
-from launch.data.batches import Batches
-from launch.data.corpora import fresh_cursor, load_corpora, samplers
+from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from launch.data.cursor import BlendedSamples, DataCursor
 from launch.data.data_log import DataLog
 from launch.data.indexed_writer import IndexedWriter
@@ -53,8 +53,7 @@ class Simulated:
         for rank in range(dp):
             log = DataLog(self.run / "data", rank, dp, start or None, pytest.fail)
             log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
-            source = BlendedSamples(samplers(corpora, job), cursor)
-            batches = Batches(source, size, 1, dp, rank, offset=cursor.offset, note=log.note)
+            batches = replace(training_batches(corpora, job, cursor, dp, rank), note=log.note)
             for step in range(start, stop):
                 batches.micro_batches(step)
             log.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launch.data.batches import Batches, SequenceSampler, validation_batches
+from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import CorpusError
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from tests.unit.made_corpora import corpus_of
@@ -107,14 +107,7 @@ def test_validation_sees_each_window_once_and_blanks_the_rest() -> None:
     def rows(evaluation_batches: int) -> list[tuple[list[int], list[int]]]:
         out = []
         for rank in range(2):
-            for micro_batches in validation_batches(
-                sampler,
-                evaluation_batches=evaluation_batches,
-                global_batch_size=4,
-                micro_batch_size=1,
-                data_parallel_size=2,
-                dp_rank=rank,
-            ):
+            for micro_batches in Batches(sampler, 4, 1, 2, rank, limit=sampler.num_windows).once(evaluation_batches):
                 assert len(micro_batches) == 2
                 for one in micro_batches:
                     out.append((one.input_ids[0].tolist(), one.labels[0].tolist()))

@@ -22,7 +22,7 @@ from launch.health.pulse import NodeWatch, Pulse, Pulses
 from launch.health.stragglers import slowest
 
 MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
-TRAIN_STEP = "launch/trainer.py:170 Trainer.train_step"
+TRAIN_STEP = "launch/stepper.py:66 Stepper.train"
 WAITS = [
     "torch/distributed/distributed_c10d.py:2900 all_reduce",
     "torch/distributed/c10d_logger.py:83 wrapper",
