@@ -23,7 +23,8 @@ from launch.health.rank_health import Health
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device
 from launch.inference.sampling import Sampling
-from launch.monitoring.monitor import Monitor, RunMonitor, SilentMonitor
+from launch.monitoring.monitor import Monitor, SilentMonitor
+from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.throughput import Throughput
 from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change

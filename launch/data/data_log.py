@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.data.batches import Sample
 from launch.data.corpus import Int64
-from launch.monitoring.metrics_file import MetricsFile
+from launch.monitoring.step_lines import StepLines
 
 WHOLE = 1 << 64
 
@@ -38,13 +38,13 @@ class DataLog:
         """resumed_from: the step of the loaded checkpoint; None drops all that was noted before. `tell` hears of a disk
         that fails: the training goes on without the record."""
         self._directory, self._tell, self._resumed = directory, tell, resumed_from is not None
-        self._file: MetricsFile | None = None
+        self._file: StepLines | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = MetricsFile(directory / f"dp-{dp_rank:05d}.jsonl", resumed_from)
+            self._file = StepLines(directory / f"dp-{dp_rank:05d}.jsonl", resumed_from)
             for stale in directory.glob("dp-*.jsonl") if dp_rank == 0 else ():
                 if int(stale.stem.removeprefix("dp-")) >= dp_size:  # of ranks that this layout has not
-                    MetricsFile(stale, resumed_from).close()
+                    StepLines(stale, resumed_from).close()
         except OSError as error:
             self._give_up(error)
 

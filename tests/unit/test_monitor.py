@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.monitoring.metrics_file import MetricsFile
-from launch.monitoring.monitor import Monitor, RunMonitor, SilentMonitor, StepRecord
+from launch.monitoring.monitor import Monitor, SilentMonitor, StepRecord
+from launch.monitoring.run_monitor import RunMonitor
+from launch.monitoring.step_lines import StepLines
 from launch.monitoring.throughput import Throughput, flops_per_token, peak_flops_per_second
 from model.config import ModelConfig
 
@@ -154,7 +155,7 @@ def test_resume_drops_later_entries_and_keeps_the_others(tmp_path: Path) -> None
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n[]\n{"step": 2, "loss": 1.5}\n{"step": 2, "validation_lo')
-    file = MetricsFile(path, resumed_from=2)
+    file = StepLines(path, resumed_from=2)
     file.append({"step": 3, "loss": 1.0})
     file.close()
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3]
@@ -201,10 +202,10 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, mode: str, drawn: bool) -> N
 def test_a_lost_disk_is_reported_once_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor, stream = run(tmp_path)
 
-    def full(self: MetricsFile, entry: dict[str, float]) -> None:
+    def full(self: StepLines, entry: dict[str, float]) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(MetricsFile, "append", full)
+    monkeypatch.setattr(StepLines, "append", full)
     monitor.log_step(record(1))
     monitor.log_step(record(2))
     monitor.close()

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended as the run goes, cut back when it resumes."""
+"""A file of one JSON object a line, each about a step: appended as the run goes, cut back where it resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-class MetricsFile:
+class StepLines:
     """Floats are written by repr, which reads back bit for bit; nan and infinities as the strings repr
     gives."""
 
