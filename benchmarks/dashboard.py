@@ -25,6 +25,8 @@ from urllib.parse import quote
 import psutil
 from PIL import Image
 
+from launch.exit_status import STOPPED
+
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = (
     "train/loss",
@@ -34,7 +36,6 @@ CARDS = (
     "throughput/tokens_per_second",
     "stragglers/slowest_over_median",
 )
-STOPPED = 75
 SIZE = "1560,1440"
 COLOURS = 64
 """A board needs no more, and a repository keeps every picture for good."""

@@ -18,12 +18,10 @@ Exit status: 0 done, 1 failed, 2 a wrong command.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.environment import choose_device, place_in_world, report_failure
+from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.inference.sampling import Sampling
 from launch.weights.stored_model import stored_model
 
@@ -88,7 +86,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # an interpreter that tears down gloo's threads may abort, with another status
+    end_process(main())

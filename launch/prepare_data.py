@@ -31,10 +31,11 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from launch.atomic_text import write_atomically
 from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
-from launch.data.indexed_writer import IndexedWriter
+from launch.data.indexed_writer import IndexedWriter, reopened
 from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
 
@@ -106,7 +107,7 @@ class Preparation:
         options, sizes = self.options, [path.stat().st_size for path in self.files]
         writer = IndexedWriter(self.prefix, self.encoder.dtype, saved["writer"])
         with (
-            _appending(beside(self.prefix, "rejected.jsonl"), saved["rejected_bytes"]) as listing,
+            reopened(beside(self.prefix, "rejected.jsonl"), saved["rejected_bytes"]) as listing,
             TokenisingProcesses(options.workers, options.tokenizer, options.field, options.end_of_document) as workers,
             tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar,
         ):
@@ -160,9 +161,7 @@ class Preparation:
         state = {"job": self.job, "place": asdict(place), "writer": writer.sync(), "rejected": self.rejected}
         listing.flush()
         os.fsync(listing.fileno())
-        partial = beside(self.prefix, "state.json.new")
-        partial.write_text(json.dumps({**state, "rejected_bytes": listing.tell()}))
-        os.replace(partial, self.state_file)
+        write_atomically(self.state_file, json.dumps({**state, "rejected_bytes": listing.tell()}))
         self._save_at = time.monotonic() + _SAVE_SECONDS
 
     def _saved(self) -> dict[str, Any]:
@@ -179,14 +178,6 @@ class Preparation:
         self.rejected = state["rejected"]
         print(f"{self.prefix}: going on after {state['writer']['documents']:,} documents")
         return state
-
-
-def _appending(path: Path, size: int) -> BinaryIO:
-    """The file, cut to its first `size` bytes."""
-    file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
-    file.truncate(size)
-    file.seek(0, os.SEEK_END)
-    return file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from launch.data.cursor import DataCursor
 from launch.data.data_log import DataLog
 from launch.data.text_codec import text_codec
 from launch.environment import Place, report_failure
+from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device
@@ -33,7 +34,7 @@ from launch.run_lock import RunBusy, lock_run
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress
 from launch.stepper import Stepper
-from launch.stopping import STOPPED, StopVote
+from launch.stopping import StopVote
 from launch.trainer import NonFiniteLoss, Trainer
 from launch.weights.initial_weights import load_initial_weights
 from launch.weights.stored_model import WeightsError

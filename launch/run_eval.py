@@ -13,13 +13,11 @@ Exit status: 0 done, 1 failed, 2 the configuration is wrong.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config import load_job
-from launch.environment import DeviceUnavailable, choose_device, place_in_world, report_failure
+from launch.environment import DeviceUnavailable, choose_device, end_process, place_in_world, report_failure
 from launch.settings.violations import ConfigError
 from launch.weights.stored_model import RUN_FILE
 
@@ -64,7 +62,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # an interpreter that tears down gloo's threads may abort, with another status
+    end_process(main())

@@ -22,13 +22,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from launch.exit_status import HUNG, STOPPED
 from launch.health.health_folder import HealthFolder
 from launch.health.processes import children, die_with_parent, ranks_beside
 from launch.health.pulse import PULSES, NodeWatch, Pulses
 from launch.slurm.submission import ready
 
-_STOPPED, _HUNG = 75, 76
-"""`launch.stopping.STOPPED` and `launch.health.watchdog.HUNG`, which torch stands before."""
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _LOOK_SECONDS = 0.1
 _LISTEN_SECONDS = 2.0
@@ -82,7 +81,7 @@ class Node:
                 os.killpg(launcher.pid, signal.SIGKILL)
         self._show()
         self._pass_on_verdict()
-        if status in (0, _STOPPED):
+        if status in (0, STOPPED):
             return 0
         self._tell_and_kill(status)
         return status if status > 0 else 128 - status
@@ -93,11 +92,11 @@ class Node:
             self._watch(launcher.pid)
             self._show()
             self._listen(launcher.pid, watch)
-            if _HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
-                return _HUNG
+            if HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
+                return HUNG
             if watch.gave_up:
                 self._health.write(f"verdict-node-{self.number}.txt", watch.verdict)
-                return _HUNG
+                return HUNG
             time.sleep(_LOOK_SECONDS)
         return status
 
@@ -171,7 +170,7 @@ class Node:
 
     def _tell_and_kill(self, status: int) -> None:
         """Says who died and of what, then ends what is left of the step, on all nodes."""
-        if status != _HUNG:
+        if status != HUNG:
             self._tell(status)
         time.sleep(0.5)  # for srun to have read it
         step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"

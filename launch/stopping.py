@@ -18,9 +18,6 @@ import torch.distributed as dist
 from launch.environment import Place
 from launch.health.processes import children, local_rank
 
-STOPPED = 75
-"""Exit status of a run that has saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
-
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 

@@ -12,11 +12,11 @@ read, so the ranks' sums add up to the same number on every layout. A resume dro
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launch.atomic_text import write_atomically
 from launch.data.batches import Sample
 from launch.data.corpus import Int64
 from launch.monitoring.step_lines import StepLines
@@ -52,8 +52,8 @@ class DataLog:
         """Replaces cursor.json, and adds to corpora.json the `paths` of the corpora, by name."""
         try:
             before = read_paths(self._directory) if self._resumed else {}
-            _replace(self._directory / "corpora.json", before | dict(paths))
-            _replace(self._directory / "cursor.json", record)
+            write_atomically(self._directory / "corpora.json", json.dumps(before | dict(paths), indent=1))
+            write_atomically(self._directory / "cursor.json", json.dumps(record, indent=1))
         except OSError as error:
             self._give_up(error)
 
@@ -83,10 +83,3 @@ def read_paths(directory: Path) -> dict[str, str]:
         return {str(name): str(path) for name, path in json.loads((directory / "corpora.json").read_text()).items()}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file, at once."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)

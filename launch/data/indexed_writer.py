@@ -44,8 +44,8 @@ class IndexedWriter:
         if state and not beside(prefix, "bin.partial").exists() and not beside(prefix, "idx").exists():
             os.replace(beside(prefix, "bin"), beside(prefix, "bin.partial"))  # killed between the last two renames
         self.state = {"tokens": 0, "documents": 0, "sequences": 0, "largest_token": -1, "open": 0} | (state or {})
-        self._tokens = _reopened(beside(prefix, "bin.partial"), self.state["tokens"] * dtype.itemsize)
-        self._lengths = _reopened(beside(prefix, "lengths.partial"), self.state["sequences"] * 8)
+        self._tokens = reopened(beside(prefix, "bin.partial"), self.state["tokens"] * dtype.itemsize)
+        self._lengths = reopened(beside(prefix, "lengths.partial"), self.state["sequences"] * 8)
 
     def write(self, tokens: Tokens, lengths: Int64, *, continues: bool = False) -> None:
         """Appends documents of `lengths` [D], together all of `tokens`; empty ones are left out.
@@ -128,9 +128,9 @@ def _cut(lengths: Int64) -> tuple[Int64, Int64]:
     return sizes, counts
 
 
-def _reopened(path: Path, size: int) -> BinaryIO:
-    """The file, cut to its first `size` bytes, for appending."""
-    file = open(path, "ab")  # noqa: SIM115 (closed by close)
+def reopened(path: Path, size: int) -> BinaryIO:
+    """The file, cut to its first `size` bytes, for appending. Raises OSError where it is shorter."""
+    file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
     if file.tell() < size:
         raise OSError(f"{path} has {file.tell()} bytes, less than the {size} that were recorded")
     file.truncate(size)

@@ -12,9 +12,10 @@ RUN/health/123-0/         of one start: job and restart under Slurm, else the ti
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from launch.atomic_text import write_atomically
 
 
 class HealthFolder:
@@ -38,9 +39,7 @@ class HealthFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file at once."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+        write_atomically(self.path / name, text)
 
     def write_node(self, number: int, states: Mapping[int, str]) -> None:
         """What a node's ranks are doing, seen from outside."""

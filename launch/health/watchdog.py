@@ -26,15 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from launch.exit_status import HUNG
 from launch.health.flight_recorder import read_flight
 from launch.health.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health.health_folder import HealthFolder
 from launch.health.pace import Activity, Pace
 from launch.health.processes import ranks_beside
 from launch.health.pulse import Pulse
-
-HUNG = 76
-"""Exit status of a rank that its watchdog has ended."""
 
 _STILL_FRESH = 120.0
 """Seconds between clocks and alarms within which a report belongs to the hang at hand."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from launch.context_cost import causal_pairs
 from model.config import ModelConfig
 
 # Dense (no sparsity) bf16 and fp16 FLOP/s of one device, from the makers' data sheets, by a pattern of its
@@ -50,10 +51,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool) 
     key_value_heads = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * heads + 2 * key_value_heads + 3 * config.intermediate_size)
     matrices = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    window = min(sequence_length, config.sliding_window or sequence_length)
-    visible = float(window)
+    visible: float = min(sequence_length, config.sliding_window or sequence_length)
     if causal:
-        visible = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+        visible = causal_pairs(sequence_length, config.sliding_window) / sequence_length
     return 6.0 * matrices + 12.0 * config.num_hidden_layers * heads * visible
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.atomic_text import write_atomically
 from launch.saving.checkpoint_names import complete_steps
 from launch.saving.storage import storage_at
 
@@ -47,11 +48,9 @@ class Submission:
     job_ids: tuple[int, ...] = ()
 
     def write(self) -> None:
-        """Replaces submission.json at once."""
+        """Replaces submission.json."""
         facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        partial = self.folder / f"{_FACTS}.partial"
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(partial, self.folder / _FACTS)
+        write_atomically(self.folder / _FACTS, json.dumps(facts, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Submission:

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.exit_status import HUNG
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
 from launch.health.pace import STEP, Limits, Pace
 from launch.health.processes import process_state
-from launch.health.watchdog import HUNG, Patience, Watchdog
+from launch.health.watchdog import Patience, Watchdog
 from tests.distributed.harness import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
 from launch.health.pace import STEP, Limits, Pace
 from launch.health.processes import process_state
-from launch.health.watchdog import HUNG, Patience, Watchdog
+from launch.health.watchdog import Patience, Watchdog
 
 place, pace = place_in_world(), Pace(Limits(10.0, 2.0, 2.0))
 members, patience = [Member(rank, "host", 0) for rank in range(2)], Patience(tick=0.1, hear=0.3, grace=1.0)

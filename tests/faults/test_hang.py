@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.health.watchdog import HUNG
-from launch.stopping import STOPPED
+from launch.exit_status import HUNG, STOPPED
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import slurm_job, slurm_node, status, stopping, submit
+from launch import slurm_job, slurm_node, status, submit
 from launch.config import load_job
-from launch.health import watchdog
 from launch.health.health_folder import HealthFolder
 from launch.run_lock import RunBusy, lock_run
 from launch.sections.slurm import slurm_seconds
@@ -263,10 +262,6 @@ def test_a_warning_waits_until_every_node_expects_it(slurm: Path, monkeypatch: p
     slice_._train(["node-1"])
     calls = slurm.read_text().splitlines()
     assert calls[-2:] == ["ready", "scancel --signal=USR2 7"]
-
-
-def test_the_statuses_agree() -> None:
-    assert (slurm_node._STOPPED, slurm_node._HUNG) == (stopping.STOPPED, watchdog.HUNG)
 
 
 def test_gpus_are_those_that_slurm_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
