@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from types import ModuleType
 
 import torch
+
+from model.kernels.banded import BandedKernel
 
 
 def missing_gpu(compute_capabilities: tuple[int, ...]) -> str | None:
@@ -29,3 +32,29 @@ def import_or_reason(module: str, remedy: str) -> tuple[ModuleType | None, str]:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             return None, f"needs {module}, which is not installed; {remedy}"
         return None, f"has {module}, but importing it failed ({type(error).__name__}: {error}); {remedy}"
+
+
+class PackagedKernel(BandedKernel):
+    """A kernel of a package that may not be there, for GPUs of some compute capabilities."""
+
+    compute_capabilities: tuple[int, ...]
+    """The major ones."""
+
+    @staticmethod
+    @abstractmethod
+    def load() -> tuple[ModuleType | None, str]:
+        """The package, or None and why it does not serve; remembered, since importing it may take seconds."""
+
+    @property
+    def package(self) -> ModuleType:
+        """The package of a kernel that is available."""
+        package, why = self.load()
+        assert package is not None, why
+        return package
+
+    def availability(self) -> str | None:
+        missing = missing_gpu(self.compute_capabilities)
+        if missing is not None:
+            return missing
+        package, why = self.load()
+        return why if package is None else None

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, writable
-from model.kernels.cuda import import_or_reason, missing_gpu
+from model.kernels.banded import Band, Packing, Tensors, writable
+from model.kernels.cuda import PackagedKernel, import_or_reason
 from model.kernels.mask import Documents
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
@@ -37,25 +37,15 @@ def _load() -> tuple[ModuleType | None, str]:
     return package, why
 
 
-def _package() -> ModuleType:
-    package, why = _load()
-    assert package is not None, why
-    return package
-
-
-class FlashAttn2Kernel(BandedKernel):
+class FlashAttn2Kernel(PackagedKernel):
     """flash_attn.flash_attn_interface, Dao 2023."""
 
     name = "flash_attn_2"
     capabilities = Capabilities(
         device_types=("cuda",), dtypes=(torch.bfloat16, torch.float16), max_head_dim=256, head_dim_multiple=8
     )
-
-    def availability(self) -> str | None:
-        missing = missing_gpu((8, 9, 10, 11, 12))
-        if missing is None and _load()[0] is None:
-            return _load()[1]
-        return missing
+    compute_capabilities = (8, 9, 10, 11, 12)
+    load = staticmethod(_load)
 
     def _band_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
@@ -63,9 +53,9 @@ class FlashAttn2Kernel(BandedKernel):
         del target  # the operator takes none
         options = _options(scale, band)
         if packing is None:
-            out, lse, *_ = _package()._wrapped_flash_attn_forward(q, k, v, *options, return_softmax=False)
+            out, lse, *_ = self.package._wrapped_flash_attn_forward(q, k, v, *options, return_softmax=False)
         else:
-            out, lse, *_ = _package()._wrapped_flash_attn_varlen_forward(
+            out, lse, *_ = self.package._wrapped_flash_attn_varlen_forward(
                 q, k, v, *_lengths(*packing), *options, return_softmax=False
             )
         return out, lse
@@ -76,9 +66,9 @@ class FlashAttn2Kernel(BandedKernel):
         dq, dk, dv = map(writable, targets, tensors[1:4])
         options = _options(scale, band)
         if packing is None:
-            _package()._wrapped_flash_attn_backward(*tensors, dq, dk, dv, *options, deterministic)
+            self.package._wrapped_flash_attn_backward(*tensors, dq, dk, dv, *options, deterministic)
         else:
-            _package()._wrapped_flash_attn_varlen_backward(
+            self.package._wrapped_flash_attn_varlen_backward(
                 *tensors, dq, dk, dv, *_lengths(*packing), *options, deterministic
             )
         return dq, dk, dv

@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, packing_arguments, unit_stride, writable
-from model.kernels.cuda import import_or_reason, missing_gpu
+from model.kernels.banded import Band, Packing, Tensors, packing_arguments, unit_stride, writable
+from model.kernels.cuda import PackagedKernel, import_or_reason
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _MODULE = "flash_attn_interface"
@@ -36,13 +36,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return package, why
 
 
-def _package() -> ModuleType:
-    package, why = _load()
-    assert package is not None, why
-    return package
-
-
-class FlashAttn3Kernel(BandedKernel):
+class FlashAttn3Kernel(PackagedKernel):
     """flash_attn_interface, Shah et al. 2024."""
 
     name = "flash_attn_3"
@@ -50,19 +44,15 @@ class FlashAttn3Kernel(BandedKernel):
     capabilities = Capabilities(
         device_types=("cuda",), dtypes=(torch.bfloat16, torch.float16), max_head_dim=192, head_dim_multiple=8
     )
-
-    def availability(self) -> str | None:
-        missing = missing_gpu((9,))
-        if missing is None and _load()[0] is None:
-            return _load()[1]
-        return missing
+    compute_capabilities = (9,)
+    load = staticmethod(_load)
 
     def _band_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         del target
         q, k, v = (unit_stride(x) for x in (q, k, v))
-        out, lse, *_ = _package()._flash_attn_forward(q, k, v, causal=band.causal, **_shared(scale, band, packing))
+        out, lse, *_ = self.package._flash_attn_forward(q, k, v, causal=band.causal, **_shared(scale, band, packing))
         return out, lse
 
     def _band_backward(
@@ -70,7 +60,7 @@ class FlashAttn3Kernel(BandedKernel):
     ) -> Gradients:
         dout, q, k, v, out, lse = tensors
         dq, dk, dv = map(writable, targets, (q, k, v))
-        _package()._flash_attn_backward(
+        self.package._flash_attn_backward(
             *(unit_stride(x) for x in (dout, q, k, v, out)),
             lse,
             dq=dq,

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels.banded import Band, BandedKernel, Packing, Tensors, direct, packing_arguments
-from model.kernels.cuda import import_or_reason, missing_gpu
+from model.kernels.banded import Band, Packing, Tensors, direct, packing_arguments
+from model.kernels.cuda import PackagedKernel, import_or_reason
 from model.kernels.protocol import Capabilities, Gradients, Targets
 
 _MODULE = "flash_attn.cute.interface"
@@ -40,13 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return package, why
 
 
-def _package() -> ModuleType:
-    package, why = _load()
-    assert package is not None, why
-    return package
-
-
-class FlashAttn4Kernel(BandedKernel):
+class FlashAttn4Kernel(PackagedKernel):
     """flash_attn.cute.interface."""
 
     name = "flash_attn_4"
@@ -54,17 +48,13 @@ class FlashAttn4Kernel(BandedKernel):
     capabilities = Capabilities(
         device_types=("cuda",), dtypes=(torch.bfloat16, torch.float16), max_head_dim=128, head_dim_multiple=8
     )
-
-    def availability(self) -> str | None:
-        missing = missing_gpu((9, 10))
-        if missing is None and _load()[0] is None:
-            return _load()[1]
-        return missing
+    compute_capabilities = (9, 10)
+    load = staticmethod(_load)
 
     def _band_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _package()._flash_attn_fwd(
+        out, lse, *_ = self.package._flash_attn_fwd(
             q, k, v, softmax_scale=scale, **_masking(band, packing), return_lse=True, out=direct(target)
         )
         return out, lse
@@ -74,7 +64,7 @@ class FlashAttn4Kernel(BandedKernel):
     ) -> Gradients:
         dout, q, k, v, out, lse = tensors
         into = (direct(target) for target in targets)
-        dq, dk, dv = _package()._flash_attn_bwd(
+        dq, dk, dv = self.package._flash_attn_bwd(
             q,
             k,
             v,

@@ -45,9 +45,9 @@ SCALE = 0.4
 @pytest.fixture(params=["torch_flash", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
     """The adapter over its stand-in, allowed fp64 on the CPU."""
-    monkeypatch.setattr(flash_attn_2, "_package", fa2)
-    monkeypatch.setattr(flash_attn_3, "_package", fa3)
-    monkeypatch.setattr(flash_attn_4, "_package", fa4)
+    monkeypatch.setattr(flash_attn_2.FlashAttn2Kernel, "package", fa2())
+    monkeypatch.setattr(flash_attn_3.FlashAttn3Kernel, "package", fa3())
+    monkeypatch.setattr(flash_attn_4.FlashAttn4Kernel, "package", fa4())
     monkeypatch.setattr(torch_flash, "_forward_op", torch_forward)
     monkeypatch.setattr(torch_flash, "_backward_op", torch_backward)
     chosen = KERNELS[request.param]
