@@ -67,7 +67,12 @@ class Run:
                     f"{corpus.fingerprint[:12]}); restore it, and start where the run was started"
                 )
         training = corpora.training | _left_out(directory / "data", cursor, job)
-        return cls(cursor, _noted(directory / "data"), samplers(replace(corpora, training=training), job))
+        run = cls(cursor, _noted(directory / "data"), samplers(replace(corpora, training=training), job))
+        if not run.steps:
+            raise CorpusError(
+                f"{directory / 'data'}: dp-*.jsonl hold no whole step; restore them, there is nothing to prove"
+            )
+        return run
 
     @property
     def steps(self) -> range:
@@ -103,14 +108,21 @@ def _left_out(directory: Path, cursor: DataCursor, job: JobConfig) -> dict[str, 
 
 
 def _noted(directory: Path) -> dict[int, Noted]:
-    """By step. A line that a kill cut short is left out, as at a resume."""
+    """By step. A line that a kill cut short is left out, as at a resume. Raises CorpusError."""
     found: dict[int, Noted] = {}
     for path in sorted(directory.glob("dp-*.jsonl")):
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+            if not line.endswith("\n"):
+                continue
+            try:
                 entry = json.loads(line)
-                step, before = entry["step"] - 1, found.get(entry["step"] - 1, Noted(0, 0))
-                found[step] = Noted(before.samples + entry["samples"], (before.digest + entry["digest"]) % WHOLE)
+                step, samples, digest = entry["step"] - 1, entry["samples"], entry["digest"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorpusError(
+                    f"{path}, line {number}: no record of a step ({error!r}); restore the file"
+                ) from error
+            before = found.get(step, Noted(0, 0))
+            found[step] = Noted(before.samples + samples, (before.digest + digest) % WHOLE)
     return found
 
 

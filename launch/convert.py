@@ -25,7 +25,7 @@ import torch
 from launch.config import JobConfig
 from launch.data.encoders import BYTES
 from launch.precision import DTYPES
-from launch.weights.hugging_face import COMPANIONS, UnsupportedModel, config_for, model_from, their_name
+from launch.weights.hugging_face import COMPANIONS, config_for, model_from, their_name
 from launch.weights.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
 from launch.weights.stored_model import (
     COMPANION_FOLDER,
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(from_hf(options.folder, options.out))
         else:
             print(to_hf(options.run, options.out, step=options.step, dtype=DTYPES.get(options.dtype)))
-    except (WeightsError, UnsupportedModel, OSError) as error:
+    except (ValueError, OSError) as error:  # weights, a model or a run's configuration: the user's to mend
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -173,10 +173,11 @@ def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:
         return "tokenizer copied"
     if not (run / RUN_FILE).is_file():
         return "its tokenizer is not known"
-    tokenizer = JobConfig.from_yaml((run / RUN_FILE).read_text()).data.tokenizer
-    if tokenizer == BYTES:
+    configured = JobConfig.from_yaml((run / RUN_FILE).read_text()).data.tokenizer
+    if configured == BYTES:
         return "no tokenizer: a token is a byte of UTF-8"
-    if not Path(tokenizer).is_file():
+    tokenizer = Path(configured).expanduser()
+    if not tokenizer.is_file():
         return f"the tokenizer {tokenizer} is not there any more and was not copied"
     shutil.copyfile(tokenizer, out / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -42,7 +43,8 @@ class Place:
 def place_in_world() -> Place:
     """Reads the launcher's variables; sets those of a world of one where there is no launcher.
 
-    A launcher takes this process with it, even if it is killed and cannot pass that on.
+    A launcher takes this process with it, even if it is killed and cannot pass that on. Variables that describe no
+    world end the process with status 2 and a message: without its rank it can tell nobody else.
     """
     step = world_of_step(os.environ)
     if "WORLD_SIZE" not in os.environ and step is not None:
@@ -56,9 +58,37 @@ def place_in_world() -> Place:
         )
     else:
         die_with_parent()
-    read = os.environ
-    local_size = read.get("LOCAL_SIZE") or read.get("LOCAL_WORLD_SIZE") or "1"
-    return Place(int(read["RANK"]), int(read["LOCAL_RANK"]), int(read["WORLD_SIZE"]), int(local_size))
+    try:
+        return _place_of(os.environ)
+    except ValueError as error:
+        print(
+            f"{error}; start the job by deepspeed, torchrun or srun, or unset WORLD_SIZE for one process",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def _place_of(variables: Mapping[str, str]) -> Place:
+    """Raises ValueError where the launcher's variables are incomplete or describe no world."""
+    world = f"the environment has WORLD_SIZE={variables['WORLD_SIZE']}"
+
+    def number(*names: str) -> int:
+        text = next((variables[name] for name in names if variables.get(name)), "")
+        if not text.isdecimal():
+            raise ValueError(f"{world}, but {names[0]} {f'is {text!r}, no number' if text else 'is not set'}")
+        return int(text)
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not variables.get(name):
+            raise ValueError(f"{world}, but {name} is not set")
+    rank, local_rank, world_size, _ = (number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    counted = "LOCAL_SIZE" in variables or "LOCAL_WORLD_SIZE" in variables
+    local_size = number("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if counted else 1
+    if rank >= world_size or (counted and local_rank >= local_size):
+        raise ValueError(
+            f"{world} and RANK={rank}, LOCAL_SIZE={local_size} and LOCAL_RANK={local_rank}; ranks count from 0"
+        )
+    return Place(rank, local_rank, world_size, local_size)
 
 
 def node_name() -> str:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = place_in_world()
     try:
         stored_model(options.run)  # a wrong folder is said before anything starts
-        prompts = [*options.prompt, *(path.read_text(encoding="utf-8") for path in options.prompt_file)]
+        prompts = [*options.prompt, *map(_text, options.prompt_file)]
         device, _ = choose_device(options.device, place)
         from launch.inference.writing import Request, write_texts  # DeepSpeed looks for the device that was just chosen
 
@@ -51,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_failure(f"error: {error}", place)
         return 1
     return 0
+
+
+def _text(path: Path) -> str:
+    """Raises ValueError, OSError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_file {path} is not UTF-8 text (at byte {error.start}); save it as UTF-8") from error
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -13,6 +13,12 @@ BYTES: dict[Precision, int] = {name: dtype.itemsize for name, dtype in DTYPES.it
 """Of one number."""
 
 
+def check_precision(precision: Precision, device_type: str) -> None:
+    """Raises ValueError where a job cannot train in `precision` on "cpu" or "cuda"."""
+    if precision == "fp16" and device_type == "cpu":
+        raise ValueError("precision is fp16, which DeepSpeed trains on GPUs only; set training.precision=bf16 or fp32")
+
+
 def resolve_precision(configured: Precision | Literal["auto"], device_type: str) -> Precision:
     """The precision itself; for auto that of "cpu" or "cuda"."""
     if configured != "auto":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
 from launch.data.indexed_writer import IndexedWriter, reopened
+from launch.data.sources import matching_files
 from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
 
@@ -121,6 +121,8 @@ class Preparation:
                     if time.monotonic() > self._save_at:
                         self._save(writer, listing, item.place)
                 self._save(writer, listing, InputPlace(len(self.files)))
+                if not writer.state["documents"]:
+                    raise CorpusError(self._nothing())
                 summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
             finally:
                 writer.close()
@@ -129,6 +131,17 @@ class Preparation:
             print(f"{self.rejected:,} bad records were left out; they are listed in {self.prefix}.rejected.jsonl")
         else:
             beside(self.prefix, "rejected.jsonl").unlink()
+
+    def _nothing(self) -> str:
+        """What to say of inputs without a document; another command may begin afresh."""
+        for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
+            beside(self.prefix, leftover).unlink(missing_ok=True)
+        said = (
+            f"{self.prefix}: no document in {len(self.files)} files: {self.rejected} records are bad and the rest empty"
+        )
+        if self.rejected:
+            said += f" ({beside(self.prefix, 'rejected.jsonl')} says why)"
+        return f"{said}; correct --input, or --field ({self.options.field})"
 
     def _read(self, place: InputPlace) -> Iterator[tuple[_Item, Block | None]]:
         for file, path in enumerate(self.files[place.file :], start=place.file):
@@ -170,6 +183,8 @@ class Preparation:
             state = json.loads(self.state_file.read_text())
         except FileNotFoundError:
             return {"place": {}, "writer": None, "rejected_bytes": 0}
+        except ValueError as error:
+            raise CorpusError(f"{self.state_file}: is damaged ({error}); remove it to begin again") from error
         if state["job"] != self.job:
             raise CorpusError(
                 f"{self.prefix}: {self.state_file.name} is of a command with other inputs, tokenizer or fields; run "
@@ -195,10 +210,7 @@ def _files(patterns: Sequence[str]) -> list[Path]:
     """Each file once, in the order given, those of a glob by name. Raises CorpusError."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        matches = (
-            sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if glob.has_magic(pattern) else [pattern]
-        )
-        files = [path for path in matches if os.path.isfile(path)]
+        files = matching_files(pattern)
         if not files:
             raise CorpusError(f"--input: no file matches {pattern!r} (looked from {os.getcwd()}); correct it")
         found |= dict.fromkeys(files)

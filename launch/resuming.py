@@ -30,7 +30,8 @@ def checkpoints_of(job: JobConfig) -> Checkpoints:
 def resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Resumed | None:
     """The newest checkpoint, loaded into `engine`; None for a fresh start. Collective.
 
-    Raises CheckpointError where checkpoint.resume forbids one or the other, or the checkpoint does not serve.
+    Raises CheckpointError where checkpoint.resume forbids one or the other, the checkpoint does not serve, or the next
+    one could not be written.
     """
     wanted, location = job.checkpoint.resume, checkpoints.storage.location
     if wanted == "never":
@@ -39,10 +40,13 @@ def resume(job: JobConfig, checkpoints: Checkpoints, engine: ZeroEngine) -> Resu
                 f"checkpoint.resume is never, but {location} holds checkpoints that a fresh run would "
                 "overwrite; choose another job.name, or move them away"
             )
-        return None
-    resumed = checkpoints.load_latest(engine)
-    if resumed is None and wanted == "required":
-        raise CheckpointError(f"checkpoint.resume is required, but {location} holds no complete checkpoint")
+        resumed = None
+    else:
+        resumed = checkpoints.load_latest(engine)
+        if resumed is None and wanted == "required":
+            raise CheckpointError(f"checkpoint.resume is required, but {location} holds no complete checkpoint")
+    if resumed is None or resumed.progress.step < job.total_steps:
+        checkpoints.check_writable()
     return resumed
 
 

@@ -30,7 +30,7 @@ from launch.monitoring.throughput import Throughput
 from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.resuming import beginning, checkpoints_of, cursor_of, resume
-from launch.run_lock import RunBusy, lock_run
+from launch.run_lock import RunDirectoryError, lock_run, writing_into
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress
 from launch.stepper import Stepper
@@ -60,7 +60,7 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str, st
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, RunBusy, WeightsError) as error:
+    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, RunDirectoryError, WeightsError) as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
@@ -79,16 +79,16 @@ def _resolved(job: JobConfig) -> JobConfig:
 
 
 def _lock(job: JobConfig, place: Place) -> BinaryIO | None:
-    """The run directory's lock, held by rank 0. Raises RunBusy on every rank."""
-    lock, busy = None, [""]
+    """The run directory's lock, held by rank 0. Raises RunDirectoryError on every rank."""
+    lock, fault = None, [""]
     if place.rank == 0:
         try:
             lock = lock_run(job.run_path)
-        except RunBusy as error:
-            busy = [str(error)]
-    dist.broadcast_object_list(busy, src=0)
-    if busy[0]:
-        raise RunBusy(busy[0])
+        except RunDirectoryError as error:
+            fault = [str(error)]
+    dist.broadcast_object_list(fault, src=0)
+    if fault[0]:
+        raise RunDirectoryError(fault[0])
     return lock
 
 
@@ -104,6 +104,7 @@ def _train(
     if probed is None:
         return False
     corpora = corpora_on_all_ranks(job)
+    prompt = _prompt(job, corpora.validation) if job.training.sample_tokens else []  # at the end its faults cost a run
     engine, attention_note = build_engine(job, mesh, device)
     checkpoints = checkpoints_of(job)
     resumed = resume(job, checkpoints, engine)
@@ -146,7 +147,7 @@ def _train(
         )
         complete = reached.step >= job.total_steps
         if complete and job.training.sample_tokens:
-            monitor.message(_sample(job, mesh, engine, corpora.validation))
+            monitor.message(_sample(job, mesh, engine, prompt))
     except CorpusError as error:
         raise _UnreadableStep(str(error), leads=not mesh.tp_rank and not mesh.cp_rank) from error
     finally:
@@ -186,8 +187,8 @@ def _data_log(
 def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:
     if place.rank:
         return SilentMonitor()
-    job.run_path.mkdir(parents=True, exist_ok=True)
-    (job.run_path / "config.yaml").write_text(job.to_yaml())
+    with writing_into(job.run_path):
+        (job.run_path / "config.yaml").write_text(job.to_yaml())
     return RunMonitor(
         job.run_path,
         throughput=Throughput.of_job(
@@ -205,10 +206,20 @@ def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progr
     )
 
 
-def _sample(job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine, validation: Corpus) -> str:
-    """What the trained model writes after the configured prompt, or after the start of the validation text."""
+def _prompt(job: JobConfig, validation: Corpus) -> list[int]:
+    """The configured prompt, or the start of the validation text. Raises CorpusError."""
+    prompt = text_codec(job.data.tokenizer).encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
+    if max(prompt) >= job.model.vocab_size:
+        raise CorpusError(
+            f"training.sample_prompt has token id {max(prompt)} (data.tokenizer: {job.data.tokenizer}), beyond "
+            f"model.vocab_size ({job.model.vocab_size}); give the tokenizer of this corpus"
+        )
+    return prompt
+
+
+def _sample(job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine, prompt: list[int]) -> str:
+    """What the trained model writes after the prompt."""
     codec, length = text_codec(job.data.tokenizer), job.training.sequence_length
-    prompt = codec.encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
     dtype = DTYPES[job.resolve_precision(engine.device.type)]
     model = engine.model
     assert isinstance(model, GPT)

@@ -13,6 +13,7 @@ Exit status: 0 done, 1 failed, 2 the configuration is wrong.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     place = place_in_world()
     # Whatever the job says of the model must fit these weights: the rules of model.init_from see to that.
-    overrides = [*options.overrides, f"model.init_from={options.run}"]
+    overrides = [*options.overrides, f"model.init_from={json.dumps(str(options.run), ensure_ascii=False)}"]
+    if options.config is None and not (options.run / RUN_FILE).is_file():
+        report_failure(f"{options.run} has no {RUN_FILE}; name the job whose data to use with --config", place)
+        return 2
     try:
         job = load_job(options.config or options.run / RUN_FILE, overrides, place.world_size)
         device, _ = choose_device(job.job.device, place)

@@ -7,6 +7,8 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,18 +17,34 @@ _PATIENCE = 10.0
 """Seconds in which a run that is just ending may let go."""
 
 
-class RunBusy(ValueError):
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be written."""
+
+
+class RunBusy(RunDirectoryError):
     """Another process has the run directory."""
+
+
+@contextmanager
+def writing_into(run: Path) -> Iterator[None]:
+    """Around what a run cannot do without. Raises RunDirectoryError in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run directory {run} cannot be written ({error}); mend that, or give job.run_directory another place"
+        ) from error
 
 
 def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
     """Takes the directory, made if needed, for as long as the returned file is open, or this process lives.
 
-    None where the file system has no locks, with a warning. Raises RunBusy, naming the holder, after `patience`
-    seconds.
+    None where the file system has no locks, with a warning. Raises RunDirectoryError, and RunBusy, naming the holder,
+    after `patience` seconds.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / LOCK, "a+b")  # noqa: SIM115 (open while locked)
+    with writing_into(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / LOCK, "a+b")  # noqa: SIM115 (open while locked)
     deadline = time.monotonic() + patience
     while True:
         try:

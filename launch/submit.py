@@ -4,7 +4,7 @@
     --chain N      N jobs, each going on where the one before was stopped: for clusters that do not queue jobs again
 
 The job is checked as a whole first, on slurm.nodes x slurm.gpus_per_node processes. Exit status: 0 submitted, 1 Slurm
-refused, 2 the configuration is wrong.
+refused or the run directory cannot be written, 2 the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
+from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
 from launch.slurm.submission import CONFIG, SCRIPT, Submission, point_latest
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         submission = submit(job, folder, script, options.chain)
-    except SubmitError as error:
+    except (SubmitError, RunDirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for job_id in submission.job_ids:
@@ -68,12 +69,13 @@ def submit(job: JobConfig, folder: Path, script: str, chain: int = 1) -> Submiss
     """Writes the submission into the run directory and hands it to sbatch. Raises SubmitError, leaving nothing."""
     if shutil.which("sbatch") is None:
         raise SubmitError("sbatch is not on PATH; run this on a login node of the cluster, or look with --dry-run")
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(job.to_yaml())
-    (folder / SCRIPT).write_text(script)
-    _write_revision(folder)
     submission = _submission(job, folder)
-    submission.write()  # a job may start at once
+    with writing_into(job.run_path):
+        folder.mkdir(parents=True)
+        (folder / CONFIG).write_text(job.to_yaml())
+        (folder / SCRIPT).write_text(script)
+        _write_revision(folder)
+        submission.write()  # a job may start at once
     ids: list[int] = []
     try:
         for link in range(chain):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
-from launch.environment import DeviceUnavailable, choose_device, end_process, place_in_world, report_failure
+from launch.environment import choose_device, end_process, place_in_world, report_failure
+from launch.precision import check_precision
 from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every rank looks, so that all of them stop before any waits for another; rank 0's reading is what counts.
         job = load_job(path, options.overrides, place.world_size)
         device, device_note = choose_device(job.job.device, place)
-    except (ConfigError, DeviceUnavailable) as error:
+        check_precision(job.resolve_precision(device.type), device.type)
+    except ValueError as error:  # ConfigError, DeviceUnavailable, and a precision that the device lacks
         report_failure(str(error), place)
         return 2
     from launch.run import run  # DeepSpeed looks for its accelerator when imported; choose_device has just named it

@@ -13,7 +13,9 @@ Backend = Literal["auto", "flash_attn_4", "flash_attn_3", "cudnn", "flash_attn_2
 class RopeScaling(BaseModel):
     """Rotary frequencies stretched past the context they were trained on. Keys of another kind keep their defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     kind: Literal["linear", "llama3", "yarn"] = "llama3"
     """linear: all wavelengths alike (Position Interpolation, arXiv:2306.15595). llama3: long ones only (The Llama 3
@@ -72,7 +74,9 @@ _SCALING_KEYS = {
 class ModelConfig(BaseModel):
     """A Llama-family decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     vocab_size: int = Field(gt=0)
     """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism comes on top, never stored."""
@@ -80,7 +84,7 @@ class ModelConfig(BaseModel):
     """Width of the residual stream."""
     intermediate_size: int = Field(gt=0)
     """Width of the SwiGLU's two inner projections."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=10_000)
     """Transformer blocks."""
     num_attention_heads: int = Field(gt=0)
     """Query heads."""

@@ -94,7 +94,7 @@ def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.bl
     `key` is where errors say that the path stands. Raises CorpusError.
     """
     prefixes = [path]
-    if glob.has_magic(path):
+    if glob.has_magic(path) and not os.path.exists(os.path.expanduser(path) + ".idx"):
         found = glob.glob(os.path.expanduser(path) + ".bin") + glob.glob(os.path.expanduser(path) + ".idx")
         prefixes = sorted({name[: -len(".bin")] for name in found})
         if not prefixes:

@@ -67,16 +67,7 @@ class TokenizerEncoder:
 
     def __init__(self, path: str) -> None:
         """Raises CorpusError."""
-        try:
-            content = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorpusError(
-                f"the tokenizer {path!r} cannot be read ({error}); give {BYTES} or the path of a tokenizer.json"
-            ) from error
-        try:
-            self._tokenizer: Any = Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-            raise CorpusError(f"the tokenizer {path!r} is no tokenizer.json ({error})") from error
+        self._tokenizer, content = read_tokenizer(path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # ids may have holes
@@ -100,6 +91,19 @@ class TokenizerEncoder:
         if found is None:
             raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
         return int(found)
+
+
+def read_tokenizer(path: str) -> tuple[Any, str]:
+    """The tokenizer at a path, and its file's text. Raises CorpusError."""
+    remedy = f"give {BYTES} or the path of a tokenizer.json"
+    try:
+        content = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"the tokenizer {path!r} cannot be read ({error}); {remedy}") from error
+    try:
+        return Tokenizer.from_str(content), content
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise CorpusError(f"the tokenizer {path!r} is no tokenizer.json ({error}); {remedy}") from error
 
 
 def encoder_of(tokenizer: str) -> Encoder:

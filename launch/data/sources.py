@@ -107,11 +107,17 @@ def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
         )
     paths: set[str] = set()
     for pattern in patterns:
-        matches = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+        matches = matching_files(pattern)
         if not matches:
             raise CorpusError(f"data.files: no file matches {pattern!r} (looked from {os.getcwd()}); correct the glob")
         paths.update(os.path.abspath(path) for path in matches)
     return [_stat(Path(path), path) for path in sorted(paths)]
+
+
+def matching_files(pattern: str) -> list[str]:
+    """The file of that name, brackets and all, else those that the glob gives (`**` recurses), by name."""
+    path = os.path.expanduser(pattern)
+    return [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
 
 
 def _stat(path: Path, label: str) -> TextFile:

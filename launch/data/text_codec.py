@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from launch.data.encoders import BYTES
+from launch.data.encoders import BYTES, read_tokenizer
 
 
 class TextCodec(Protocol):
@@ -29,9 +29,8 @@ class TokenizerCodec:
     not those at its end; none is shown."""
 
     def __init__(self, path: str):
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(path)
+        """Raises CorpusError."""
+        self._tokenizer, _ = read_tokenizer(path)
 
     def encode(self, text: str) -> list[int]:
         encoded = self._tokenizer.encode(text)
@@ -47,5 +46,5 @@ class TokenizerCodec:
 
 
 def text_codec(tokenizer: str) -> TextCodec:
-    """The codec of `data.tokenizer`."""
+    """The codec of `data.tokenizer`. Raises CorpusError."""
     return ByteCodec() if tokenizer == BYTES else TokenizerCodec(tokenizer)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from launch.config import JobConfig
+from launch.data.corpus import CorpusError
 from launch.data.text_codec import TextCodec, text_codec
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, RUN_FILE, WeightsError, stored_model
@@ -65,10 +66,10 @@ def codec_of(folder: Path) -> TextCodec:
         configured = JobConfig.from_yaml((folder / RUN_FILE).read_text()).data.tokenizer
     try:
         return text_codec(configured)
-    except Exception as error:  # the library raises bare Exception for a file that it cannot read or parse
+    except CorpusError as error:
         if beside.is_file() and configured != str(beside):
             return text_codec(str(beside))
-        raise WeightsError(f"the tokenizer {configured} cannot be read ({error}); put it there again") from error
+        raise WeightsError(f"{error}; the model in {folder} was trained with it, put it there again") from error
 
 
 def end_tokens(folder: Path) -> frozenset[int]:

@@ -5,6 +5,7 @@ Shapes: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,10 @@ class Sampling:
     """Sequence i of a batch draws from a stream of its own, seeded by seed + i: a batch changes nothing."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature ({self.temperature}) must be 0 or more; 0 takes the likeliest token")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed ({self.seed}) must be 0 or more, and below 2^63 = {2**63}")
         if self.top_k < 0:
             raise ValueError(f"top_k ({self.top_k}) must be 0 or more; 0 draws among all tokens")
         if not 0 < self.top_p <= 1:

@@ -155,6 +155,35 @@ class Checkpoints:
         for step in self.retention.removable(complete_steps(self.storage)):
             self.storage.remove(step_name(step))
 
+    def check_writable(self) -> None:
+        """Every rank writes a small file, and rank 0 sees them all, as a save will need.
+
+        Raises CheckpointError: better now than after the steps that a save would have kept.
+        """
+        name = "step-probe"
+        files = [f"rank-{rank}" for rank in range(self._world_size)]
+
+        def write() -> None:
+            with self.storage.create(name, files[self._rank]) as stream:
+                stream.write(b"\n")
+
+        def see() -> None:
+            for file in files:
+                self.storage.written_size(name, file)
+
+        try:
+            self._on_first(lambda: self.storage.begin(name))
+            self._everywhere(write)
+            self._on_first(see)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"checkpoints could not be written to {self.storage.location}: {error}; give checkpoint.directory a "
+                "place that every node can write and sees alike"
+            ) from error
+        finally:
+            if self._rank == 0:
+                self.storage.discard(name)
+
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -91,8 +92,11 @@ def missing_file(storage: Storage, name: str, files: FileSums) -> str | None:
     return None
 
 
-def damage(storage: Storage, name: str, rank: int, world_size: int) -> str | None:
-    """The first fault among this rank's share of a complete checkpoint's files, or None. Reads each file once."""
+def damage(storage: Storage, name: str, rank: int, world_size: int, *, contents: bool = True) -> str | None:
+    """The first fault among this rank's share of a complete checkpoint's files, or None.
+
+    Reads each file once; without `contents` it looks at their sizes alone.
+    """
     try:
         files = read_manifest(storage, name)["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -101,7 +105,9 @@ def damage(storage: Storage, name: str, rank: int, world_size: int) -> str | Non
         size = crc32 = 0
         try:
             with storage.open(name, file) as stream:
-                while block := stream.read(_BLOCK):
+                if not contents:
+                    size, crc32 = stream.seek(0, os.SEEK_END), files[file]["crc32"]
+                while contents and (block := stream.read(_BLOCK)):
                     crc32, size = zlib.crc32(block, crc32), size + len(block)
         except FileNotFoundError:
             return f"{file} is missing"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from launch.precision import check_precision
 from launch.sections.base import Section
 from launch.settings.rules import Job, rule
 from parallel.sequence import check_sequence_length
@@ -105,6 +106,12 @@ def _global_batch_divides(job: Job) -> None:
 def _job_ends(job: Job) -> None:
     if job.training.max_steps is None and job.training.max_tokens is None:
         raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
+
+
+@rule("training.precision", "job.device")
+def _the_device_computes_in_it(job: Job) -> None:
+    if job.training.precision != "auto":
+        check_precision(job.training.precision, job.job.device)
 
 
 @rule("training.offload_activations", "training.activation_checkpointing")

@@ -59,6 +59,8 @@ def yaml_scalar(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return value if value and value == value.strip() else f'"{value}"'
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {yaml_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, list | tuple):

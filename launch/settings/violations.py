@@ -14,6 +14,14 @@ from launch.settings.field_text import describe_default, describe_field, nested_
 from launch.settings.yaml_strict import KeyPath
 
 _UNSET = object()
+_WORDS = {
+    "Input should be": "must be",
+    "String should": "must",
+    "Tuple": "the list",
+    "a valid tuple": "a list",
+    " after validation": "",
+}
+"""Pydantic's words, and ours."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +100,28 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
         found = detail["input"].get(mentioned[0], _UNSET) if isinstance(detail["input"], dict) else _UNSET
         related = tuple((*path, key) for key in mentioned[1:])
         return Violation((*path, mentioned[0]), message, found, related=related)
+    info = _field(section, location)
+    if kind == "dict_type" and info is not None:
+        return Violation(path, f"must be a {describe_field(info)}", detail["input"])
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         owner = _owner(section, (*location, ""))
         return Violation(path, f"must be a group of keys: {', '.join(owner.model_fields)}", detail["input"])
     problem = detail["msg"]
-    for theirs, ours in {"Input should be": "must be", "String should": "must", "Tuple": "the list"}.items():
+    for theirs, ours in _WORDS.items():
         problem = problem.replace(theirs, ours)
-    info = _field(section, location)
     takes = ""
-    if info is not None:
+    if kind == "string_pattern_mismatch" and info is not None and info.description:
+        takes = f" ({' '.join(info.description.split()).rstrip('.')})"
+    elif info is not None:
         takes = f"; give {describe_field(info)}" + (
             "" if info.is_required() else f" (default: {describe_default(info)})"
         )
+    if kind == "literal_error":
+        problem = "is none of these"
     if isinstance(detail["input"], str) and kind in ("int_type", "float_type", "bool_type"):
         problem += ", not text"
+    if kind == "string_type" and isinstance(detail["input"], int | float | Mapping):
+        problem += "; in quotes it is one"
     return Violation(path, problem + takes, detail["input"])
 
 

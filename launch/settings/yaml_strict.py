@@ -99,10 +99,26 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, document: YamlDocume
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, index), document) for index, item in enumerate(node.value)]
     try:
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
+        fault = _unusable(value)
     except ValueError as error:  # an explicit tag that does not fit, such as !!int x
-        document.problems.append(YamlProblem(node.start_mark.line + 1, path, str(error)))
+        value, fault = None, str(error)
+    if fault:
+        document.problems.append(YamlProblem(node.start_mark.line + 1, path, fault))
         return None
+    return value
+
+
+def _unusable(value: object) -> str | None:
+    """What is wrong with a scalar that YAML allows and nothing after it can hold."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"an integer of {len(str(abs(value)))} digits; none here is beyond 64 bits (19 digits)"
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"no text: character {error.start} is half of a pair (a surrogate); write the character itself"
+    return None
 
 
 def _build_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, document: YamlDocument) -> dict:

@@ -92,7 +92,12 @@ def model_from(config: Config) -> ModelConfig:
             raise UnsupportedModel(f"config.json has no {key}; it is not complete, download it again")
     keys.setdefault("num_key_value_heads", keys["num_attention_heads"])
     keys.setdefault("rms_norm_eps", 1e-6)
-    theta, scaling = _rope(config)
+    try:
+        theta, scaling = _rope(config)
+    except UnsupportedModel:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"config.json's RoPE keys cannot be read ({error!r}); download it again") from None
     biased = family == "qwen2" or bool(config.get("attention_bias", False))
     try:
         return ModelConfig(

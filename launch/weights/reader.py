@@ -107,4 +107,5 @@ class _CheckpointWeights(Weights):
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
                 load({}, storage_reader=self._reader, planner=LoadRectangles(rectangles), no_dist=True)
         except CheckpointException as error:
-            raise WeightsError(f"{self.origin} could not be read: {error}") from error
+            reason = "; ".join(str(failure[0]) for failure in error.failures.values())  # without torch's traceback
+            raise WeightsError(f"{self.origin} could not be read: {reason}") from error

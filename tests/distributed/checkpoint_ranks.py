@@ -299,6 +299,19 @@ def lose_the_connection(layout: Layout, directory: Path) -> str:
             return str(error)
 
 
+def look_at(directories: Sequence[Sequence[Path]]) -> list[str]:
+    """What each rank says of directories of its own before it trains, where nothing may stay."""
+    said = []
+    for places in directories:
+        checkpoints = Checkpoints(storage_at(str(places[dist.get_rank()])), Retention(1), settings={})
+        try:
+            checkpoints.check_writable()
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
 def resume(layout: Layout, attempts: Sequence[tuple[Path | str, str]]) -> list[str | int | None]:
     """What checkpoint.resume gives for each run directory: the step, None for a fresh start, or the refusal."""
     rank, got = Rank(layout), list[str | int | None]()

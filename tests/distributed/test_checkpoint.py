@@ -19,6 +19,7 @@ from tests.distributed.checkpoint_ranks import (
     assemble,
     check_working_copies,
     fail_saves,
+    look_at,
     lose_the_connection,
     progress_at,
     read,
@@ -292,3 +293,17 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, a
 
 def test_an_unforeseen_error_of_the_writing_thread_reaches_the_training_thread(tmp_path: Path) -> None:
     assert run_distributed(lose_the_connection, 1, Layout(1, 1, 1, 0), tmp_path) == ["Connection closed by peer"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    """By every rank, also where only one of them cannot, or writes to another node's disk than rank 0 sees."""
+    shared, own, file = tmp_path / "shared", tmp_path / "own", tmp_path / "file"
+    (own / "step-probe.partial").mkdir(parents=True)  # as if rank 1 had made its own: nothing but rank 0 sees the lack
+    file.touch()
+    ranks = run_distributed(look_at, 2, [[shared, shared], [shared, own], [shared, file], [file, file]])
+    assert ranks[0] == ranks[1]
+    fine, elsewhere, one, both = ranks[0]
+    assert fine == "" and list(shared.iterdir()) == []
+    assert f"{shared}: rank 0: [Errno 2] No such file or directory: '{shared}/step-probe.partial/rank-1'" in elsewhere
+    assert f"rank 1: [Errno 20] Not a directory: '{file}/step-probe.partial/rank-1'; give checkpoint.directory" in one
+    assert f"checkpoints could not be written to {file}: rank 0: " in both

@@ -119,6 +119,10 @@ def test_what_cannot_be_read_is_said(
     monkeypatch.setattr("launch.generate.place_in_world", lambda: Place(0, 0, 1, 1))
     assert main(["--run", str(tmp_path / "nowhere"), "--prompt", "a"]) == 1
     assert "is neither a run (config.yaml) nor a converted model (model.yaml)" in capsys.readouterr().err
+    write_model(tmp_path, MODEL)
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    assert main(["--run", str(tmp_path), "--prompt_file", str(tmp_path / "prompt.txt")]) == 1
+    assert "prompt.txt is not UTF-8 text (at byte 3); save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,8 @@ def test_what_cannot_be_read_is_said(
         ([], "give --prompt or --prompt_file"),
         (["--prompt", "a", "--max_tokens", "0"], "--max_tokens (0) must be at least 1"),
         (["--prompt", "a", "--top_p", "1.5"], "--top_p (1.5) must be above 0 and at most 1"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature (nan) must be 0 or more"),
+        (["--prompt", "a", "--seed", str(2**63)], "must be 0 or more, and below 2^63"),
         (["--prompt", "a", "--stop", ""], "--stop must not be empty"),
     ],
 )

@@ -7,6 +7,10 @@ import pytest
 import tokenizers
 import torch
 
+from launch.prepare_data import main as prepare
+from launch.weights.reader import open_weights
+from launch.weights.stored_model import WeightsError
+from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 
 pytestmark = pytest.mark.faults
@@ -82,3 +86,44 @@ def test_a_gradient_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: 
     good = f"Last good checkpoint: step-00000003 in {tiny.checkpoints} (move step-00000004 away to continue from it). "
     assert good in said, said
     assert tiny.complete()[-1] == 4
+
+
+def test_what_would_cost_the_run_at_its_end_is_said_before_its_first_step(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "def": 256}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "file").touch()
+    prefix, text = tmp_path / "corpus", sorted(map(str, (tmp_path / "text").iterdir()))
+    assert prepare(["--input", *text, "--tokenizer", "bytes", "--output", str(prefix)]) == 0
+    sampled = ["data.source=indexed", "data.files=[]", f"data.blend=[{{path: {prefix}}}]", "training.sample_tokens=4"]
+    for overrides, status, complaint in [
+        (
+            ["training.precision=fp16", "job.device=auto"],
+            2,
+            "precision is fp16, which DeepSpeed trains on GPUs only",
+        ),
+        (["job.run_directory=file"], 1, "error: run directory file cannot be written ([Errno 17] File exists: 'file')"),
+        (["checkpoint.directory=file"], 1, "error: checkpoints could not be written to file: rank 0: [Errno 20] Not a"),
+        ([*sampled, "data.tokenizer=none.json"], 1, "error: the tokenizer 'none.json' cannot be read ([Errno 2]"),
+        (
+            [*sampled, "data.tokenizer=tokenizer.json", "training.sample_prompt=def"],
+            1,
+            "error: training.sample_prompt has token id 256 (data.tokenizer: tokenizer.json), beyond model.vocab_size",
+        ),
+    ]:
+        if "training.precision=fp16" in overrides and torch.cuda.device_count():
+            continue
+        with Forked(tiny, 1, *overrides) as job:
+            assert job.exit_status(0) == status, job.output[-8000:]
+            said = job.output
+        assert said.startswith(complaint) and "Traceback" not in said and "step 1/" not in said, said
+
+
+def test_a_checkpoint_that_was_cut_is_refused_by_all_who_read_it(tmp_path: Path) -> None:
+    tiny = TinyJob(tmp_path, max_steps=1)
+    with Forked(tiny, 1) as job:
+        assert job.exit_status(0) == 0, job.output[-8000:]
+    data = tiny.checkpoints / "step-00000001" / "__0_0.distcp"
+    os.truncate(data, 100)
+    with pytest.raises(WeightsError, match=r"is damaged: __0_0.distcp has 100 bytes instead of \d+; give --step"):
+        open_weights(tiny.run)

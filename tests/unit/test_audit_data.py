@@ -174,6 +174,17 @@ def test_records_and_corpora_that_cannot_be_read(tmp_path: Path, capsys: pytest.
     run = Simulated(tmp_path)
     run.train(0, 3, {"web": 0.7, "code": 0.3})
     assert audited(tmp_path / "nowhere", capsys)[0] == 2
+    records = {path: path.read_text() for path in (run.run / "data").glob("dp-*.jsonl")}
+    for damage, complaint in [
+        ("{}\n", "line 1: no record of a step (KeyError('step'))"),
+        ("", "hold no whole step"),
+    ]:
+        for path in records:
+            path.write_text(damage)
+        status, said = audited(run.run, capsys)
+        assert status == 2 and complaint in said
+    for path, text in records.items():
+        path.write_text(text)
     raw = bytearray((tmp_path / "web.bin").read_bytes())
     raw[5] ^= 1
     (tmp_path / "web.bin").write_bytes(raw)

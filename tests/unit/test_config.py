@@ -163,6 +163,22 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         ("job.name=a/b", "job.name = a/b", "must match pattern"),
         ("slurm.time=4 hours", "slurm.time = 4 hours", "must match pattern"),
         ("data.tokenizer=", "data.tokenizer = null", "must be a valid string"),
+        ("job.name=2026", "job.name = 2026", "must be a valid string; in quotes it is one; give text"),
+        ("job.name=a b", "job.name = a b", "(Name of the run: letters, digits, dots, dashes and underscores)"),
+        ("data.files=a.txt", "data.files = a.txt", "must be a list; give list of text"),
+        ("data.blend=[{path: 3}]", "data.blend[0].path = 3", "must be a valid string"),
+        ("data.blend=[{path: x}]", "data.blend = [{path: x}]", "blend is given but source (python_stdlib)"),
+        ("slurm.environment=[]", "slurm.environment = []", "must be a group of names, each with text or integer"),
+        ("training.precision=half", "training.precision = half", "is none of these; give one of auto, fp32, bf16"),
+        ("model.rope_theta=.inf", "model.rope_theta = inf", "must be a finite number"),
+        ("model.rope_scaling={factor: .inf}", "model.rope_scaling.factor = inf", "must be a finite number"),
+        ("model.num_hidden_layers=1000000", "model.num_hidden_layers = 1000000", "less than or equal to 10000"),
+        (
+            "training.max_steps=9223372036854775808",
+            "training.max_steps",
+            "an integer of 19 digits; none here is beyond",
+        ),
+        ('training.sample_prompt="\\ud83d"', "training.sample_prompt", "character 0 is half of a pair (a surrogate)"),
     ],
 )
 def test_a_fault_names_its_key_value_and_remedy(tmp_path: Path, override: str, place: str, message: str) -> None:

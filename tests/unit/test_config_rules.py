@@ -178,6 +178,7 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "not float32; choose auto or cpu or math",
         ),
         (["model.attention_backend=cpu", "job.device=cuda"], "it runs on cpu tensors, not cuda; choose auto or"),
+        (["training.precision=fp16", "job.device=cpu"], "precision is fp16, which DeepSpeed trains on GPUs only"),
         (["model.num_key_value_heads=3"], "num_attention_heads (8) must be divisible by num_key_value_heads (3)"),
         (["model.hidden_size=63"], "hidden_size (63) must be divisible by num_attention_heads (8)"),
     ],

@@ -262,6 +262,23 @@ def test_strict_stops_at_the_first_bad_record(
     assert contents(tmp_path / "out") == (expected(tokenizer, texts(20) + texts(5)), 25)
 
 
+def test_inputs_without_a_document_are_refused_and_the_mended_command_works(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in[1].jsonl").write_bytes(jsonl(texts(3)))  # a name, though a glob of in1.jsonl too
+    prepare(tokenizer, tmp_path / "out", tmp_path / "in[1].jsonl", status=1, options=("--field", "body"))
+    assert (
+        "out: no document in 1 files: 3 records are bad and the rest empty" in (said := capsys.readouterr().err)
+        and "out.rejected.jsonl says why); correct --input, or --field (body)" in said
+    )
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.lock", "out.rejected.jsonl"]
+    prepare(tokenizer, tmp_path / "out", tmp_path / "in[1].jsonl")
+    assert contents(tmp_path / "out") == (expected(tokenizer, texts(3)), 3)
+    (tmp_path / "new.state.json.partial").write_text("{")
+    prepare(tokenizer, tmp_path / "new", tmp_path / "in[1].jsonl", status=1)
+    assert "new.state.json.partial: is damaged (" in capsys.readouterr().err
+
+
 def test_what_is_complete_is_left_alone_and_what_differs_is_refused(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

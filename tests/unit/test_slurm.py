@@ -21,7 +21,7 @@ import yaml
 from launch import slurm_job, slurm_node, status, submit
 from launch.config import load_job
 from launch.health.health_folder import HealthFolder
-from launch.run_lock import RunBusy, lock_run
+from launch.run_lock import RunBusy, RunDirectoryError, lock_run
 from launch.sections.slurm import slurm_seconds
 from launch.slurm.batch_script import render
 from launch.slurm.submission import Submission
@@ -331,6 +331,14 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     held = lock_run(tmp_path, patience=5)
     assert held is not None and f"process {os.getpid()}" in (tmp_path / "lock").read_text()
     held.close()
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "locked"])
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=rf"{place} cannot be written \(.*give job.run_directory another place"):
+        lock_run(tmp_path / place)
 
 
 def test_a_file_system_without_locks_is_warned_of(

@@ -20,6 +20,7 @@ from launch.feed import Cutter
 from launch.monitoring.timing import StepTimer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
+WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -96,8 +97,28 @@ def test_place_without_a_launcher_is_a_world_of_one(bare: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
 def test_place_as_the_launcher_says(bare: pytest.MonkeyPatch, local: str) -> None:
-    os.environ.update({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", local: "4"})
+    os.environ.update(WORLD | {local: "4"})
     assert place_in_world() == Place(rank=5, local_rank=1, world_size=8, local_size=4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8, but MASTER_ADDR is not set; start the job by deepspeed, torchrun or srun"),
+        (WORLD | {"WORLD_SIZE": "all"}, "WORLD_SIZE=all, but WORLD_SIZE is 'all', no number"),
+        (WORLD | {"RANK": ""}, "WORLD_SIZE=8, but RANK is not set"),
+        (WORLD | {"MASTER_PORT": "29500/tcp"}, "MASTER_PORT is '29500/tcp', no number"),
+        (WORLD | {"RANK": "8"}, "WORLD_SIZE=8 and RANK=8, LOCAL_SIZE=1 and LOCAL_RANK=1; ranks count from 0"),
+        (WORLD | {"LOCAL_SIZE": "1"}, "LOCAL_SIZE=1 and LOCAL_RANK=1; ranks count from 0"),
+    ],
+)
+def test_variables_that_describe_no_world(
+    bare: pytest.MonkeyPatch, variables: dict[str, str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(variables)
+    with pytest.raises(SystemExit) as ended:
+        place_in_world()
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_plain_scalars(text: str, value: object) -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
         lambda inner: st.lists(inner, max_size=3),
         max_leaves=6,
     )
