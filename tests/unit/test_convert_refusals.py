@@ -67,7 +67,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         (lambda folder: rewrite(folder, lambda t: t.update({Q: t[Q].char()})), "is I8; only F32, BF16, F16 are read"),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "lacks 9 of 30 tensors"),
         (lambda folder: edit_config(folder, model_type="mamba"), "model_type 'mamba'"),
-        (lambda folder: edit_config(folder, rope_scaling=8.0), "RoPE keys cannot be read .*download it again"),
+        (lambda folder: edit_config(folder, rope_parameters=8.0), "RoPE keys cannot be read .*download it again"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
