@@ -120,10 +120,10 @@ def test_what_would_cost_the_run_at_its_end_is_said_before_its_first_step(tmp_pa
 
 
 def test_a_checkpoint_that_was_cut_is_refused_by_all_who_read_it(tmp_path: Path) -> None:
-    tiny = TinyJob(tmp_path, max_steps=1)
+    tiny = TinyJob(tmp_path, max_steps=2)
     with Forked(tiny, 1) as job:
         assert job.exit_status(0) == 0, job.output[-8000:]
-    data = tiny.checkpoints / "step-00000001" / "__0_0.distcp"
+    data = tiny.checkpoints / "step-00000002" / "__0_0.distcp"
     os.truncate(data, 100)
     with pytest.raises(WeightsError, match=r"is damaged: __0_0.distcp has 100 bytes instead of \d+; give --step"):
         open_weights(tiny.run)
