@@ -20,7 +20,6 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ import torch
 import torch.distributed as dist
 
 import ringzero_row
+from attempt_limits import limits_here
 from documents import markdown, renewed
 from launch.config import JobConfig
-from launch.memory.footprint import footprint
-from launch.memory.recompute_plan import recompute_plan
-from launch.monitoring.throughput import Throughput, peak_flops_per_second
+from launch.memory.recompute_plan import planned_footprint
+from launch.monitoring.throughput import Throughput
 from row_process import torchrun
 from workload import device_of, job_of, random_batches, timed_steps
 
@@ -41,10 +40,6 @@ LENGTHS = [2**exponent for exponent in range(20, 12, -1)]
 """From 1,048,576 tokens down to 8,192."""
 BUILD_SECONDS = 120
 """Of an attempt's time, for its processes to start and its model to be built."""
-HOST_SHARE = 0.9
-"""Of the host's memory: the rest is for the processes themselves. A host without memory ends more than an attempt."""
-ASSUMED_SHARE = 0.5
-"""Of the GPU's peak FLOP/s, by which the time of a step is foretold."""
 MARK = "longest_context.py"
 
 _FULL = ("training.activation_checkpointing=full",)
@@ -64,42 +59,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
 """Name: overrides of the configuration."""
 
 Results = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What an attempt may take."""
-
-    device_memory: int
-    host_memory: int
-    """Of all processes together."""
-    flops: float
-    """Of one GPU, per second."""
-    seconds: float
-    """For the steps."""
-
-    def hopeless(self, job: JobConfig, gpus: int, steps: int) -> str | None:
-        """Why `job` cannot train here; None if it may."""
-        mesh = job.mesh_shape(gpus)
-        whole = footprint(job, mesh, "cuda", recompute_plan(job, mesh, "cuda", self.device_memory).policies)
-        host = gpus * (whole.states.host + whole.activations.host)
-        constants = Throughput.of_job(
-            job.model,
-            sequence_length=job.training.sequence_length,
-            global_batch_size=1,
-            devices=gpus,
-            device_name="",
-            precision="bf16",
-        )
-        # The forward pass is a third of a step, and is made twice.
-        seconds = steps * 4 / 3 * constants.flops_causal * job.tokens_per_step / (gpus * self.flops)
-        if whole.peak > self.device_memory:
-            return f"estimate {_gib(whole.peak)}, of {_gib(self.device_memory)} on the GPU"
-        if host > self.host_memory:
-            return f"estimate {_gib(host)} of host memory, of {_gib(self.host_memory)}"
-        if seconds > self.seconds:
-            return f"about {seconds:,.0f} s a step, of {self.seconds:,.0f}"
-        return None
 
 
 def search(
@@ -136,14 +95,7 @@ def measure(job: JobConfig, steps: int) -> dict[str, Any]:
     ]
     most = torch.tensor(memory, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    throughput = Throughput.of_job(
-        job.model,
-        sequence_length=job.training.sequence_length,
-        global_batch_size=1,
-        devices=dist.get_world_size(),
-        device_name=torch.cuda.get_device_name() if on_gpu else "CPU",
-        precision=job.resolve_precision(device.type),
-    )
+    throughput = Throughput.of_job(job, dist.get_world_size(), device)
     seconds = measured["all_seconds"][-1]
     names = ("peak_gib", "device_gib", "host_gib")
     return {
@@ -218,12 +170,12 @@ def main() -> None:
 
 def _search(feature: str, options: argparse.Namespace) -> None:
     print(f"-- {feature}: {options.gpus} GPUs, {options.layers} layers", flush=True)
-    machine = _machine(options.timeout - BUILD_SECONDS)
+    limits = limits_here(options.timeout - BUILD_SECONDS)
 
     def hopeless(length: int) -> str | None:
         why = None
         if options.length is None and torch.cuda.is_available():
-            why = machine.hopeless(job_for(feature, length, options.gpus, options), options.gpus, options.steps)
+            why = limits.hopeless(job_for(feature, length, options.gpus, options), options.gpus, options.steps)
         if why:
             _add(options, feature, length, {"failed": f"not tried: {why}"})
         return why
@@ -250,23 +202,11 @@ def _attempt(feature: str, length: int, options: argparse.Namespace) -> dict[str
     return _read(options.output)[_key(options, feature, length)]
 
 
-def _machine(seconds: float) -> Machine:
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        host = min(host, int(text))
-    host = int(HOST_SHARE * host)
-    if not torch.cuda.is_available():
-        return Machine(host, host, 1.0, seconds)
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    return Machine(memory, host, ASSUMED_SHARE * (peak_flops_per_second(name, "bf16") or 1e15), seconds)
-
-
 def _add(options: argparse.Namespace, feature: str, length: int, found: dict[str, Any]) -> None:
     """Writes an attempt into the output, with what was estimated for it."""
     job = job_for(feature, length, options.gpus, options)
     mesh = job.mesh_shape(options.gpus)
-    whole = footprint(job, mesh, "cuda", recompute_plan(job, mesh, "cuda").policies)
+    whole = planned_footprint(job, mesh, "cuda")
     about = {"gpus": options.gpus, "features": feature, "layers": options.layers, "tokens": length}
     about |= {"settings": [*FEATURES[feature], *options.set], "estimated_gib": whole.peak / 2**30}
     about |= {"estimated_host_gib": options.gpus * (whole.states.host + whole.activations.host) / 2**30}
@@ -280,10 +220,6 @@ def _key(options: argparse.Namespace, feature: str, length: int) -> str:
 
 def _read(path: Path) -> Results:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.0f} GiB"
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from launch.build import build_engine
-from launch.check import peak_memory
 from launch.config import JobConfig
 from launch.data.batches import Batches
+from launch.memory.recompute_plan import planned_footprint
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
 from parallel.zero import initialize_distributed
@@ -23,7 +23,7 @@ def measure(job: JobConfig, steps: int, device: torch.device) -> dict[str, Any]:
     """One row, on every rank of its world."""
     train_step, note = prepared(job, steps, device, partial(random_batches, job))
     found = record(job, timed_steps(train_step, steps))
-    estimate = peak_memory(job, job.mesh_shape(dist.get_world_size()), device.type)
+    estimate = planned_footprint(job, job.mesh_shape(dist.get_world_size()), device.type).peak
     return found | {"attention": note, "estimated_gib": estimate / 2**30}
 
 

@@ -111,14 +111,7 @@ def record(job: JobConfig, measured: dict[str, Any]) -> dict[str, Any]:
     on_gpu, gib = torch.cuda.is_available(), 2**30
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     steady = statistics.median(measured["all_seconds"][WARM_UP:])
-    throughput = Throughput.of_job(
-        job.model,
-        sequence_length=job.training.sequence_length,
-        global_batch_size=job.training.global_batch_size,
-        devices=dist.get_world_size(),
-        device_name=name,
-        precision=job.resolve_precision("cuda" if on_gpu else "cpu"),
-    )
+    throughput = Throughput.of_job(job, dist.get_world_size(), torch.device("cuda" if on_gpu else "cpu"))
     return {
         "layers": job.model.num_hidden_layers,
         "sequence_length": job.training.sequence_length,

@@ -30,6 +30,7 @@ from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples, DataCursor
 from launch.data.data_log import WHOLE, read_paths, total_digest
 from launch.settings.violations import ConfigError
+from launch.weights.stored_model import RUN_FILE
 
 _SAMPLES = 1 << 16
 """Drawn at a time, which bounds the memory."""
@@ -57,7 +58,7 @@ class Run:
     @classmethod
     def read(cls, directory: Path) -> Run:
         """Raises CorpusError, ConfigError or OSError where the records or the corpora cannot be read."""
-        job = JobConfig.from_yaml((directory / "config.yaml").read_text())
+        job = JobConfig.from_yaml((directory / RUN_FILE).read_text())
         cursor = DataCursor.from_record(json.loads((directory / "data" / "cursor.json").read_text()))
         corpora = load_corpora(job)
         for name, corpus in corpora.training.items():
@@ -86,7 +87,7 @@ class Run:
         return self.cursor.first_sample(step + 1) - self.cursor.first_sample(step)
 
     def indices(self, step: int) -> Int64:
-        """The global samples of a step."""
+        """[global batch size] the global samples of a step."""
         return np.arange(self.cursor.first_sample(step), self.cursor.first_sample(step + 1))
 
 
@@ -168,7 +169,7 @@ def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterato
 
 
 def stretches(sampler: SequenceSampler, first: int, last: int) -> tuple[Int64, Int64]:
-    """Where the tokens of the corpus's samples first..last-1 begin and end, ascending."""
+    """Where the stretches of the corpus's samples first..last-1 begin and end, both [stretches], ascending."""
     windows = sampler.windows(np.arange(first, last)).tolist()
     found = np.array([stretch for window in windows for stretch in sampler.packing.window(window)], dtype=np.int64)
     found = found.reshape(-1, 2)

@@ -146,11 +146,6 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
     ]
 
 
-def peak_memory(job: JobConfig, mesh: MeshShape, device: str, device_memory: int | None = None) -> int:
-    """Bytes of one rank at the fullest moment of a step; `device_memory` decides what auto recomputes."""
-    return footprint(job, mesh, device, recompute_plan(job, mesh, device, device_memory).policies).peak
-
-
 def _activation_rows(
     job: JobConfig, activations: Activations, plan: RecomputePlan, context: ContextPlan | None
 ) -> list[tuple[str, int, str]]:

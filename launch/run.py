@@ -37,7 +37,7 @@ from launch.stepper import Stepper
 from launch.stopping import StopVote
 from launch.trainer import NonFiniteLoss, Trainer
 from launch.weights.initial_weights import load_initial_weights
-from launch.weights.stored_model import WeightsError
+from launch.weights.stored_model import RUN_FILE, WeightsError
 from model.gpt import GPT
 from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh
@@ -188,17 +188,10 @@ def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progr
     if place.rank:
         return SilentMonitor()
     with writing_into(job.run_path):
-        (job.run_path / "config.yaml").write_text(job.to_yaml())
+        (job.run_path / RUN_FILE).write_text(job.to_yaml())
     return RunMonitor(
         job.run_path,
-        throughput=Throughput.of_job(
-            job.model,
-            sequence_length=job.training.sequence_length,
-            global_batch_size=job.training.global_batch_size,
-            devices=place.world_size,
-            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            precision=job.resolve_precision(device.type),
-        ),
+        throughput=Throughput.of_job(job, place.world_size, device),
         total_steps=job.total_steps,
         resumed_from=progress.step if progress else None,
         progress_bar=job.monitor.progress_bar,

@@ -43,6 +43,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        """[B, S, E] -> [B, S, E]; `rotary` as `model.rope.rotary_tables` makes it."""
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))

@@ -14,7 +14,8 @@ from model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv:1910.07467); statistics in fp32 at least."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv:1910.07467), [..., size] -> [..., size]; statistics
+    in fp32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()

@@ -23,6 +23,8 @@ from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 @dataclass(frozen=True)
 class Sample:
+    """One sequence."""
+
     input_ids: Int64
     """[S]."""
     labels: Int64
@@ -85,6 +87,7 @@ class SequenceSampler:
         return out
 
     def samples(self, indices: Int64) -> list[Sample]:
+        """See `SampleSource`."""
         return [self.sample(window) for window in self.windows(indices).tolist()]
 
     def sample(self, window: int) -> Sample:
@@ -105,6 +108,8 @@ class SequenceSampler:
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """What a data-parallel rank feeds in one forward pass, whole sequences."""
+
     input_ids: Int64
     """[B, S]."""
     labels: Int64

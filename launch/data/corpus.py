@@ -57,7 +57,7 @@ class Shard:
         return len(self.documents) - 1
 
     def begin(self, documents: Int64) -> Int64:
-        """Where in `tokens` each of `documents` (0 to D) begins; T for D."""
+        """Where in `tokens` each of `documents` [n] (0 to D) begins; T for D."""
         sequences = self.documents[documents]
         inside = sequences < len(self.pointers)
         positions = np.full(len(sequences), len(self.tokens), dtype=np.int64)

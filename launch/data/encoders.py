@@ -19,6 +19,8 @@ BYTES = "bytes"
 
 
 class Encoder(Protocol):
+    """What makes token ids of texts."""
+
     dtype: np.dtype
     """Of the tokens in a corpus."""
     vocab_size: int

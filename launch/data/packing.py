@@ -23,6 +23,8 @@ GROUP = 64
 
 
 class Packing(Protocol):
+    """A way of laying documents into windows."""
+
     num_windows: int
     """W."""
 

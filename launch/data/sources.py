@@ -35,6 +35,8 @@ TextSource = Literal["python_stdlib", "files"]
 
 @dataclass(frozen=True)
 class TextFile:
+    """A file of a corpus as it lies on disk."""
+
     path: Path
     label: str
     """What identifies it in the cache's key and fixes the order."""

@@ -9,6 +9,8 @@ from launch.data.encoders import BYTES, read_tokenizer
 
 
 class TextCodec(Protocol):
+    """Both ways."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...

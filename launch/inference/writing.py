@@ -26,6 +26,8 @@ from parallel.zero import initialize_distributed
 
 @dataclass(frozen=True)
 class Request:
+    """What generate.py was asked for."""
+
     folder: Path
     step: int | None
     prompts: Sequence[str]

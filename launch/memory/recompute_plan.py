@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from launch.config import JobConfig
-from launch.memory.footprint import footprint
+from launch.memory.footprint import Footprint, footprint
 from model.recompute import Recompute
 from parallel.mesh import MeshShape
 
@@ -55,6 +55,11 @@ def recompute_plan(job: JobConfig, mesh: MeshShape, device: str, device_memory: 
         "context_parallel_size, tensor_parallel_size), or set training.mlp_tile_tokens, or offload_activations=cpu"
         " with training.activation_checkpointing=full",
     )
+
+
+def planned_footprint(job: JobConfig, mesh: MeshShape, device: str, device_memory: int | None = None) -> Footprint:
+    """What a rank holds under the plan of the same arguments."""
+    return footprint(job, mesh, device, recompute_plan(job, mesh, device, device_memory).policies)
 
 
 def _candidates(blocks: int) -> Iterator[tuple[Recompute, ...]]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
+from launch.config import JobConfig
 from launch.context_cost import causal_pairs
 from model.config import ModelConfig
 
@@ -73,22 +76,15 @@ class Throughput:
     """Of one device, per second; None leaves the utilisation out."""
 
     @classmethod
-    def of_job(
-        cls,
-        config: ModelConfig,
-        *,
-        sequence_length: int,
-        global_batch_size: int,
-        devices: int,
-        device_name: str,
-        precision: str,
-    ) -> Throughput:
+    def of_job(cls, job: JobConfig, devices: int, device: torch.device) -> Throughput:
+        """Of `job` on so many devices, all of them like `device`."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return cls(
-            tokens_per_step=global_batch_size * sequence_length,
+            tokens_per_step=job.tokens_per_step,
             devices=devices,
-            flops_causal=flops_per_token(config, sequence_length, causal=True),
-            flops_full=flops_per_token(config, sequence_length, causal=False),
-            peak_flops=peak_flops_per_second(device_name, precision),
+            flops_causal=flops_per_token(job.model, job.training.sequence_length, causal=True),
+            flops_full=flops_per_token(job.model, job.training.sequence_length, causal=False),
+            peak_flops=peak_flops_per_second(name, job.resolve_precision(device.type)),
         )
 
     def rates(self, seconds: float) -> dict[str, float]:

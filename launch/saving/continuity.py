@@ -58,6 +58,7 @@ def acceptable(key: str) -> bool:
 
 
 def acceptable_keys() -> str:
+    """In words."""
     return ", ".join([DATA, "model.KEY", *_FIXED])
 
 

@@ -216,7 +216,7 @@ def dense_twin(variant: Case, device: str = "cpu") -> Trained:
     return trained
 
 
-class _Rows:
+class Rows:
     """A data-parallel rank's rows of the global batches, as the data pipeline would cut them."""
 
     def __init__(self, case: Case, dp_rank: int):
@@ -251,7 +251,7 @@ def _train(case: Case, mesh: ParallelMesh, device_type: str) -> dict[str, Any]:
     job = case.job()
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     engine, _ = build_engine(job, mesh, device)
-    rows = _Rows(case, mesh.dp_rank)
+    rows = Rows(case, mesh.dp_rank)
     stepper = Stepper(job, mesh, engine)
     losses, norms = [], []
     for step in range(STEPS):

@@ -14,7 +14,7 @@ from launch.build import build_engine
 from launch.stepper import Stepper
 from parallel.mesh import MeshShape, ParallelMesh
 from tests.distributed.harness import run_distributed
-from tests.distributed.parity import STEPS, Case, _Rows, dense_twin
+from tests.distributed.parity import STEPS, Case, Rows, dense_twin
 
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 
@@ -30,7 +30,7 @@ def _train(layout: tuple[int, int, int], stage: int, first_scale: float | None) 
     stepper = Stepper(case.job(), mesh, engine)
     found: dict[str, list[Any]] = {"loss": [], "norm": [], "applied": [], "scale": [], "updates": []}
     for step in range(STEPS):
-        outcome = stepper.train(step, stepper.cut(_Rows(case, mesh.dp_rank).micro_batches(step)))
+        outcome = stepper.train(step, stepper.cut(Rows(case, mesh.dp_rank).micro_batches(step)))
         assert stepper.is_sound(outcome), "a skipped step is no failure"
         found["loss"].append(float(outcome.loss))
         found["norm"].append(float(outcome.grad_norm))

@@ -10,7 +10,7 @@ from launch.build import build_engine
 from launch.quiet import leave_out_what_no_user_can_change
 from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_traffic import LENGTH, job_of, one_step
+from tests.distributed.two_rank_jobs import LENGTH, job_of, one_step
 
 
 def build_and_step() -> None:

@@ -20,10 +20,9 @@ from launch.precision import BYTES, Precision
 from parallel import zero
 from parallel.collectives import functional_collectives
 from parallel.mesh import ParallelMesh
-from parallel.zero import ZeroEngine
 from tests.distributed.harness import run_distributed
+from tests.distributed.two_rank_jobs import ACCUMULATION, HIDDEN, LAYERS, LENGTH, VOCABULARY, job_of, one_step
 
-ACCUMULATION, LENGTH, HIDDEN, LAYERS, VOCABULARY = 2, 64, 512, 2, 640
 PERSISTENT = (2 * LAYERS + 1) * HIDDEN
 """The norms: what stage 3 keeps whole, gathered once a step."""
 NEGLIGIBLE = 64  # bytes: flags and norms
@@ -40,30 +39,6 @@ ZERO_CASES: list[tuple[int, Precision, str]] = [
 ]
 
 
-def job_of(
-    tp: int,
-    cp: int,
-    stage: int,
-    precision: str,
-    checkpointing: str = "none",
-    mode: str = "auto",
-    sequence_parallel: str = "auto",
-    tile: int | None = None,
-    reduce_dtype: str = "fp32",
-) -> JobConfig:
-    replicas = 2 // (tp * cp)
-    return JobConfig.from_yaml(f"""
-model: {{vocab_size: {VOCABULARY}, hidden_size: {HIDDEN}, intermediate_size: 512, num_hidden_layers: {LAYERS},
-  num_attention_heads: 4, num_key_value_heads: 2}}
-parallel: {{tensor_parallel_size: {tp}, context_parallel_size: {cp}, context_parallel_mode: {mode},
-  zero_stage: {stage}, sequence_parallel: {sequence_parallel}, gradient_reduce_dtype: {reduce_dtype}}}
-data: {{source: python_stdlib}}
-optimizer: {{learning_rate: 1e-3}}
-training: {{sequence_length: {LENGTH}, global_batch_size: {ACCUMULATION * replicas}, max_steps: 3,
-  precision: {precision}, activation_checkpointing: {checkpointing}, mlp_tile_tokens: {tile or "null"}}}
-""")
-
-
 def traffic_of_a_step(job: JobConfig) -> tuple[Counter[str], int]:
     """Bytes by kind of collective in the second step, and the elements of this rank's parameters."""
     mesh = ParallelMesh.create(job.mesh_shape(dist.get_world_size()))
@@ -76,14 +51,6 @@ def traffic_of_a_step(job: JobConfig) -> tuple[Counter[str], int]:
     elements = sum(math.prod(shard.sizes) for shard in engine.shards.values())
     engine.engine.destroy()
     return found, elements
-
-
-def one_step(engine: ZeroEngine, length: int) -> None:
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    for _ in range(ACCUMULATION):
-        loss, _ = engine(ids, torch.arange(length)[None], ids, None)
-        engine.backward(loss)
-    engine.step(1e-3)
 
 
 @contextmanager

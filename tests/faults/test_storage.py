@@ -11,7 +11,7 @@ from launch.saving.manifest import encode, read_manifest
 from launch.saving.storage import storage_at
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
-from tests.faults.test_disk import small_disk
+from tests.faults.small_disk import small_disk
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,8 @@ import torch
 from launch.config import load_job
 from launch.inference.evaluation import evaluated
 from parallel.mesh import ParallelMesh
+from tests.distributed.evaluation_twin import expected, to_evaluate
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_evaluation import expected, to_evaluate
 
 pytestmark = [
     pytest.mark.gpu,

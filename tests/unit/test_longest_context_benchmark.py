@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 from benchmarks import longest_context
-from benchmarks.longest_context import FEATURES, LENGTHS, Machine, job_for, search, table
+from benchmarks.attempt_limits import Limits
+from benchmarks.longest_context import FEATURES, LENGTHS, job_for, search, table
 
 ROOT, GIB = Path(__file__).parents[2], 2**30
-H200 = Machine(139 * GIB, 256 * GIB, 0.5 * 989e12, 470)
+H200 = Limits(139 * GIB, 256 * GIB, 0.5 * 989e12, 470)
 OPTIONS = argparse.Namespace(layers=32, set=[])
 
 
-def hopeless(feature: str, length: int, gpus: int = 2, machine: Machine = H200) -> str | None:
-    return machine.hopeless(job_for(feature, length, gpus, OPTIONS), gpus, 1)
+def hopeless(feature: str, length: int, gpus: int = 2, limits: Limits = H200) -> str | None:
+    return limits.hopeless(job_for(feature, length, gpus, OPTIONS), gpus, 1)
 
 
 def test_the_longest_that_trains_is_found_with_few_attempts() -> None:
@@ -42,9 +43,9 @@ def test_what_is_left_out() -> None:
     assert hopeless(parked, 524_288) is None
     assert "estimate" in str(hopeless(kept, 524_288)) and "on the GPU" in str(hopeless(kept, 524_288))
     assert "256 GiB of host memory, of 250 GiB" in str(
-        hopeless(attended, 524_288, machine=Machine(139 * GIB, 250 * GIB, H200.flops, 470))
+        hopeless(attended, 524_288, limits=Limits(139 * GIB, 250 * GIB, H200.flops, 470))
     )
-    assert "s a step, of 470" in str(hopeless(parked, 1_048_576, machine=Machine(10**13, 10**13, H200.flops, 470)))
+    assert "s a step, of 470" in str(hopeless(parked, 1_048_576, limits=Limits(10**13, 10**13, H200.flops, 470)))
     assert "of host memory" in str(hopeless(everything, 524_288))
     assert hopeless(optimizer, 131_072, gpus=1) is None and hopeless(kept, 8192, gpus=1) is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.config import JobConfig
 from launch.monitoring.monitor import Monitor, SilentMonitor, StepRecord
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.step_lines import StepLines
@@ -271,15 +274,16 @@ def test_flops_of_llama_3_8b_are_six_times_its_matrices_plus_attention() -> None
     assert flops_per_token(llama, 8192, causal=False) == 6 * (parameters - norms - embedding) + attention
 
 
-def test_throughput_of_a_job() -> None:
-    throughput = Throughput.of_job(
-        config(),
-        sequence_length=16,
-        global_batch_size=8,
-        devices=2,
-        device_name="NVIDIA H100 80GB HBM3",
-        precision="bf16",
-    )
+def test_throughput_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    job = JobConfig.from_yaml(f"""
+model: {config().model_dump_json()}
+data: {{source: indexed, blend: [{{path: unused}}]}}
+optimizer: {{learning_rate: 0.01}}
+training: {{sequence_length: 16, global_batch_size: 8, max_steps: 1}}
+""")
+    throughput = Throughput.of_job(job, 2, torch.device("cuda", 0))
+    assert Throughput.of_job(job, 2, torch.device("cpu")) == dataclasses.replace(throughput, peak_flops=None)
     rates = throughput.rates(0.5)
     assert rates["tokens_per_second"] == 256
     assert rates["tokens_per_second_per_device"] == 128

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.check import layout_report, peak_memory
+from launch.check import layout_report
 from launch.config import JobConfig, load_job
 from launch.memory.footprint import footprint
 from launch.memory.formulas import Activations
-from launch.memory.recompute_plan import ASSUMED_MEMORY, BUDGET_SHARE, recompute_plan
+from launch.memory.recompute_plan import ASSUMED_MEMORY, BUDGET_SHARE, planned_footprint, recompute_plan
 from model.recompute import Recompute
 from parallel.mesh import MeshShape
 
@@ -74,7 +74,7 @@ def test_the_plan_fits_and_the_next_cheaper_one_does_not() -> None:
     assert (policy, rest) == ("selective", "none") and 1 < count < LAYERS
     cheaper: list[Recompute] = ["selective"] * (count - 1) + ["none"] * (LAYERS - count + 1)
     assert footprint(job, mesh, "cuda", plan.policies).peak <= 110 * GIB < footprint(job, mesh, "cuda", cheaper).peak
-    assert peak_memory(job, mesh, "cuda") == footprint(job, mesh, "cuda", plan.policies).peak
+    assert planned_footprint(job, mesh, "cuda") == footprint(job, mesh, "cuda", plan.policies)
     assert str(plan) == (
         f"selective in the first {count} blocks, none in the other {LAYERS - count}: estimated peak "
         f"{footprint(job, mesh, 'cuda', plan.policies).peak / GIB:.4g} GiB of memory_budget_gib 110"
