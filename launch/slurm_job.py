@@ -8,6 +8,7 @@ is not queued again. Imports no torch: it is there within a second of the job's 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -24,39 +25,64 @@ from launch.slurm.world import meeting_port
 _DEAF = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
 """Slurm signals all processes of a step, what starts a container included; only the ranks are to hear it."""
 _LOOK_SECONDS = 0.2
+_PASS_ON_SECONDS = 2.0
+"""Between attempts to pass a warning on, which fail while Slurm's controller is away."""
 _SECONDS_TO_BE_KILLED = 120
 """How long Slurm may take to end this process after it has queued the job again."""
+_AWAY = ("Unable to contact slurm controller", "Socket timed out")
+"""What Slurm's commands say while the controller is restarted, replaced by its backup, or overloaded."""
+_AWAY_SECONDS, _ASK_SECONDS = 900.0, 5.0
+"""How long that may last, and how often it is asked meanwhile."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    stop = StopSignals()
     parser = argparse.ArgumentParser(prog="slurm_job.py")
     parser.add_argument("submission", type=Path)
     parser.add_argument("--followed", action="store_true", help="another job goes on where this one is stopped")
     options = parser.parse_args(arguments)
-    return Slice(Submission.read(options.submission)).run(followed=options.followed)
+    return Slice(Submission.read(options.submission), stop).run(followed=options.followed)
+
+
+class StopSignals:
+    """Hears Slurm's warning, and its SIGTERM, from the moment on when this is made."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.ask(signal.Signals(number).name)
+
+    def ask(self, why: str) -> None:
+        """All ranks are to save and stop."""
+        self.asked = True
+        _say(f"{why}: asking all ranks to save and stop")
 
 
 class Slice:
     """One start of a job, to the moment when it ends or is queued again."""
 
-    def __init__(self, submission: Submission) -> None:
-        self.submission = submission
+    def __init__(self, submission: Submission, stop: StopSignals) -> None:
+        self.submission, self.stop = submission, stop
         self.job_id, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.health = HealthFolder(submission.run, f"{self.job_id}-{self.restart}")
-        self._asked_to_stop = False
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._note_signal)
 
     def run(self, *, followed: bool) -> int:
         """The job's exit status. Where the job is queued again, Slurm ends this process instead."""
-        nodes = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        listing = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        nodes = subprocess.run(listing, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
         started_from = self.submission.saved_step()
         self.submission.note_start(
             job=self.job_id, restart=self.restart, step=started_from, nodes=nodes, excluded=self._excluded()
         )
         _say(f"job {self.job_id}, restart {self.restart}, from step {started_from} on {' '.join(nodes)}")
-        status = 0 if self._asked_to_stop else self._train(nodes)
+        if not self.stop.asked and self._fact("PreemptTime") is not None:
+            # The shell that became this process ignores the warning, and may have been busy with modules for long.
+            self.stop.ask("preempted before this process could hear it")
+        status = 0 if self.stop.asked else self._train(nodes)
         step, total = self.submission.saved_step(), self.submission.total_steps
         hung = bool(self.health.told())
         if status and not hung:
@@ -94,18 +120,16 @@ class Slice:
             *("--", submission.train_script, "--config", str(submission.config)),
         ]
         step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        passed_on = False
+        passed_on, attempted = False, -math.inf
         while (status := step.poll()) is None:
+            due = self.stop.asked and not passed_on and time.monotonic() - attempted > _PASS_ON_SECONDS
             # A signal that came sooner would find no step, or no ranks in it.
-            if self._asked_to_stop and not passed_on and all(ready(logs, node).exists() for node in range(len(nodes))):
-                subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False)  # its steps, not this process
-                passed_on = True
+            if due and all(ready(logs, node).exists() for node in range(len(nodes))):
+                # Its steps, not this process.
+                passed_on = subprocess.run(["scancel", "--signal=USR2", self.job_id], check=False).returncode == 0
+                attempted = time.monotonic()
             time.sleep(_LOOK_SECONDS)
         return status
-
-    def _note_signal(self, number: int, _frame: object) -> None:
-        self._asked_to_stop = True
-        _say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
 
     def _queue_again(self, step: int) -> int:
         """Only returns if the job is not queued again."""
@@ -126,8 +150,7 @@ class Slice:
             before = self._excluded()
             # Slurm ends this process by SIGTERM, but only a job that is queued can be told which nodes to avoid.
             signal.signal(signal.SIGTERM, signal.SIG_IGN if avoided else signal.SIG_DFL)
-            requeued = subprocess.run(["scontrol", "requeue", self.job_id], check=False)
-            if requeued.returncode == 0:
+            if _slurm("scontrol", "requeue", self.job_id).returncode == 0:
                 if avoided:
                     self._avoid([*before, *avoided])
                 time.sleep(_SECONDS_TO_BE_KILLED)
@@ -136,8 +159,7 @@ class Slice:
 
     def _avoid(self, nodes: list[str]) -> None:
         """Keeps the queued job from `nodes`, and ends this process, for whose end Slurm waits."""
-        update = ["scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(nodes)}"]
-        if subprocess.run(update, check=False).returncode:
+        if _slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(nodes)}").returncode:
             _say(f"Slurm did not exclude {' '.join(nodes)}; the job may get them again")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -145,16 +167,26 @@ class Slice:
     def _excluded(self) -> list[str]:
         """Nodes that the job must not get, in Slurm's own shorthand."""
         listed = self._fact("ExcNodeList")
-        return [listed] if listed and listed != "(null)" else []
+        return [listed] if listed is not None else []
 
     def _fact(self, name: str) -> str | None:
-        """What Slurm says of this job."""
-        found = re.search(rf"\b{name}=(\S+)", _output("scontrol", "show", "job", "--oneliner", self.job_id))
-        return found[1] if found else None
+        """What Slurm says of this job; None where it has nothing to say."""
+        found = re.search(rf"\b{name}=(\S+)", _slurm("scontrol", "show", "job", "--oneliner", self.job_id).stdout)
+        return found[1] if found and found[1] not in ("(null)", "None") else None
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of Slurm's, and again for as long as its controller is away: a job that has lasted for days is not
+    to be lost to that minute."""
+    deadline = time.monotonic() + _AWAY_SECONDS
+    while True:
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.stderr:
+            _say(f"{command[0]}: {ended.stderr.strip()}")
+        away = ended.returncode != 0 and any(words in ended.stderr for words in _AWAY)
+        if not away or time.monotonic() > deadline:
+            return ended
+        time.sleep(_ASK_SECONDS)
 
 
 def _say(text: str) -> None:

@@ -29,6 +29,8 @@ from launch.health.pulse import PULSES, NodeWatch, Pulses
 from launch.slurm.submission import ready
 
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_CLEARED_UP = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Statuses of ranks that the launcher has ended."""
 _LOOK_SECONDS = 0.1
 _LISTEN_SECONDS = 2.0
 """Between looks at a shared file."""
@@ -65,6 +67,7 @@ class Node:
         self._listened = time.monotonic()
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._ended: dict[int, int | None] = {}  # rank -> status, in the order of their ends; None: nobody saw it
+        self._logs: dict[int, Path] = {}  # by rank
         self._shown = 0
         self._ready = False
 
@@ -83,6 +86,9 @@ class Node:
         self._pass_on_verdict()
         if status in (0, STOPPED):
             return 0
+        unseen = [rank for rank, how in self._ended.items() if how is None]
+        if status > 0 and unseen:  # the launcher has asked sooner than this process, and ends as the first of them did
+            self._ended[unseen[0]] = status - 256 if status > 256 - signal.NSIG else status
         self._tell_and_kill(status)
         return status if status > 0 else 128 - status
 
@@ -94,6 +100,8 @@ class Node:
             self._listen(launcher.pid, watch)
             if HUNG in self._ended.values():  # the launcher would wait half a minute for each rank that is stopped
                 return HUNG
+            if killed := self._killed():  # nor is it waited for: other nodes are about to lose the rank, too
+                return min(killed.values())
             if watch.gave_up:
                 self._health.write(f"verdict-node-{self.number}.txt", watch.verdict)
                 return HUNG
@@ -178,9 +186,8 @@ class Node:
             subprocess.run(["scancel", "--signal=KILL", step], check=False)
 
     def _tell(self, status: int) -> None:
-        victims = (0, -signal.SIGTERM, 128 + signal.SIGTERM)  # of the launcher clearing up
-        dead = {rank: how for rank, how in self._ended.items() if how not in victims}
-        by_signal: dict[int, int | None] = {rank: how for rank, how in dead.items() if how is not None and how < 0}
+        dead = {rank: how for rank, how in self._ended.items() if how not in (0, *_CLEARED_UP)}
+        by_signal: dict[int, int | None] = {**self._killed()}
         if not by_signal:
             time.sleep(_WAIT_FOR_THE_CULPRIT)
         host = socket.gethostname()
@@ -189,6 +196,11 @@ class Node:
             print(self._obituary(rank, how, host), flush=True)
         if not culprits:
             print(f"the launcher of {host} (ranks {self._first} to {self._last}) ended with {status}", flush=True)
+
+    def _killed(self) -> dict[int, int]:
+        """Rank -> status of those that a signal ended, other than the launcher's, in the order of their ends."""
+        ended = self._ended.items()
+        return {rank: how for rank, how in ended if how is not None and how < 0 and how not in _CLEARED_UP}
 
     def _obituary(self, rank: int, how: int | None, host: str) -> str:
         if how is None:
@@ -203,7 +215,10 @@ class Node:
         return "\n".join([f"rank {rank} on {host} {died}; the last it said, all of it in {path}:", *quoted])
 
     def _log(self, rank: int) -> Path | None:
-        return next(iter(sorted(self.logs.glob(f"*_rank{rank}.log"))), None)
+        """Looked for until it is there: to list a shared folder ten times a second would burden its server."""
+        for path in self.logs.glob(f"*_rank{rank}.log") if rank not in self._logs else ():
+            self._logs[rank] = path
+        return self._logs.get(rank)
 
     @property
     def _first(self) -> int:

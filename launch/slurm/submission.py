@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,19 @@ class Submission:
 
     def note_start(self, **facts: Any) -> None:
         """Adds a line to slices.jsonl."""
-        with open(self.folder / _SLICES, "a") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n"
+        with open(self.folder / _SLICES, "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in (b"", b"\n")
+            file.write((b"\n" if torn else b"") + line.encode())
 
     def slices(self) -> list[dict[str, Any]]:
-        """The starts so far."""
-        path = self.folder / _SLICES
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The starts so far; without one of which a crash of its node has left half a line."""
+        path, found = self.folder / _SLICES, []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def idle_slices(self, step: int) -> int:
         """How many of the last starts in a row were made from `step`, avoiding the same nodes."""

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +34,8 @@ PROGRAMS = {
     "munged": "munge",
 }
 NODES = ("node-1", "node-2", "node-3", "node-4")
+PATIENCE = 300.0
+"""Seconds that anything may take on a machine that has more to do; nothing that goes well waits for so long."""
 CPUS = 4
 """Of each node, as Slurm counts them: more than the machine has, which only makes the ranks share."""
 
@@ -109,6 +111,16 @@ def what_is_missing() -> str | None:
     return None
 
 
+def _has_heard(process: psutil.Process) -> bool:
+    """Whether a signal waits for a process that is stopped, or it is not stopped any more."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    waiting = re.search(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)
+    return waiting is None or int(waiting[1], 16) != 0 or not re.search(r"^State:\s*[Tt]", status, re.MULTILINE)
+
+
 class SlurmCluster:
     """Up for as long as the `with` block lasts. `scratch` is an empty folder with a short path."""
 
@@ -127,7 +139,7 @@ class SlurmCluster:
             )
             for name in NODES:
                 self.boot(name)
-            self.until(lambda: self.idle() == len(NODES), 30)
+            self.until(lambda: self.idle() == len(NODES))
         except BaseException:
             self.close()
             raise
@@ -173,7 +185,11 @@ class SlurmCluster:
             "LANG": "C.UTF-8",
         }
         return subprocess.run(
-            [*enter, *command], capture_output=True, text=True, env=variables | dict(environment or {}), timeout=60
+            [*enter, *command],
+            capture_output=True,
+            text=True,
+            env=variables | dict(environment or {}),
+            timeout=PATIENCE,
         )
 
     def command(self, *command: str, check: bool = True) -> str:
@@ -189,19 +205,18 @@ class SlurmCluster:
     def state(self, job: int) -> str:
         return self.facts(job)["JobState"]
 
-    def end(self, job: int, timeout: float = 120) -> str:
+    def end(self, job: int) -> str:
         """Waits until the job is over; its last state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.until(lambda: self.state(job) in over, timeout)
-        return self.state(job)
+        return str(self.until(lambda: (state := self.state(job)) in over and state))
 
-    def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
+    def until(self, condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
         """The condition's first true value. Raises AssertionError when time runs out."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if value := condition():
                 return value
-            time.sleep(0.1)
+            time.sleep(0.05)
         raise AssertionError(f"the moment did not come in {timeout} s; {self.command('squeue', '-l', check=False)}")
 
     def idle(self) -> int:
@@ -231,8 +246,14 @@ class SlurmCluster:
                     yield process, environment
 
     def ranks(self, job: int) -> dict[int, psutil.Process]:
-        """Rank -> process of the living ranks."""
-        return {int(found["RANK"]): process for process, found in self.processes(job) if "RANK" in found}
+        """Rank -> process of the living ranks, without what those have started themselves."""
+        found = {process: int(variables["RANK"]) for process, variables in self.processes(job) if "RANK" in variables}
+        known, ranks = {process.pid for process in found}, {}
+        for process, rank in found.items():
+            with suppress(psutil.Error):
+                if process.ppid() not in known:
+                    ranks[rank] = process
+        return ranks
 
     def launchers(self, job: int, name: str) -> list[psutil.Process]:
         """Those whose command line has a word that ends with `name`, one for each node."""
@@ -244,6 +265,17 @@ class SlurmCluster:
                 if inside and any(word.endswith(name) for word in words) and "srun" not in words[0]:
                     found.append(process)
         return found
+
+    @contextmanager
+    def stopped(self, process: psutil.Process) -> Iterator[None]:
+        """Stands still until what the block sends has reached it: how long that takes on its way decides nothing."""
+        process.suspend()
+        try:
+            yield
+            self.until(lambda: _has_heard(process))
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -274,7 +306,7 @@ class SlurmCluster:
                 command, stdin=stdin, stdout=log, stderr=log, env={"PATH": SEARCH_PATH}, start_new_session=True
             )
         self._started.append(process)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
             # Until it has become the program asked for (or what that becomes), the child has not entered all its
             # namespaces. Parents are listed before their children.
@@ -295,7 +327,7 @@ class SlurmCluster:
             [*inside, "set", port, "master", "bridge0", "up"],
         ]
         for command in commands:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             # The bridge is the controller's to make, at its own pace.
             while (
                 ended := subprocess.run(command, capture_output=True, text=True, env={"PATH": SEARCH_PATH})

@@ -36,6 +36,8 @@ PROGRAMS = {
 }
 FORWARDED = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
 """Variables that every rank must see, on whichever node."""
+_PATIENCE = 120.0
+"""Seconds that a node may take to be there on a busy machine."""
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 MACHINE = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
 NODE = ["unshare", "--net", "--uts", "--mount", "--propagation=private"]
@@ -250,7 +252,7 @@ class TwoNodes:
                 start_new_session=True,
             )
         self._started.append(process)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
             children = psutil.Process(process.pid).children()
             # Until it has become the program asked for, the child has not entered all its namespaces.
@@ -269,7 +271,7 @@ class TwoNodes:
                 subprocess.run(enter, check=True, env={"PATH": SEARCH_PATH})
 
     def _wait_for_sshd(self) -> None:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + _PATIENCE
         for node in self._nodes:
             command = self._on(self._nodes[0], ["ssh", node.name, "hostname"])
             while True:
