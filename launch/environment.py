@@ -50,11 +50,9 @@ def place_in_world() -> Place:
     if "WORLD_SIZE" not in os.environ and step is not None:
         os.environ.update(step)
     if "WORLD_SIZE" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Port 0: the one process listens on any that is free, and nobody has to find it.
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     else:
         die_with_parent()

@@ -75,7 +75,7 @@ class Node:
         """Starts the launcher and waits for it."""
         pulses = Pulses.make()
         os.environ[PULSES] = str(pulses.path)
-        watch = NodeWatch(pulses, socket.gethostname())
+        watch = NodeWatch(pulses, socket.gethostname()).start()
         launcher = subprocess.Popen(self._launcher(train, port), process_group=0, preexec_fn=die_with_parent)
         try:
             status = self._wait(launcher, watch)

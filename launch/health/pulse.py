@@ -76,46 +76,55 @@ class Pulses:
 class NodeWatch:
     """Speaks for ranks that are late and of whom no watchdog speaks: all may be stopped, or wait for a file system.
 
-    A thread that touches no shared file; `verdict` and `gave_up` are for the one that does.
+    Touches no shared file; `verdict` and `gave_up` are for the one that does.
     """
 
     def __init__(self, pulses: Pulses, host: str) -> None:
         self._pulses, self._host = pulses, host
         self._quiet = False
+        self._seen: dict[int, Pulse] = {}
+        self._unchanged: dict[int, float] = {}
+        self._looked = time.monotonic()
+        self._spoke: float | None = None
         self.verdict = ""
         """What was said last."""
         self.gave_up = False
         """Whether the ranks did not move in their time of grace either."""
+
+    def start(self) -> Self:
+        """Looks from now on, in a thread."""
         threading.Thread(target=self._run, name="pulses", daemon=True).start()
+        return self
 
     def somebody_spoke(self) -> None:
         """A watchdog has, just now; there is nothing to add until the ranks move again."""
         self._quiet = True
 
     def _run(self) -> None:
-        seen: dict[int, Pulse] = {}
-        unchanged: dict[int, float] = {}
-        spoke: float | None = None
-        looked = time.monotonic()
         while not self.gave_up:
             time.sleep(_TICK)
-            now, pulses = time.monotonic(), self._pulses.read()
-            # Whoever stops a whole node stops this process too; that time does not count.
-            passed, looked = min(now - looked, 5 * _TICK), now
-            unchanged = {
-                slot: unchanged[slot] + passed if seen.get(slot) == pulse else 0.0 for slot, pulse in pulses.items()
-            }
-            seen = pulses
-            late = {slot: unchanged[slot] - pulse.left for slot, pulse in pulses.items()}
-            worst = max(late.values(), default=0.0)
-            if worst <= 0:
-                self._quiet, spoke = False, None
-            elif spoke is None and worst > _LATE and not self._quiet:
-                spoke = now
-                self._speak(pulses, late)
-            elif spoke is not None:
-                graces = [pulse.grace for pulse in pulses.values() if pulse.grace is not None]
-                self.gave_up = bool(graces) and now - spoke > max(graces)
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """By the monotonic clock."""
+        pulses = self._pulses.read()
+        # Whoever stops a whole node stops this process too; that time does not count.
+        passed, self._looked = min(now - self._looked, 5 * _TICK), now
+        self._unchanged = {
+            slot: self._unchanged[slot] + passed if self._seen.get(slot) == pulse else 0.0
+            for slot, pulse in pulses.items()
+        }
+        self._seen = pulses
+        late = {slot: self._unchanged[slot] - pulse.left for slot, pulse in pulses.items()}
+        worst = max(late.values(), default=0.0)
+        if worst <= 0:
+            self._quiet, self._spoke = False, None
+        elif self._spoke is None and worst > _LATE and not self._quiet:
+            self._spoke = now
+            self._speak(pulses, late)
+        elif self._spoke is not None:
+            graces = [pulse.grace for pulse in pulses.values() if pulse.grace is not None]
+            self.gave_up = bool(graces) and now - self._spoke > max(graces)
 
     def _speak(self, pulses: dict[int, Pulse], late: dict[int, float]) -> None:
         worst, when = max(late, key=late.__getitem__), time.strftime("%Y-%m-%d %H:%M:%S")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,7 +37,7 @@ class RankFailed(RuntimeError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 300, device_type: str = "cpu"
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 600, device_type: str = "cpu"
 ) -> list[Any]:
     """Calls `function(*arguments)` on every rank of a fresh world; results in rank order.
 
@@ -87,6 +90,16 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
                 raise RankFailed(f"rank {rank} raised\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(receivers))]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, below those that the kernel gives to whoever asks for any: it is
+    free still when a launcher has started."""
+    while True:
+        port = random.SystemRandom().randrange(12000, 32000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def _rank_main(

@@ -67,7 +67,7 @@ def test_the_command_writes_table_and_json(folder: Path) -> None:
     output = folder / "result.json"
     command = [sys.executable, str(ROOT / "launch" / "run_eval.py"), "--run", str(folder)]
     command += ["--config", str(folder / "job.yaml"), "--output", str(output)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert ended.returncode == 0, ended.stderr
     result = json.loads(output.read_text())
     check(result, expected(folder, False))

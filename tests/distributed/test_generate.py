@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
+from tests.distributed.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = str(ROOT / "launch" / "generate.py")
@@ -77,7 +77,7 @@ def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]
     environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE"}}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, GENERATE, *arguments], capture_output=True, text=True, timeout=120, env=environment
+        [*command, GENERATE, *arguments], capture_output=True, text=True, timeout=600, env=environment
     )
 
 
@@ -95,10 +95,7 @@ def test_one_process_and_two_write_what_the_model_says(folder: Path) -> None:
     written = [expected(folder, prompt, 12) for prompt in PROMPTS]
     end, stop = written[0][8], written[1][3]
     (folder / COMPANION_FOLDER / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     asked = ["--run", str(folder), "--device", "cpu", "--max_tokens", "12", "--temperature", "0", "--json"]
     asked += [word for prompt in PROMPTS for word in ("--prompt", prompt)] + ["--stop", LETTER[stop]]
     alone, split = answers(run([sys.executable], *asked)), answers(run(launcher, *asked))

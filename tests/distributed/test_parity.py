@@ -233,6 +233,6 @@ def test_make_parity_prints_the_table() -> None:
     # Inside `make test` a make announces its folder, unless told not to.
     ask = ["make", "--no-print-directory", "--dry-run", "parity", "ARGS=--layout 1x1x2"]
     recipe = subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    done = subprocess.run(recipe, shell=True, cwd=root, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(recipe, shell=True, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1x1x2 stage 3 GQA untied" in done.stdout and "largest error" in done.stdout

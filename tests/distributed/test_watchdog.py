@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -26,8 +28,11 @@ from tests.distributed.harness import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 4
-PATIENCE = Patience(tick=0.1, hear=0.3, answer=2.0, grace=0.0, silence=1.0)
-LIMIT = 1.0
+PATIENCE = Patience(tick=0.1, hear=0.3, answer=3.0, grace=0.0, silence=1.0)
+LIMIT = 3.0
+"""Seconds of a step: many times what one takes on a busy machine."""
+LONG = 600.0
+"""Seconds that nothing waits for that goes well."""
 
 
 class Case:
@@ -50,7 +55,7 @@ class Case:
         dist.all_reduce(torch.ones(1))
 
     def verdict(self, spokesman: int) -> str:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LONG
         while (text := self.folder.verdict(spokesman)) is None:
             assert time.monotonic() < deadline, self.folder.alarm()
             time.sleep(0.05)
@@ -66,7 +71,7 @@ class Case:
 def late_but_not_too_late(folder: str) -> str:
     case = Case(folder, "late")
     for step in (8, 9):
-        case.step(step, lambda: time.sleep(LIMIT / 2 if case.rank == 1 else 0))
+        case.step(step, lambda: time.sleep(LIMIT / 6 if case.rank == 1 else 0))
     return case.close()
 
 
@@ -92,10 +97,22 @@ def reads_for_ever(folder: str) -> str:
 
 
 def holds_the_lock(folder: str) -> str:
-    """A call into C that keeps Python's lock, so that no thread of the rank can answer."""
+    """A call into C that keeps Python's lock, so that no thread of the rank can answer. It waits for a file that rank 3
+    has until the others have spoken."""
     case = Case(folder, "lock")
-    case.step(8, lambda: ctypes.PyDLL(None).sleep(6) if case.rank == 1 else None)
-    case.verdict(0)
+    with open(Path(folder) / "awaited", "w") as file:
+        if case.rank == 3:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        dist.barrier()
+
+        def misbehave() -> None:
+            if case.rank == 1:
+                ctypes.PyDLL(None).flock(file.fileno(), fcntl.LOCK_EX)
+            if case.rank == 3:
+                case.verdict(0)
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+        case.step(8, misbehave)
     return case.close()
 
 
@@ -145,11 +162,12 @@ def node_with_two_ranks(folder: Path) -> subprocess.Popen[str]:
 
 
 def pids_of_ranks(folder: Path) -> dict[int, int]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONG
     while time.monotonic() < deadline:
         said = {rank: "".join(log.read_text() for log in folder.glob(f"logs/*_rank{rank}.log")) for rank in range(2)}
-        if all("pid " in words for words in said.values()):
-            return {rank: int(words.split()[1]) for rank, words in said.items()}
+        found = {rank: pid for rank, words in said.items() if (pid := re.search(r"^pid (\d+)\n", words, re.MULTILINE))}
+        if len(found) == 2:
+            return {rank: int(pid[1]) for rank, pid in found.items()}
         time.sleep(0.05)
     raise AssertionError(said)
 
@@ -160,14 +178,17 @@ def test_a_node_speaks_for_ranks_that_are_all_stopped_and_ends_them(tmp_path: Pa
             pids = pids_of_ranks(tmp_path)
             for pid in pids.values():
                 os.kill(pid, signal.SIGSTOP)
-            told, _ = node.communicate(timeout=60)
+            told, _ = node.communicate(timeout=LONG)
         finally:
             node.kill()
     assert node.returncode == HUNG, told
-    assert re.search(r"hang: .* step 8 takes \d s longer than it may, and no watchdog has spoken; ", told)
+    assert re.search(r"hang: .* step 8 takes \d+ s longer than it may, and no watchdog has spoken; ", told)
     for rank, pid in pids.items():
         assert re.search(rf"^rank {rank} on .*, step 8; process {pid}: state T \(stopped by a signal\)", told, re.M)
-        assert process_state(pid).startswith(("state Z", "it is gone"))
+        deadline = time.monotonic() + LONG
+        while not process_state(pid).startswith(("state Z", "it is gone")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     (verdict,) = HealthFolder(tmp_path, "7-0").told()
     assert verdict.read_text() in told
 
@@ -179,10 +200,13 @@ def test_a_node_speaks_while_the_shared_file_system_hangs(tmp_path: Path) -> Non
     os.mkfifo(shared.path / "alarm")
     with node_with_two_ranks(tmp_path) as node:
         assert node.stdout is not None
+        late = threading.Timer(LONG, node.kill)
+        late.start()
         try:
             pids = pids_of_ranks(tmp_path)
             told = list(islice((line for line in node.stdout if line.startswith(("hang: ", "rank 1"))), 2))
         finally:
+            late.cancel()
             node.kill()
     assert "hang: " in told[0] and f"step 8; process {pids[1]}: state S (sleeping)" in told[1]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.distributed.harness import PRELOADED
-from tests.faults.launched import INJECTED, PATIENCE, TRAIN, Started, TinyJob, fault_variable, free_port
+from tests.distributed.harness import PRELOADED, free_port
+from tests.faults.launched import INJECTED, PATIENCE, TRAIN, Started, TinyJob, fault_variable
 
 
 class Forked(Started):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,12 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.distributed.harness import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 INJECTED = Path(__file__).resolve().parent / "injected"
 MARK = "RINGZERO_TEST_JOB"
-PATIENCE = 240.0
-"""Seconds that a tiny job may take, start included."""
+PATIENCE = 600.0
+"""Seconds that a tiny job may take on a machine that has more to do, start included."""
 
 
 class Started(ABC):
@@ -208,10 +209,3 @@ class TinyJob:
 def fault_variable(fault: Mapping[str, Any] | None) -> dict[str, str]:
     """What `injected/sitecustomize.py` reads."""
     return {"FAULT": json.dumps(fault)} if fault else {}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -114,7 +114,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(size, length, window, boundaries, draw(st.one_of(cuts)), joined=draw(st.booleans()))
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(problems())
 def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     length, window = problem.length, problem.window
@@ -128,7 +128,7 @@ def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     assert (total == dense_mask(length, window, problem.boundaries)).all()
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(problems())
 def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> None:
     """Gradients of keys: shares of both places are added up, travel home by pieces and add up there."""
@@ -151,7 +151,7 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
     assert (total == dense_mask(problem.length, problem.window, problem.boundaries)).all()
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(problems())
 @example(Problem(3, 12, None, None, [[(0, 4)], [(4, 7), (11, 12)], [(7, 11)]], joined=True))  # seven keys: too many
 def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
@@ -164,7 +164,7 @@ def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
             assert len(plan.calls) == 1
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(problems())
 def test_only_what_is_seen_travels(problem: Problem) -> None:
     visible = dense_mask(problem.length, problem.window, problem.boundaries)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ os._exit(76)
 
 def test_a_recorder_that_cannot_be_asked_or_does_not_answer() -> None:
     """In a process of its own, which torch's handlers outlive."""
-    ended = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 76, ended.stderr
 
 
@@ -239,26 +240,40 @@ def test_the_slowest_rank_by_what_it_does_alone() -> None:
     assert slowest([1.0, 1.1], [0.0, 0.04]).what == "computing"  # waiting that holds up nobody
 
 
-def test_a_node_adds_nothing_to_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launch.health.pulse._TICK", 0.01)
-    monkeypatch.setattr("launch.health.pulse._LATE", 1.0)
-    pulses = Pulses.make()
-    ranks, watch, looks = Pulses(pulses.path), NodeWatch(pulses, "node-1"), itertools.count()
+def test_a_node_speaks_once_for_ranks_that_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a minute after a step has taken too long, and only if no watchdog has spoken of that hang."""
+    pulses, begun, moments, looks = Pulses.make(), time.monotonic(), itertools.count(1), itertools.count()
+    ranks, watch = Pulses(pulses.path), NodeWatch(pulses, "node-1")
 
-    def look(left: float, seconds: float) -> str:
-        """What is said in so many seconds after a rank's look."""
-        ranks.write(1, Pulse(3, os.getpid(), next(looks), "step 9", left, None))
-        time.sleep(seconds)
+    def look(left: float, seconds: int) -> str:
+        """What is said in so many seconds, each with a look, after a rank's own."""
+        ranks.write(1, Pulse(3, os.getpid(), next(looks), "step 9", left, 7.0))
+        for moment in islice(moments, seconds):
+            watch.look(begun + moment)
         return capsys.readouterr().out
 
-    assert look(-0.01, 0.1) == ""
+    assert look(-1, 29) == "", "its watchdog may speak yet"
     watch.somebody_spoke()
-    assert look(-2.0, 0.3) == "", "a watchdog has spoken"
-    assert look(5.0, 0.3) == ""
-    assert f"rank 3 on node-1, step 9; process {os.getpid()}: state " in look(-2.0, 0.5), "of this hang none has"
-    assert look(-2.0, 0.3) == "", "once is enough"
+    assert look(-100, 40) == "", "a watchdog has spoken"
+    assert look(5, 5) == "", "the step has ended after all"
+    said = look(-31, 2)
+    assert "step 9 takes 31 s longer than it may, and no watchdog has spoken; node-1 sees of its ranks:\n" in said
+    assert f"rank 3 on node-1, step 9; process {os.getpid()}: state " in said, "of this hang none has"
+    assert look(-100, 6) == "" and not watch.gave_up, "once is enough"
+    assert look(5, 1) == "" and "takes 31 s longer" in look(-31, 1), "and once for each hang"
+    assert look(-100, 7) == "" and not watch.gave_up, "in their time of grace"
+    assert look(-100, 1) == "" and watch.gave_up, "and after it"
     ranks.write(1, None)
-    assert pulses.read() == {} and not watch.gave_up
+    assert pulses.read() == {}
+
+
+def test_time_in_which_the_node_itself_stood_still_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    pulses, begun = Pulses.make(), time.monotonic()
+    watch = NodeWatch(pulses, "node-1")
+    pulses.write(0, Pulse(0, os.getpid(), 1, "step 9", 5.0, None))
+    for moment in (1, 2, 3600):
+        watch.look(begun + moment)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_folder_of_a_start(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def chunked_masks(draw: st.DrawFn) -> Case:
 
 
 @given(case=chunked_masks(), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @by_kernel
 def test_documents_with_more_keys_are_aligned_at_their_ends(
     kernel: AttentionKernel, case: Case, heads: tuple[int, int]

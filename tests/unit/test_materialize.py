@@ -44,7 +44,7 @@ def whole(shape: tuple[int, ...], name: str = "w", mean: float = 0.0, std: float
     return filled(Weights(**{name: shape}), {name: TensorShard(shape)}, lambda _: (mean, std), seed)[name]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 12),

@@ -36,7 +36,7 @@ def test_prefetcher_loads_while_the_step_runs_and_no_further_ahead() -> None:
 
     with Prefetcher(load) as prefetcher:
         assert prefetcher.get(0) == 0
-        assert loaded[1].wait(10)
+        assert loaded[1].wait(600)
         assert not loaded[2].wait(0.1)
 
 

@@ -68,7 +68,7 @@ def sequences(draw: st.DrawFn) -> tuple[int, int, int | None, list[int] | None]:
     return length, size, window, None if inner is None else [0, *sorted(inner), length]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(sequences())
 @example((16, 8, 1, None))
 @example((96, 8, None, list(range(97))))
@@ -78,7 +78,7 @@ def test_every_allowed_pair_once_and_no_other(sequence: tuple[int, int, int | No
     np.testing.assert_array_equal(computed(length, size, window, boundaries), allowed(length, window, boundaries))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sequences())
 def test_rectangles_are_trimmed_to_what_is_visible(
     sequence: tuple[int, int, int | None, list[int] | None],

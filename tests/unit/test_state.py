@@ -40,7 +40,7 @@ def local_tensor(full: Tensor, shard: TensorShard, per_rank: int) -> Tensor:
     return local
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(layouts())
 def test_rectangles_tile_the_full_tensor(layout: tuple[tuple[int, ...], int | None, int, list[float]]) -> None:
     full_shape, dim, size, cuts = layout
