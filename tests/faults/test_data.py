@@ -34,13 +34,16 @@ def test_killed_and_moved_with_corpora_added_reweighted_and_left_out_nothing_is_
 ) -> None:
     corpora(tmp_path)
     tiny = TinyJob(tmp_path, max_steps=60)
-    with Forked(tiny, 2, *blended(tmp_path, web=0.7, code=0.3)) as job:
-        job.until(lambda: tiny.logged() >= 9)
-        job.lose([0, 1], noticed_after=0)
+
+    def lost_at(step: int, *overrides: str) -> None:
+        fault = {"rank": 0, "event": "os.mkdir", "path": f"step-{step:08d}.partial", "action": "kill"}
+        with Forked(tiny, 2, *overrides, fault=fault) as job:
+            job.until_said("fault: rank 0")
+            job.lose([0, 1], noticed_after=0)
+
+    lost_at(9, *blended(tmp_path, web=0.7, code=0.3))
     moved = "parallel.tensor_parallel_size=2"
-    with Forked(tiny, 2, *blended(tmp_path, web=0.1, books=0.5, code=0.4), moved) as job:
-        job.until(lambda: tiny.logged() >= 25)
-        job.lose([0, 1], noticed_after=0)
+    lost_at(25, *blended(tmp_path, web=0.1, books=0.5, code=0.4), moved)
     said = tiny.finish(2, *blended(tmp_path, books=0.3, code=0.7))
     assert "resumed from step " in said and "corpus books: " in said and "corpus web: " not in said
     capsys.readouterr()

@@ -10,7 +10,7 @@ from tests.faults.launched import TinyJob
 
 pytestmark = pytest.mark.faults
 
-QUICK = ["health.minimum_step_seconds=3", "checkpoint.save_interval=6", "monitor.log_interval=1"]
+QUICK = ["health.minimum_step_seconds=5", "checkpoint.save_interval=6", "monitor.log_interval=1"]
 
 
 def stopping(rank: int) -> dict[str, object]:
