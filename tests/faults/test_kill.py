@@ -12,7 +12,7 @@ from tests.faults.launched import Launched, TinyJob
 pytestmark = pytest.mark.faults
 
 SECONDS_TO_DIE = 300.0
-"""The launcher looks once a second and gives a rank half a minute to obey; a lost collective would wait half an hour."""
+"""The launcher looks once a second and gives a rank half a minute to obey; a lost collective would wait for longer."""
 
 CHAIN: list[tuple[str, dict[str, Any], list[int]]] = [
     ("before the ranks have met", {"rank": 1, "event": "import", "path": "deepspeed"}, []),

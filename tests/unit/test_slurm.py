@@ -342,7 +342,7 @@ def test_a_killed_rank_is_told_at_once_and_for_what_it_was(
     looked = slurm.parent / "looked"
     launcher = [sys.executable, "-c", LAUNCHER, "asks" if asks else "sleeps", str(looked)]
     monkeypatch.setattr(slurm_node.Node, "_launcher", lambda *_: launcher)
-    monkeypatch.setattr(slurm_node, "_WAIT_FOR_THE_CULPRIT", 1000.0)
+    monkeypatch.setattr(slurm_node, "_WAIT_FOR_THE_CULPRIT", 60.0)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv(PULSES, "")
     node = slurm_node.Node(["node-1"], 0, 2, slurm.parent, slurm.parent / "health" / "7-0")
