@@ -7,11 +7,11 @@
 Every row is forward + backward in bf16, head_dim 128, batch 1. All contestants of a row take turns in one run; times
 are medians of the slowest rank, the ideal is the same kernel on one GPU over the whole sequence divided by the number
 of GPUs. Errors are relative (2-norm), the largest of out, dq, dk and dv, against fp32 for a gradient that is zero but
-at 128 queries. "Exposed" is the part of a few profiled forwards + backwards in which no kernel of attention runs on a
-rank's GPU: messages, waits, copies, merges and the host. TFLOP/s count what the mask lets through, and a backward as
-2.5 forwards. Backward runs on the calling thread: the two hops to autograd's own and back cost 0.8 ms here, which a job
-pays once a step and not once a layer. What `context_parallel_mode: auto` takes is always among the contestants, and
-marked.
+at 128 queries. "Exposed" is the part of a few profiled forwards + backwards in which no kernel of attention runs on the
+GPU whose kernels take longest: messages, waits, copies, merges and the host. TFLOP/s count what the mask lets through,
+and a backward as 2.5 forwards. Backward runs on the calling thread: the two hops to autograd's own and back cost 0.8 ms
+here, which a job pays once a step and not once a layer. What `context_parallel_mode: auto` takes is always among the
+contestants, and marked.
 
 Results are entered by row, kernel and run; ratios are taken within a run. A run measures the anchor row and its shard
 of the rows, begins none after --seconds, and leaves out those that the file holds already (--again measures them
