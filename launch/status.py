@@ -78,12 +78,12 @@ def _last_logged(path: Path) -> dict[str, Any]:
     """The last whole training entry of metrics.jsonl."""
     if not path.exists():
         return {}
-    for line in reversed(path.read_text().splitlines()):
+    for line in reversed(path.read_text(errors="replace").splitlines()):
         try:
-            entry: dict[str, Any] = json.loads(line)
+            entry: Any = json.loads(line)
         except ValueError:  # being written
             continue
-        if "loss" in entry:
+        if isinstance(entry, dict) and "loss" in entry:
             return entry
     return {}
 

@@ -10,6 +10,7 @@ refused or the run directory cannot be written, 2 the configuration is wrong.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,10 @@ _LAUNCH = Path(__file__).resolve().parent
 
 class SubmitError(RuntimeError):
     """Slurm that is not there, or that refuses the job."""
+
+
+class UnknownJob(SubmitError):
+    """An answer of sbatch without a job's id: a job may run from the folder, which stays."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +87,8 @@ def submit(job: JobConfig, folder: Path, script: str, chain: int = 1) -> Submiss
             options = [f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
             followed = ["--followed"] if link < chain - 1 else []
             ids.append(_sbatch([*options, str(folder / SCRIPT), *followed]))
+    except UnknownJob:
+        raise
     except SubmitError:
         if ids:
             subprocess.run(["scancel", *map(str, ids)], check=False)
@@ -97,7 +104,14 @@ def _sbatch(arguments: Sequence[str]) -> int:
     ended = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True)
     if ended.returncode:
         raise SubmitError(f"sbatch refused the job: {ended.stderr.strip()}")
-    return int(ended.stdout.strip().split(";")[0])  # "id;cluster" where there are several
+    said = ended.stdout.strip()
+    words = re.fullmatch(r"(?:.*\n)?(\d+)(?:;.*)?", said, re.DOTALL)  # "id;cluster" where there are several
+    if words is None:
+        raise UnknownJob(
+            f"sbatch did not say a job's id, but {said!r}: the job may be queued; look with squeue, and call Slurm's own "
+            "sbatch, which heeds --parsable"
+        )
+    return int(words[1])
 
 
 def _submission(job: JobConfig, folder: Path, job_ids: tuple[int, ...] = ()) -> Submission:

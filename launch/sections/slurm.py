@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -74,6 +75,15 @@ class SlurmSection(Section):
     @classmethod
     def _minutes(cls, value: object) -> object:
         return str(value) if type(value) is int else value
+
+    @field_validator("container")
+    @classmethod
+    def _words(cls, value: str | None) -> str | None:
+        try:
+            shlex.split(value or "")
+        except ValueError as error:
+            raise ValueError(f"{str(error).lower()}; quote words as in a shell") from None
+        return value
 
 
 def slurm_seconds(limit: str) -> int:

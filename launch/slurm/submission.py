@@ -55,11 +55,15 @@ class Submission:
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
-        """The inverse of `write`."""
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
-        for key in ("srun_options", "container", "job_ids"):
-            facts[key] = tuple(facts[key])
-        return cls(**facts | {"folder": folder, "run": Path(facts["run"])})
+        """The inverse of `write`. Raises ValueError."""
+        path = folder / _FACTS
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text())
+            for key in ("srun_options", "container", "job_ids"):
+                facts[key] = tuple(facts[key])
+            return cls(**facts | {"folder": folder, "run": Path(facts["run"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not what launch/submit.py wrote ({error!r}); submit the job again") from error
 
     @property
     def config(self) -> Path:

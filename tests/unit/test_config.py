@@ -168,6 +168,7 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         ("data.files=a.txt", "data.files = a.txt", "must be a list; give list of text"),
         ("data.blend=[{path: 3}]", "data.blend[0].path = 3", "must be a valid string"),
         ("data.blend=[{path: x}]", "data.blend = [{path: x}]", "blend is given but source (python_stdlib)"),
+        ("slurm.container=apptainer exec 'x", "slurm.container", "no closing quotation; quote words as in a shell"),
         ("slurm.environment=[]", "slurm.environment = []", "must be a group of names, each with text or integer"),
         ("training.precision=half", "training.precision = half", "is none of these; give one of auto, fp32, bf16"),
         ("model.rope_theta=.inf", "model.rope_theta = inf", "must be a finite number"),

@@ -13,6 +13,7 @@ import layout_costs
 import longest_context
 import ring_attention
 import scaling_model
+import shipped_jobs
 import throughput_report
 from attention_contest.results import load
 from documents import markdown, renewed
@@ -27,6 +28,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
+    "choosing.md": (lambda: {shipped_jobs.MARK: shipped_jobs.table()}, "shipped_jobs.py --write"),
     "longest_context.md": (
         lambda: {longest_context.MARK: longest_context.table(results("longest_context.json"))},
         "longest_context.py --output docs/longest_context.json --document docs/longest_context.md",

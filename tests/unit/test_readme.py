@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import multiprocessing
+import os
 import re
 import shlex
 import socket
@@ -16,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.config import SECTIONS
+from tests.distributed.harness import PRELOADED
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -44,9 +48,50 @@ def python_strings(path: str) -> str:
     return " ".join(value for value in constants if isinstance(value, str))
 
 
+OF_A_RUN = ("generate", "run_eval", "convert", "audit_data")
+"""Commands that need a trained run."""
+
+
+def _main(script: str, arguments: list[str], folder: Path) -> None:
+    """In a process of its own: `python launch/SCRIPT.py` in the folder, its words in the folder's log."""
+    os.chdir(folder)
+    with open("log", "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    status = importlib.import_module(f"launch.{script}").main(arguments)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_in(folder: Path, script: str, arguments: list[str]) -> str:
+    """What the command said; it must succeed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "launch.run"])
+    process = context.Process(target=_main, args=(script, arguments, folder))
+    process.start()
+    process.join(240)
+    said = (folder / "log").read_text(errors="replace")
+    assert process.exitcode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with two steps of the quickstart, by one process."""
+    folder = tmp_path_factory.mktemp("trained")
+    less = "training.max_steps=2 optimizer.warmup_steps=1 training.sample_tokens=0 training.evaluation_batches=1"
+    alone = "parallel.tensor_parallel_size=1 parallel.context_parallel_size=1 health.probe=false job.device=cpu"
+    run_in(folder, "train", [*less.split(), *alone.split()])
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_runs(command: str) -> None:
+def test_every_command_runs(command: str, request: pytest.FixtureRequest) -> None:
     words = shlex.split(command)
+    if words[0] == "python" and Path(words[1]).stem in OF_A_RUN:
+        said = run_in(request.getfixturevalue("trained"), Path(words[1]).stem, words[2:])
+        assert "Traceback" not in said
+        return
     if words[:2] in (["python", "launch/submit.py"], ["python", "launch/status.py"]):
         tested = python_strings("tests/cluster/test_slurm.py")
         assert words[1].removeprefix("launch/") in tested

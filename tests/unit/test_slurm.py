@@ -28,6 +28,7 @@ from launch.sections.slurm import slurm_seconds
 from launch.slurm.batch_script import render
 from launch.slurm.submission import Submission
 from launch.slurm.world import first_host, meeting_port, tasks_per_node, world_of_step
+from tests.unit.job_files import weights_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +40,7 @@ def blocks_of(language: str) -> list[str]:
 
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LONG = ROOT / "configs" / "llama3-8b-128k.yaml"
 
 
 def script(config: Path, *overrides: str) -> str:
@@ -51,13 +53,19 @@ def directives(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_jobs_are_rendered(config: Path) -> None:
-    overrides = ["slurm.gpus_per_node=4"] if config.stem == "quickstart" else []
+def test_shipped_jobs_are_rendered(config: Path, tmp_path: Path) -> None:
+    overrides = ["slurm.gpus_per_node=4"] if config.stem == "quickstart" else weights_for(config, tmp_path)
     text, job = script(config, *overrides), load_job(config, overrides)
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
     lines = directives(text)
     assert f"--nodes={job.slurm.nodes}" in lines and f"--gres=gpu:{job.slurm.gpus_per_node}" in lines
-    assert {"--ntasks-per-node=1", "--signal=B:USR2@120", "--requeue", "--exclusive", "--mem=0"} <= set(lines)
+    assert {
+        "--ntasks-per-node=1",
+        f"--signal=B:USR2@{job.slurm.stop_seconds}",
+        "--requeue",
+        "--exclusive",
+        "--mem=0",
+    } <= set(lines)
     # sbatch stops reading options at the first command
     assert max(index for index, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")) == len(lines)
     assert shlex.split(text.splitlines()[-1]) == ["exec", "run", "it now", "$@"]
@@ -65,7 +73,7 @@ def test_shipped_jobs_are_rendered(config: Path) -> None:
 
 def test_every_key_reaches_the_script() -> None:
     text = script(
-        CONFIGS[0],
+        LONG,
         *("slurm.nodes=4", "slurm.gpus_per_node=8", "slurm.gres=gpu:h100", "slurm.partition=long", "slurm.account=me"),
         *("slurm.qos=low", "slurm.reservation=r1", "slurm.time=1-00:00:00", "slurm.constraint=ib&h100"),
         *("slurm.exclude=node[3,7-9]", "slurm.exclusive=false", "slurm.cpus_per_node=96", "slurm.memory=500G"),
@@ -92,11 +100,11 @@ def test_a_job_on_cpus_asks_for_no_gpu() -> None:
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     template = tmp_path / "site.sh"
     template.write_text('#!/bin/bash -l\n{directives}\nx=${HOME}\n{setup}\n{command} "$@"\n')
-    text = script(CONFIGS[0], f"slurm.template={template}", "slurm.nodes=4")
+    text = script(LONG, f"slurm.template={template}", "slurm.nodes=4")
     assert text.startswith("#!/bin/bash -l\n#SBATCH --job-name=") and "x=${HOME}\n" in text
     template.write_text("{directives}\n{command}\n")
     with pytest.raises(ValueError, match="lacks {setup}; it needs all of"):
-        script(CONFIGS[0], f"slurm.template={template}", "slurm.nodes=4")
+        script(LONG, f"slurm.template={template}", "slurm.nodes=4")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,34 @@ def test_a_submission_is_kept_with_the_run(slurm: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr().out
     assert "job 7        RUNNING, restarts 2" in told and "step         0 of 200" in told
     assert status.main(["runs"]) == 2
+
+
+def test_what_a_crash_or_a_hand_has_damaged_is_told_or_left_out(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = submitted()
+    made.note_start(step=0, nodes=["node-1"], job="7", restart=0)
+    with open(made.folder / "slices.jsonl", "a") as file:
+        file.write('{"time": "2026-1')
+    (made.run / "metrics.jsonl").write_bytes(b'[1]\n{"step": 3, "loss": 1.5}\n{"step": 4, "lo\xff\n')
+    assert [start["step"] for start in made.slices()] == [0] and made.idle_slices(0) == 1
+    assert status.main(["runs/quickstart"]) == 0
+    assert "step         3 of 200" in capsys.readouterr().out
+    (made.folder / "submission.json").write_text("{}")
+    assert status.main(["runs/quickstart"]) == 2
+    assert "submission.json is not what launch/submit.py wrote (KeyError('srun_options'))" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "job"), [("Welcome to the cluster\n77;main", 77), ("Submitted batch job 77", None)])
+def test_what_sbatch_says_beside_the_id(slurm: Path, answer: str, job: int | None) -> None:
+    program = slurm.parent / "bin" / "sbatch"
+    program.write_text(f"#!/bin/bash\nprintf {shlex.quote(answer)}\n")
+    if job is not None:
+        assert submitted().job_ids == (job,)
+        return
+    with pytest.raises(submit.SubmitError, match="the job may be queued; look with squeue"):
+        submitted()
+    assert list(Path("runs/quickstart/slurm").glob("*/job.sbatch")), "a job that is queued needs it"
 
 
 def test_a_refused_submission_leaves_nothing(slurm: Path) -> None:
