@@ -108,8 +108,8 @@ def _sbatch(arguments: Sequence[str]) -> int:
     words = re.fullmatch(r"(?:.*\n)?(\d+)(?:;.*)?", said, re.DOTALL)  # "id;cluster" where there are several
     if words is None:
         raise UnknownJob(
-            f"sbatch did not say a job's id, but {said!r}: the job may be queued; look with squeue, and call Slurm's own "
-            "sbatch, which heeds --parsable"
+            f"sbatch did not say a job's id, but {said!r}: the job may be queued; look with squeue, and call Slurm's "
+            "own sbatch, which heeds --parsable"
         )
     return int(words[1])
 
