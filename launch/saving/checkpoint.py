@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.data.batches import Batches
@@ -31,6 +29,7 @@ from launch.saving.checkpoint_names import CheckpointError, complete_steps, step
 from launch.saving.checkpoint_records import Progress, Resumed, Retention, Saved
 from launch.saving.continuity import Settings
 from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
+from launch.saving.ranks import Ranks, in_words
 from launch.saving.storage import Storage
 from parallel.state import load_state, save_state
 from parallel.zero import Snapshot, ZeroEngine
@@ -51,10 +50,8 @@ class Checkpoints:
         """`settings` are stored with each checkpoint and compared at a resume."""
         self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
         self.settings, self.accept_changes = settings, accept_changes
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", group_desc="checkpoints")  # the training thread's
-        # The writing thread's, or the training thread's in its place.
-        self._writers = dist.new_group(backend="gloo", group_desc="checkpoint writers")
+        self._training = Ranks("checkpoints")
+        self._writing = Ranks("checkpoint writers")  # the thread that writes, or the training one in its place
         self._in_flight: Future[Saved] | None = None
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -93,11 +90,8 @@ class Checkpoints:
         """How the save in flight ended; None if there is none, or, without `wait`, if some rank still writes."""
         if self._in_flight is None:
             return None
-        if not wait:
-            done = torch.tensor(int(self._in_flight.done()))
-            dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
-            if not done:
-                return None
+        if not wait and not self._training.all(self._in_flight.done()):
+            return None
         saved, self._in_flight = self._in_flight.result(), None
         return saved
 
@@ -111,18 +105,18 @@ class Checkpoints:
     ) -> Saved:
         """The whole of a save, but for the copy. Collective over the writers."""
         step = facts["progress"]["step"]
-        name, path = step_name(step), self.path(step)
+        name, path, ranks = step_name(step), self.path(step), self._writing
         files = CheckpointFiles(self.storage, name)
 
         def finish(complete: bool, error: CheckpointError | None) -> Saved:
             return Saved(path, time.perf_counter() - begun, error, complete)
 
         try:
-            self._on_first(lambda: self.storage.begin(name))
+            ranks.on_first(lambda: self.storage.begin(name))
             snapshot.wait()
-            save_state(files, snapshot.fragments, shards, self._writers)
-            parts = self._everywhere(
-                lambda: (files.sums, continuity.next_batches(batches, step, self._rank, self._world_size))
+            save_state(files, snapshot.fragments, shards, ranks.group)
+            parts = ranks.everywhere(
+                lambda: (files.sums, continuity.next_batches(batches, step, ranks.rank, ranks.world_size))
             )
             manifest = {
                 "format": FORMAT,
@@ -134,13 +128,13 @@ class Checkpoints:
                 "torch": torch.__version__,
                 "files": {file: entry for sums, _ in parts for file, entry in sums.items()},
             }
-            self._on_first(lambda: self._complete(name, manifest, manifest["files"]))
+            ranks.on_first(lambda: self._complete(name, manifest, manifest["files"]))
         except (CheckpointException, CheckpointError) as error:
-            if self._rank == 0:
+            if ranks.rank == 0:
                 self.storage.discard(name)
             return finish(False, CheckpointError(f"checkpoint {path} could not be written: {_reason(error)}"))
         try:
-            self._on_first(self._remove_old)
+            ranks.on_first(self._remove_old)
         except CheckpointError as error:
             return finish(True, CheckpointError(f"checkpoint {path} is complete, but an older one stayed: {error}"))
         return finish(True, None)
@@ -161,10 +155,10 @@ class Checkpoints:
         Raises CheckpointError: better now than after the steps that a save would have kept.
         """
         name = "step-probe"
-        files = [f"rank-{rank}" for rank in range(self._world_size)]
+        files = [f"rank-{rank}" for rank in range(self._writing.world_size)]
 
         def write() -> None:
-            with self.storage.create(name, files[self._rank]) as stream:
+            with self.storage.create(name, files[self._writing.rank]) as stream:
                 stream.write(b"\n")
 
         def see() -> None:
@@ -172,24 +166,23 @@ class Checkpoints:
                 self.storage.written_size(name, file)
 
         try:
-            self._on_first(lambda: self.storage.begin(name))
-            self._everywhere(write)
-            self._on_first(see)
+            self._writing.on_first(lambda: self.storage.begin(name))
+            self._writing.everywhere(write)
+            self._writing.on_first(see)
         except CheckpointError as error:
             raise CheckpointError(
                 f"checkpoints could not be written to {self.storage.location}: {error}; give checkpoint.directory a "
                 "place that every node can write and sees alike"
             ) from error
         finally:
-            if self._rank == 0:
+            if self._writing.rank == 0:
                 self.storage.discard(name)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first (as rank 0 sees them)."""
-        found = self._everywhere(lambda: complete_steps(self.storage) if self._rank == 0 else [], self._group)
-        return found[0]
+        return self._training.on_first(lambda: complete_steps(self.storage))
 
     def load_latest(self, engine: ZeroEngine) -> Resumed | None:
         """Loads the newest complete checkpoint, whatever layout wrote it; None where there is none.
@@ -214,7 +207,7 @@ class Checkpoints:
         told = self._check_same_run(path, manifest)
         fragments = list(engine.fragments())
         try:
-            load_state(CheckpointFiles(self.storage, name), fragments, engine.shards, self._group)
+            load_state(CheckpointFiles(self.storage, name), fragments, engine.shards, self._training.group)
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {path} could not be loaded: {_reason(error)}") from error
         engine.adopt_state(manifest["optimizer_steps"])
@@ -226,10 +219,8 @@ class Checkpoints:
         """Raises CheckpointError, naming the first difference, unless the run goes on with the data it would have."""
         if continuity.DATA in self.accept_changes:
             return
-        step = resumed.progress.step
-        parts = self._everywhere(
-            lambda: continuity.next_batches(batches, step, self._rank, self._world_size), self._group
-        )
+        step, ranks = resumed.progress.step, self._training
+        parts = ranks.everywhere(lambda: continuity.next_batches(batches, step, ranks.rank, ranks.world_size))
         other = continuity.other_batch(resumed.batches, {at: one for part in parts for at, one in part.items()})
         if other:
             raise CheckpointError(
@@ -250,8 +241,8 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a complete checkpoint's files, or None. The ranks share the reading."""
-        name = step_name(step)
-        found = self._everywhere(lambda: damage(self.storage, name, self._rank, self._world_size), self._group)
+        name, ranks = step_name(step), self._training
+        found = ranks.everywhere(lambda: damage(self.storage, name, ranks.rank, ranks.world_size))
         return next((fault for fault in found if fault), None)
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -260,34 +251,9 @@ class Checkpoints:
         """What a user calls the checkpoint of `step`."""
         return f"{self.storage.location}/{step_name(step)}"
 
-    def _on_first(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0; every writer waits, and raises CheckpointError if it failed."""
-        self._everywhere(lambda: action() if self._rank == 0 else None)
-
-    def _everywhere(self, action: Callable[[], Any], group: ProcessGroup | None = None) -> list[Any]:
-        """Runs `action` on every rank and returns all results, over the writers' group unless another is given.
-
-        Raises CheckpointError everywhere if any rank failed: whatever the reason, the others must not wait for it.
-        """
-        try:
-            outcome: tuple[Any, str | None] = (action(), None)
-        except Exception as error:
-            outcome = (None, f"rank {self._rank}: {_words(error)}")
-        outcomes: list[Any] = [None] * self._world_size
-        dist.all_gather_object(outcomes, outcome, group=group or self._writers)
-        failures = [failure for _, failure in outcomes if failure]
-        if failures:
-            raise CheckpointError("; ".join(failures))
-        return [result for result, _ in outcomes]
-
-
-def _words(error: BaseException) -> str:
-    """OSErrors and our own speak for themselves; of others the type says what they are."""
-    return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-
 
 def _reason(error: BaseException) -> str:
     """The ranks' own words, without the traceback that torch adds."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(error.failures.items()))
+        return "; ".join(f"rank {rank}: {in_words(failure[0])}" for rank, failure in sorted(error.failures.items()))
     return str(error)
