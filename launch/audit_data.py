@@ -14,120 +14,26 @@ records or corpora cannot be read.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from launch.config import JobConfig
 from launch.data.batches import SequenceSampler
-from launch.data.corpora import load_corpora, open_corpus, samplers, split
 from launch.data.corpus import Corpus, CorpusError, Int64
-from launch.data.cursor import BlendedSamples, DataCursor
-from launch.data.data_log import WHOLE, read_paths, total_digest
+from launch.data.cursor import BlendedSamples
+from launch.data.data_log import total_digest
+from launch.data.run_record import Noted, RunRecord
 from launch.settings.violations import ConfigError
-from launch.weights.stored_model import RUN_FILE
 
 _SAMPLES = 1 << 16
 """Drawn at a time, which bounds the memory."""
 _MOST_FAULTS = 20
 
 
-@dataclass(frozen=True)
-class Noted:
-    """What all ranks together noted of a step."""
-
-    samples: int
-    digest: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's records and its corpora."""
-
-    cursor: DataCursor
-    noted: dict[int, Noted]
-    """By step, counted from 0."""
-    samplers: dict[str, SequenceSampler]
-    """Those of the cursor's corpora that can be read."""
-
-    @classmethod
-    def read(cls, directory: Path) -> Run:
-        """Raises CorpusError, ConfigError or OSError where the records or the corpora cannot be read."""
-        job = JobConfig.from_yaml((directory / RUN_FILE).read_text())
-        cursor = DataCursor.from_record(json.loads((directory / "data" / "cursor.json").read_text()))
-        corpora = load_corpora(job)
-        for name, corpus in corpora.training.items():
-            if cursor.corpora.get(name) != corpus.fingerprint:
-                raise CorpusError(
-                    f"corpus {name} is not what the run read (fingerprint {str(cursor.corpora.get(name))[:12]}, here "
-                    f"{corpus.fingerprint[:12]}); restore it, and start where the run was started"
-                )
-        training = corpora.training | _left_out(directory / "data", cursor, job)
-        run = cls(cursor, _noted(directory / "data"), samplers(replace(corpora, training=training), job))
-        if not run.steps:
-            raise CorpusError(
-                f"{directory / 'data'}: dp-*.jsonl hold no whole step; restore them, there is nothing to prove"
-            )
-        return run
-
-    @property
-    def steps(self) -> range:
-        """The steps that all ranks have noted in full; the ranks may have read one more before they were stopped."""
-        first = self.cursor.history[0].step
-        whole = [step for step, noted in self.noted.items() if noted.samples == self.size(step)]
-        return range(first, max(whole, default=first - 1) + 1)
-
-    def size(self, step: int) -> int:
-        """The global batch size of a step."""
-        return self.cursor.first_sample(step + 1) - self.cursor.first_sample(step)
-
-    def indices(self, step: int) -> Int64:
-        """[global batch size] the global samples of a step."""
-        return np.arange(self.cursor.first_sample(step), self.cursor.first_sample(step + 1))
-
-
-def _left_out(directory: Path, cursor: DataCursor, job: JobConfig) -> dict[str, Corpus]:
-    """The training parts of corpora that data.blend names no more, as far as they still lie where they lay."""
-    names, found = {corpus.label for corpus in job.data.blend}, {}
-    for name, path in read_paths(directory).items():
-        if name in cursor.corpora and name not in names:
-            try:
-                corpus, _ = split(open_corpus(path, job.model.vocab_size), job)
-            except CorpusError as error:
-                print(f"corpus {name}, which data.blend names no more: {error}", file=sys.stderr)
-                continue
-            if corpus.fingerprint == cursor.corpora[name]:
-                found[name] = corpus
-            else:
-                print(f"corpus {name}, which data.blend names no more: {path} is not what was read", file=sys.stderr)
-    return found
-
-
-def _noted(directory: Path) -> dict[int, Noted]:
-    """By step. A line that a kill cut short is left out, as at a resume. Raises CorpusError."""
-    found: dict[int, Noted] = {}
-    for path in sorted(directory.glob("dp-*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                continue
-            try:
-                entry = json.loads(line)
-                step, samples, digest = entry["step"] - 1, entry["samples"], entry["digest"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorpusError(
-                    f"{path}, line {number}: no record of a step ({error!r}); restore the file"
-                ) from error
-            before = found.get(step, Noted(0, 0))
-            found[step] = Noted(before.samples + samples, (before.digest + digest) % WHOLE)
-    return found
-
-
-def faults_of_steps(run: Run, *, quick: bool) -> Iterator[str]:
+def faults_of_steps(run: RunRecord, *, quick: bool) -> Iterator[str]:
     """Steps that were lost or read twice, or whose ranks read something else than the cursor says."""
     known, source = set(run.samplers), BlendedSamples(run.samplers, run.cursor)
     for step in tqdm(run.steps, unit="step", disable=None):
@@ -145,7 +51,7 @@ def faults_of_steps(run: Run, *, quick: bool) -> Iterator[str]:
             yield f"step {step + 1}: the ranks read other tokens than the corpora hold ({found})"
 
 
-def faults_of_draws(run: Run, drawn: dict[str, int]) -> Iterator[str]:
+def faults_of_draws(run: RunRecord, drawn: dict[str, int]) -> Iterator[str]:
     """Samples of a corpus that the history of the blend gives twice or never. Counts into `drawn`."""
     end = run.cursor.first_sample(run.steps.stop)
     for start in range(0, end, _SAMPLES):
@@ -188,7 +94,7 @@ def documents_seen(corpus: Corpus, start: Int64, stop: Int64) -> tuple[int, int]
     return complete, touched - complete
 
 
-def audit(run: Run, *, quick: bool = False) -> list[str]:
+def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
     """Prints what was read; returns the faults."""
     faults = list(faults_of_steps(run, quick=quick))
     drawn: dict[str, int] = {}
@@ -212,7 +118,7 @@ def audit(run: Run, *, quick: bool = False) -> list[str]:
     return faults
 
 
-def show(run: Run, step: int) -> None:
+def show(run: RunRecord, step: int) -> None:
     """Prints the documents of a step, counted from 0."""
     first = run.cursor.first_sample(step)
     draws = run.cursor.draws(run.indices(step)).items()
@@ -237,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, metavar="STEP")
     options = parser.parse_args(arguments)
     try:
-        run = Run.read(options.run)
+        run = RunRecord.read(options.run)
         if options.show is not None:
             if options.show - 1 not in run.steps:
                 known = f"{run.steps.start + 1} to {run.steps.stop}"

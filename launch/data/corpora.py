@@ -8,19 +8,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from launch.config import JobConfig
 from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.indexed import open_indexed
 from launch.data.sources import load_text
 from launch.data.split import split_corpus
-
-if TYPE_CHECKING:
-    from launch.config import JobConfig
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    from launch.config import JobConfig
+from launch.config import JobConfig
 
 STEP = "step"
 _KNOWN_AFTER = 5

@@ -15,6 +15,7 @@ from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from launch.data.cursor import BlendedSamples, DataCursor
 from launch.data.data_log import DataLog
 from launch.data.indexed_writer import IndexedWriter
+from launch.data.run_record import RunRecord
 
 JOB = """
 job: {{name: audited, run_directory: {run}}}
@@ -122,7 +123,7 @@ def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
     status, said = audited(run.run, capsys, "--show", "7")
     assert status == 0
     assert said.count(": corpus ") == 4 and "sample 24: corpus " in said and "documents " in said
-    audit = audit_data.Run.read(run.run)
+    audit = RunRecord.read(run.run)
     source = BlendedSamples(audit.samplers, audit.cursor)
     for name, sampler in audit.samplers.items():
         whole = sampler.corpus.shards[0]
@@ -162,10 +163,10 @@ def test_an_order_that_repeats_is_told(
     """Without the cursor, at a change of weights every corpus would begin again: such a run is not sound."""
     run = Simulated(tmp_path)
     run.train(0, 20, {"web": 0.7, "code": 0.3})
-    read = audit_data.Run.read(run.run)
+    read = RunRecord.read(run.run)
     windows = read.samplers["web"].windows
     monkeypatch.setattr(read.samplers["web"], "windows", lambda indices: windows(indices // 2))
-    monkeypatch.setattr(audit_data.Run, "read", lambda directory: read)
+    monkeypatch.setattr(RunRecord, "read", lambda directory: read)
     status, said = audited(run.run, capsys, "--quick")
     assert status == 1 and "corpus web, epoch 1: " in said and "stretches of tokens were repeated" in said
 
