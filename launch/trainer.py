@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -15,9 +14,11 @@ from torch.profiler import record_function
 from launch.config import JobConfig
 from launch.data.batches import Batches
 from launch.data.prefetch import Prefetcher
+from launch.feed import HostBatch
 from launch.health.pace import STEP, Pace
 from launch.health.stragglers import Stragglers
 from launch.monitoring.monitor import Monitor, StepRecord
+from launch.monitoring.timing import StepClock
 from launch.monitoring.tracing import DATA, StepTracer
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
@@ -69,19 +70,10 @@ class Trainer:
         self._losses = self._expected = dict(losses or {})
         evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
         unchecked: StepOutcome | None = None
-        logged_at, logged_step = time.perf_counter(), start
+        clock = StepClock(start)
         with Prefetcher(lambda step: self.stepper.cut(self.training.micro_batches(step)), stop=total) as batches:
             for step in range(start, total):
-                self.pace.begin(STEP, step + 1)
-                self.tracer.before(step + 1)
-                self.timer.start()
-                with record_function(DATA):
-                    micro_batches = batches.get(step)
-                self.timer.mark("data")
-                outcome = self.stepper.train(step, micro_batches)
-                traced = self.tracer.after(outcome.step)
-                if traced:
-                    self.monitor.message(traced)
+                outcome = self._step(step, batches)
                 # Checked one step late: by then the values are there, and reading them does not hold up the device.
                 if unchecked is not None:
                     self._check_finite(unchecked)
@@ -90,28 +82,20 @@ class Trainer:
                 self.monitor.advance(outcome.step)
                 last = outcome.step == total
                 stopping = self.stop() and not last
-                if outcome.step % self.job.monitor.log_interval == 0 or last:
+                if last or _due(outcome.step, self.job.monitor.log_interval):
                     self._check_finite(outcome)
-                    parts = self.timer.collect()
-                    seconds = (time.perf_counter() - logged_at) / (outcome.step - logged_step)
-                    self._log(outcome, progress, seconds, parts)
-                    limit = self.pace.note()
-                    if limit:
-                        self.monitor.message(limit)
-                    self._report(self.checkpoints.outcome(wait=False))
-                    logged_at, logged_step = time.perf_counter(), outcome.step
-                interrupted = time.perf_counter()
-                if last or (evaluation and outcome.step % evaluation == 0):
-                    self._check_finite(outcome)
-                    self.pace.begin("evaluation", outcome.step)
-                    self._log_validation(outcome.step)
-                if last or stopping or (saving and outcome.step % saving == 0):
-                    self._check_finite(outcome)
-                    self.pace.begin("checkpoint", outcome.step)
-                    self.timer.mark("")
-                    self._save(progress, last=last or stopping)
-                    self.timer.mark("checkpoint")
-                logged_at += time.perf_counter() - interrupted  # evaluating and saving are not part of a step's time
+                    self._log(outcome, progress, clock)
+                with clock.paused():
+                    if last or _due(outcome.step, evaluation):
+                        self._check_finite(outcome)
+                        self.pace.begin("evaluation", outcome.step)
+                        self._log_validation(outcome.step)
+                    if last or stopping or _due(outcome.step, saving):
+                        self._check_finite(outcome)
+                        self.pace.begin("checkpoint", outcome.step)
+                        self.timer.mark("")
+                        self._save(progress, last=last or stopping)
+                        self.timer.mark("checkpoint")
                 if stopping:
                     self.monitor.message(
                         f"stopped after step {outcome.step} of {total}, as asked by a signal or a watchdog"
@@ -124,6 +108,20 @@ class Trainer:
         return progress
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, batches: Prefetcher[list[HostBatch]]) -> StepOutcome:
+        """One training step, timed, and traced if it is one of those."""
+        self.pace.begin(STEP, step + 1)
+        self.tracer.before(step + 1)
+        self.timer.start()
+        with record_function(DATA):
+            micro_batches = batches.get(step)
+        self.timer.mark("data")
+        outcome = self.stepper.train(step, micro_batches)
+        traced = self.tracer.after(outcome.step)
+        if traced:
+            self.monitor.message(traced)
+        return outcome
 
     def _check_finite(self, outcome: StepOutcome) -> None:
         """Every rank sees the same loss and norm, so all stop together."""
@@ -149,26 +147,33 @@ class Trainer:
             "the data of this step"
         )
 
-    def _log(self, outcome: StepOutcome, progress: Progress, seconds: float, parts: dict[str, float]) -> None:
-        scaler = self.engine.loss_scaler_state
-        slow = self.stragglers.look(parts.get("data", 0.0)) if self.stragglers else None
-        self.monitor.log_step(
-            StepRecord(
-                step=outcome.step,
-                loss=float(outcome.loss),
-                gradient_norm=float(outcome.grad_norm),
-                learning_rate=self.stepper.learning_rate(outcome.step - 1),
-                tokens=progress.tokens,
-                seconds=seconds,
-                parts=parts,
-                peak_memory_bytes=_peak_memory(self.engine.device),
-                stragglers=slow.scalars if slow else {},
-                extra={"loss_scale": scaler["cur_scale"]} if scaler else {},
+    def _log(self, outcome: StepOutcome, progress: Progress, clock: StepClock) -> None:
+        """Tells of a step, and of whatever has come up since the one before."""
+        parts, seconds = self.timer.collect(), clock.read(outcome.step)
+        with clock.paused():
+            scaler = self.engine.loss_scaler_state
+            slow = self.stragglers.look(parts.get("data", 0.0)) if self.stragglers else None
+            self.monitor.log_step(
+                StepRecord(
+                    step=outcome.step,
+                    loss=float(outcome.loss),
+                    gradient_norm=float(outcome.grad_norm),
+                    learning_rate=self.stepper.learning_rate(outcome.step - 1),
+                    tokens=progress.tokens,
+                    seconds=seconds,
+                    parts=parts,
+                    peak_memory_bytes=_peak_memory(self.engine.device),
+                    stragglers=slow.scalars if slow else {},
+                    extra={"loss_scale": scaler["cur_scale"]} if scaler else {},
+                )
             )
-        )
-        if slow and slow.named:
-            self.monitor.message(f"warning: {slow.named}")
-            self.monitor.text("stragglers", slow.named)
+            if slow and slow.named:
+                self.monitor.message(f"warning: {slow.named}")
+                self.monitor.text("stragglers", slow.named)
+            limit = self.pace.note()
+            if limit:
+                self.monitor.message(limit)
+            self._report(self.checkpoints.outcome(wait=False))
 
     def _log_validation(self, step: int) -> None:
         loss = self.stepper.evaluate(self.validation.once(self.job.training.evaluation_batches))
@@ -215,3 +220,8 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _due(step: int, interval: int) -> bool:
+    """Whether something is done after `step` that is done so often; never for 0."""
+    return interval > 0 and step % interval == 0

@@ -35,7 +35,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.recompute, self.store = recompute, store
-        self.run = Block.recomputed  # `GPT.compile_blocks` puts one compiled function for all blocks in its place
+        self.run = Block.under_policy  # `GPT.compile_blocks` puts one compiled function for all blocks in its place
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -47,8 +47,8 @@ class Block(nn.Module):
         with self.store.block(hidden):
             return self.run(self, hidden, rotary, documents)
 
-    def recomputed(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
-        """The block under its policy: what is compiled, if anything is."""
+    def under_policy(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        """The block, which computes again what its policy says: what is compiled, if anything is."""
         compute = recomputed(self._compute, self.recompute if self.training else "none", self.store)
         return compute(hidden, rotary, documents)
 
@@ -124,7 +124,7 @@ class GPT(nn.Module):
         Their `forward` stays plain, and with it whatever is hooked to the call of a block.
         """
         self.lm_head.compiled = True
-        compiled = torch.compile(Block.recomputed, fullgraph=True)
+        compiled = torch.compile(Block.under_policy, fullgraph=True)
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.run = compiled

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +50,28 @@ class StepTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class StepClock:
+    """How long steps take by the wall: the mean of all since the last reading, without the pauses between them."""
+
+    def __init__(self, step: int):
+        """`step`: those that are done."""
+        self._since, self._step = time.perf_counter(), step
+
+    def read(self, step: int) -> float:
+        """Mean seconds of the steps since the last reading, up to `step`."""
+        now = time.perf_counter()
+        seconds = (now - self._since) / (step - self._step)
+        self._since, self._step = now, step
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile is no part of a step."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
 
 def _elapsed(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:

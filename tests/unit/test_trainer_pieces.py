@@ -17,7 +17,7 @@ from launch.data.batches import MicroBatch
 from launch.data.text_codec import text_codec
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
-from launch.monitoring.timing import StepTimer
+from launch.monitoring.timing import StepClock, StepTimer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
@@ -73,6 +73,17 @@ def test_step_timer_gives_means_and_starts_afresh(monkeypatch: pytest.MonkeyPatc
     timer.start()
     timer.mark("data")
     assert timer.collect() == {"data": 2.0}
+
+
+def test_step_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 6.0, 8.0, 10.0, 110.0, 118.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
+    clock = StepClock(5)
+    with clock.paused():  # from 6 to 8
+        pass
+    with clock.paused():  # from 10 to 110
+        pass
+    assert clock.read(9) == 4.0  # 118 s less 2 and 100, over four steps
 
 
 # -- environment ---------------------------------------------------------------------------------------------------
