@@ -29,6 +29,7 @@ from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, de
 from parallel.zero_stage3 import (
     accumulate_together,
     gather_without_copies,
+    keep_gathered,
     keep_host_ahead,
     measure_norm_once,
     reduce_without_interleaving,
@@ -121,8 +122,10 @@ class ZeroEngine:
         weight_decay: float,
         device: torch.device,
         units: Sequence[nn.Module] = (),
+        persistent: Sequence[nn.Module] = (),
     ):
-        """`units`: modules whose parameters stage 3 gathers and releases together, in one message each."""
+        """`units`: modules whose parameters stage 3 gathers and releases together, in one message each; `persistent`:
+        modules whose parameters it keeps gathered from one update to the next."""
         self.model, self.shards, self.mesh, self.settings = model, shards, mesh, settings
         self.device = device
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -150,6 +153,7 @@ class ZeroEngine:
         )
         if settings.stage == 3:
             self._tune_stage3(sizes)
+            keep_gathered(self.engine.optimizer, [one for module in persistent for one in module.parameters()])
         self._create_moments()
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
@@ -234,7 +238,7 @@ class ZeroEngine:
     def _tune_stage3(self, sizes: ModelSizes) -> None:
         if sizes.matrices_of_unit:
             self._fetch_ahead(_UNITS_AHEAD * sizes.matrices_of_unit)
-        if self.device.type == "cuda":  # under gloo a rank died of a damaged heap, once in a while
+        if self.device.type == "cuda":  # ranks on CPUs were seen to die of a damaged heap; docs/log.md
             gather_without_copies(self.model)
             reduce_without_interleaving(self.engine.optimizer)
         if self.settings.offload_optimizer == "none":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as functional_collectives
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 
 def gather_without_copies(model: nn.Module) -> None:
@@ -33,17 +33,20 @@ def gather_without_copies(model: nn.Module) -> None:
 
 
 class _Gathering:
-    """Parameters on their way; what DeepSpeed's coordinator waits for."""
+    """Parameters on their way into `wholes`; what DeepSpeed's coordinator waits for."""
 
-    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor]):
-        self._parameters, self._wholes = parameters, wholes
+    def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor], message: Any):
+        self._parameters, self._wholes, self._message = parameters, wholes, message
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Lets the current stream wait, not the host."""
+        if not self._parameters:
+            return  # all of them ask, the first one is answered
+        self._message.wait()
         for parameter, whole in zip(self._parameters, self._wholes, strict=True):
-            parameter.data = _arrived(whole)[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
-        self._parameters, self._wholes = [], []  # all of them ask, the first one is answered
+        self._parameters, self._wholes = [], []
 
 
 def _gather(theirs: Any, parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
@@ -56,7 +59,11 @@ def _gather(theirs: Any, parameters: Iterable[Any], safe_mode: bool = False, qua
         parameter.ds_status = ZeroParamStatus.INFLIGHT
     _after_computing(parameters[0].device)
     parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
-    return _Gathering(parameters, functional_collectives.all_gather_into_tensor_coalesced(parts, group))
+    wholes = [part.new_empty(group.size() * len(part)) for part in parts]
+    with _coalescing_manager(group, async_ops=True) as message:
+        for whole, part in zip(wholes, parts, strict=True):
+            dist.all_gather_into_tensor(whole, part, group=group)
+    return _Gathering(parameters, wholes, message)
 
 
 def _after_computing(device: torch.device) -> None:
@@ -67,6 +74,17 @@ def _after_computing(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+
+
+def keep_gathered(optimizer: Any, parameters: Iterable[Any]) -> None:
+    """Releases `parameters` before an update only, and gathers them after it.
+
+    DeepSpeed picks such parameters by their size alone.
+    """
+    for parameter in parameters:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            optimizer.persistent_parameters.append(parameter)
 
 
 def reduce_without_interleaving(optimizer: Any) -> None:
@@ -87,9 +105,13 @@ def _average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch
     wholes = list(torch.empty(sum(lengths), dtype=dtype, device=gradients[0].device).split(lengths))
     filled = [whole[: gradient.numel()].view_as(gradient) for whole, gradient in zip(wholes, gradients, strict=True)]
     torch._foreach_copy_(filled, gradients)
-    parts = functional_collectives.reduce_scatter_tensor_coalesced(wholes, "avg", [0] * len(wholes), group)
+    parts = [whole.new_empty(len(whole) // group.size()) for whole in wholes]
+    with _coalescing_manager(group, async_ops=True) as message:
+        for part, whole in zip(parts, wholes, strict=True):
+            dist.reduce_scatter_tensor(part, whole, dist.ReduceOp.AVG, group=group)
+    message.wait()  # the current stream, not the host
     ends = [gradient.numel() - group.rank() * len(part) for gradient, part in zip(gradients, parts, strict=True)]
-    mean = [_arrived(part)[: max(end, 0)] for part, end in zip(parts, ends, strict=True)]
+    mean = [part[: max(end, 0)] for part, end in zip(parts, ends, strict=True)]
     return [part.to(optimizer.gradient_accumulation_dtype) for part in mean]
 
 
@@ -184,11 +206,6 @@ def _clip_in_update(optimizer: Any, sub_group: int, scaled_norm: Tensor) -> None
         excess = (scaled_norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad
         scale = (scale * excess.clamp(min=1.0)).float()
     optimizer.optimizer.grad_scale = scale
-
-
-def _arrived(tensor: Tensor) -> Tensor:
-    """A collective's result, for which the current stream waits and not the host."""
-    return tensor.wait() if isinstance(tensor, functional_collectives.AsyncCollectiveTensor) else tensor
 
 
 def _replace(owner: Any, name: str, method: Any) -> None:

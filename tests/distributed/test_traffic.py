@@ -16,6 +16,7 @@ import torch.distributed as dist
 from benchmarks.layout_costs import Payload, exchange_payload, ring_payload, tensor_payload, zero_payloads
 from launch.build import build_engine
 from launch.config import JobConfig
+from launch.memory.parameters import count_persistent
 from launch.precision import BYTES, Precision
 from parallel import zero
 from parallel.collectives import functional_collectives
@@ -23,8 +24,8 @@ from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed
 from tests.distributed.two_rank_jobs import ACCUMULATION, HIDDEN, LAYERS, LENGTH, VOCABULARY, job_of, one_step
 
-PERSISTENT = (2 * LAYERS + 1) * HIDDEN
-"""The norms: what stage 3 keeps whole, gathered once a step."""
+NORMS = (2 * LAYERS + 1) * HIDDEN
+"""What stage 3 keeps whole in any case, gathered once a step."""
 NEGLIGIBLE = 64  # bytes: flags and norms
 CASES: list[tuple[Precision, str]] = [("fp32", "none"), ("fp32", "full"), ("bf16", "none"), ("bf16", "full")]
 ZERO_CASES: list[tuple[int, Precision, str]] = [
@@ -37,6 +38,9 @@ ZERO_CASES: list[tuple[int, Precision, str]] = [
     )  # once stage 0 has turned on DeepSpeed's autocast, it takes the types of all engines from it
     for precision, reduced in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
 ]
+TILED = (3, "fp32", "tiled")
+KEPT = (3, "fp32", "kept")
+"""One block and the embedding stay gathered."""
 
 
 def traffic_of_a_step(job: JobConfig) -> tuple[Counter[str], int]:
@@ -75,11 +79,10 @@ def counted() -> Iterator[Counter[str]]:
     def counting_functional(kind: str, name: str) -> Any:
         function = getattr(functional_collectives, name)
 
-        def count(given: torch.Tensor | list[torch.Tensor], *args: Any) -> Any:
+        def count(tensor: torch.Tensor, *args: Any) -> Any:
             whole = args[-1].size() if kind == "all_gather" else 1  # it is given a part
-            for tensor in given if isinstance(given, list) else [given]:
-                bytes_of[kind] += whole * tensor.numel() * tensor.element_size()
-            return function(given, *args)
+            bytes_of[kind] += whole * tensor.numel() * tensor.element_size()
+            return function(tensor, *args)
 
         return mock.patch.object(functional_collectives, name, count)
 
@@ -98,8 +101,6 @@ def counted() -> Iterator[Counter[str]]:
         counting_functional("all_reduce", "all_reduce"),
         counting_functional("all_gather", "all_gather_tensor"),
         counting_functional("reduce_scatter", "reduce_scatter_tensor"),
-        counting_functional("all_gather", "all_gather_into_tensor_coalesced"),
-        counting_functional("reduce_scatter", "reduce_scatter_tensor_coalesced"),
         mock.patch.object(dist, "batch_isend_irecv", counting_ring),
         mock.patch.object(comm.cdb, "all_gather_function", counting("all_gather", comm.cdb.all_gather_function)),
         mock.patch.object(
@@ -120,27 +121,37 @@ def zero_traffic() -> list[tuple[Counter[str], int]]:
 
     with mock.patch.object(zero, "deepspeed_config", without_reuse):
         jobs = [job_of(1, 1, stage, precision, reduce_dtype=reduced) for stage, precision, reduced in ZERO_CASES]
-        return [traffic_of_a_step(job) for job in [*jobs, job_of(1, 1, 3, "fp32", tile=LENGTH // 8)]]
+        jobs += [job_of(1, 1, 3, "fp32", tile=LENGTH // 8), job_of(1, 1, 3, "fp32", persistent_blocks=1)]
+        return [traffic_of_a_step(job) for job in jobs]
 
 
 @pytest.fixture(scope="module")
 def zero_measured() -> dict[tuple[int, Precision, str], tuple[Counter[str], int]]:
-    return dict(zip([*ZERO_CASES, (3, "fp32", "tiled")], run_distributed(zero_traffic, 2)[0], strict=True))
+    return dict(zip([*ZERO_CASES, TILED, KEPT], run_distributed(zero_traffic, 2)[0], strict=True))
 
 
 def test_tiles_gather_no_weight_twice(zero_measured: dict) -> None:
-    assert zero_measured[3, "fp32", "tiled"] == zero_measured[3, "fp32", "fp32"]
+    assert zero_measured[TILED] == zero_measured[3, "fp32", "fp32"]
 
 
-@pytest.mark.parametrize(("stage", "precision", "reduced"), ZERO_CASES)
-def test_zero(stage: int, precision: Precision, reduced: Precision, zero_measured: dict) -> None:
+@pytest.mark.parametrize(("stage", "precision", "reduced"), [*ZERO_CASES, KEPT])
+def test_zero(stage: int, precision: Precision, reduced: str, zero_measured: dict) -> None:
     found, elements = zero_measured[stage, precision, reduced]
-    each, once = zero_payloads(elements, stage, precision, head=HIDDEN * VOCABULARY, reduced=BYTES[reduced])
-    # Only the once-a-step gathering of the norms is stage 3's exception to "for one micro-batch".
-    norms = (2 * ACCUMULATION - 1) * PERSISTENT * BYTES[precision] if stage == 3 else 0
+    persistent = NORMS
+    if reduced == "kept":
+        model = job_of(1, 1, stage, precision).model
+        persistent += count_persistent(model, blocks=1) - 2 * HIDDEN  # a block's two norms are among them
+    each, once = zero_payloads(
+        elements,
+        stage,
+        precision,
+        head=HIDDEN * VOCABULARY,
+        reduced=BYTES.get(reduced, 4),
+        persistent=persistent,
+    )
     wanted = {
         "all_reduce": ACCUMULATION * each.all_reduced + once.all_reduced,
-        "all_gather": ACCUMULATION * each.all_gathered + once.all_gathered - norms,
+        "all_gather": ACCUMULATION * each.all_gathered + once.all_gathered,
         "reduce_scatter": ACCUMULATION * each.reduce_scattered + once.reduce_scattered,
     }
     assert set(found) <= set(wanted)
