@@ -84,7 +84,7 @@ class Slice:
             self.stop.ask("preempted before this process could hear it")
         status = 0 if self.stop.asked else self._train(nodes)
         step, total = self.submission.saved_step(), self.submission.total_steps
-        hung = bool(self.health.told())
+        hung = self.health.ended_a_hang()
         if status and not hung:
             _say(f"job {self.job_id} failed, exit status {status}; last checkpoint: step {step}")
             return status

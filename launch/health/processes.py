@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Child:
     status: int
     """Of a dead one: what its parent will read, positive as an exit status, negative as a signal."""
     environment: dict[str, str]
-    """Empty for a dead one."""
+    """Empty for a dead or dying one."""
 
 
 def children(pid: int) -> Iterator[Child]:
@@ -44,10 +45,13 @@ def children(pid: int) -> Iterator[Child]:
         try:
             # The name, in parentheses, may contain anything; what follows the last one does not.
             fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            alive = fields[0] not in "ZX"
-            pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if alive else []
         except OSError:  # gone meanwhile
             continue
+        alive = fields[0] not in "ZX"
+        pairs: list[bytes] = []
+        if alive:
+            with suppress(OSError):  # dying meanwhile: not gone, and its status is to be asked for next time
+                pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         environment = dict(pair.decode(errors="replace").partition("=")[::2] for pair in pairs if pair)
         yield Child(child, alive, os.waitstatus_to_exitcode(int(fields[-1])), environment)
 

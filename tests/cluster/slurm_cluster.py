@@ -216,7 +216,7 @@ class SlurmCluster:
         while time.monotonic() < deadline:
             if value := condition():
                 return value
-            time.sleep(0.05)
+            time.sleep(0.2)  # what is asked costs the jobs more of the processor than its answer saves
         raise AssertionError(f"the moment did not come in {timeout} s; {self.command('squeue', '-l', check=False)}")
 
     def idle(self) -> int:

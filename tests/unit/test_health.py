@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from launch.health.hang_report import Member, RankReport, missing_ranks, verdict
 from launch.health.health_folder import HealthFolder
 from launch.health.pace import STEP, Activity, Limits, Pace
 from launch.health.probes import Rates, outliers, pairings, summary
+from launch.health.processes import children
 from launch.health.pulse import NodeWatch, Pulse, Pulses
 from launch.health.stragglers import slowest
 
@@ -276,6 +278,18 @@ def test_time_in_which_the_node_itself_stood_still_does_not_count(capsys: pytest
     assert capsys.readouterr().out == ""
 
 
+def test_a_child_is_there_until_it_is_dead() -> None:
+    """Not gone between the two, when its environment cannot be read any more: how it ended would be lost."""
+    for _ in range(40):
+        with subprocess.Popen(["sleep", "1000"]) as child:
+            child.kill()
+            while True:
+                (seen,) = (one for one in children(os.getpid()) if one.pid == child.pid)
+                if not seen.alive:
+                    break
+            assert seen.status == -signal.SIGKILL
+
+
 def test_the_folder_of_a_start(tmp_path: Path) -> None:
     folder = HealthFolder(tmp_path, "7-0")
     assert (folder.alarm(), folder.suspects(), folder.told(), folder.node(0)) == ("", [], [], {})
@@ -288,3 +302,6 @@ def test_the_folder_of_a_start(tmp_path: Path) -> None:
     assert again.alarm() == "now" and again.node(1) == {2: "state S"} and again.verdict(1) == "who"
     assert again.suspects() == ["node-2"] and len(again.told()) == 1
     assert not HealthFolder(tmp_path, "7-1").told()
+    assert not again.ended_a_hang()
+    folder.note_end(0)
+    assert again.ended_a_hang()

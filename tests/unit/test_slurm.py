@@ -265,6 +265,9 @@ def test_a_job_that_hung_is_queued_again_without_the_nodes_to_blame(
     folder.write_suspects(["node-4", "node-5"])
     folder.write("verdict-0.txt", "hang")
     monkeypatch.setenv("SRUN_STATUS", "76")
+    assert slice_of(made, monkeypatch, saves=4) == 76, "the hang that was told has passed, and a rank died later"
+    assert "job 7 failed, exit status 76" in capsys.readouterr().out and "requeue" not in slurm.read_text()
+    folder.note_end(1)
     ended: list[int] = []
     monkeypatch.setattr(slurm_job.os, "kill", lambda pid, number: ended.append(number))
     slice_of(made, monkeypatch, saves=5)
