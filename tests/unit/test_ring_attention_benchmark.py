@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
+import attention_blocks
 from attention_contest import results as book
 from attention_contest.contestants import Stage, auto_name, our_contestants
 from attention_contest.measure import Inputs, Measurement, attention_and_rest, covered, measure_row
@@ -235,6 +236,19 @@ def _measured() -> dict[str, Any]:
     dist.all_reduce(measurement.squares)
     found["wrong"] = (measurement.squares[:, 0] / measurement.squares[:, 1]).sqrt().tolist()
     return found
+
+
+def test_blocks_go_to_the_first_free_multiprocessor_in_the_order_of_issue() -> None:
+    equal, count = [10] * 3, attention_blocks.MULTIPROCESSORS
+    assert attention_blocks.last_to_end(equal * 44) == 10 + attention_blocks.OVERHEAD, "one whole wave"
+    assert attention_blocks.last_to_end(equal * 44 + [10]) == 2 * (10 + attention_blocks.OVERHEAD)
+    assert attention_blocks.last_to_end([1] * count + [50]) == 51 + 2 * attention_blocks.OVERHEAD
+    assert attention_blocks.last_to_end([50] + [1] * count) == 50 + attention_blocks.OVERHEAD, "the longest first"
+    assert list(attention_blocks.in_sections([3, 1], 3, 2)) == [3, 3, 1, 1, 3, 1]
+    assert [attention_blocks.fitting(2**20 * size) for size in (8, 16, 17, 60)] == [4, 2, 2, 1]
+    for (heads, c), measured in attention_blocks.MEASURED.items():
+        modelled = attention_blocks.shares(heads, c, 0, in_turns=False)
+        assert all(abs(one - other) < 3 for one, other in zip(modelled, measured, strict=True)), (heads, c)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float, enable_gqa: bool) -> Tensor:
