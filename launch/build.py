@@ -135,8 +135,8 @@ def device_memory(device: torch.device) -> int:
 def build_model(
     job: JobConfig, mesh: ParallelMesh, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[GPT, Mapping[str, TensorShard], str]:
-    """The model, filled and sharded; what this rank holds of each parameter; and a note on attention and on
-    what is recomputed.
+    """The model, filled and sharded; what this rank holds of each parameter; and a note on attention and on what is
+    recomputed.
 
     `dtype` is that of the parameters; None is what training keeps: at stage 0 fp32 masters, computed with under
     autocast.

@@ -138,8 +138,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> JobConfig:
     """The job in the YAML file `path`, changed by `section.key=value` overrides, of which the last counts.
 
-    With `world_size` (processes of the job) the rules that need it are checked too. Touches no process group
-    and no device. Raises ConfigError with every violation of the file, the overrides and the rules.
+    With `world_size` (processes of the job) the rules that need it are checked too. Touches no process group and no
+    device. Raises ConfigError with every violation of the file, the overrides and the rules.
     """
     try:
         text = path.read_text(encoding="utf-8")

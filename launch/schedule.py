@@ -20,8 +20,7 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of update number `step`, counted from 0.
 
-    Warmup, for every schedule: peak / warmup_steps at step 0, then linear, peak at step warmup_steps - 1.
-    After it:
+    Warmup, for every schedule: peak / warmup_steps at step 0, then linear, peak at step warmup_steps - 1. After it:
 
     - cosine: peak at step warmup_steps, half a cosine down to min_ratio * peak at the last step (SGDR,
       section 3);

@@ -117,8 +117,8 @@ class MicroBatch:
     position_ids: Int64
     """[B, S] from 0 in each row, or in each document under a document mask."""
     boundaries: tuple[int, ...] | None
-    """Under a document mask: where the documents begin among the B*S rows in row-major order, and B*S; rows
-    end documents. None otherwise."""
+    """Under a document mask: where the documents begin among the B*S rows in row-major order, and B*S; rows end
+    documents. None otherwise."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Batches:
     def local_batch(self, step: int) -> Int64:
         """[accumulation steps, B] the global sample indices of a step that this rank feeds.
 
-        Row m of accumulation step a on dp rank d is sample (a * data_parallel_size + d) * micro_batch_size +
-        m of the global batch.
+        Row m of accumulation step a on dp rank d is sample (a * data_parallel_size + d) * micro_batch_size + m of the
+        global batch.
         """
         parts = self.global_batch(step).reshape(-1, self.data_parallel_size, self.micro_batch_size)
         return parts[:, self.dp_rank]

@@ -13,8 +13,8 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Calls load(step) one step ahead, in one background thread, so that reading never stalls a step.
 
-    Asking for another step than the one that was prepared is right, only not faster. An error in load is
-    raised by the `get` of its step. Use as a context manager, or call `close`.
+    Asking for another step than the one that was prepared is right, only not faster. An error in load is raised by the
+    `get` of its step. Use as a context manager, or call `close`.
     """
 
     def __init__(self, load: Callable[[int], T], stop: int | None = None) -> None:

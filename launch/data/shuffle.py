@@ -15,13 +15,12 @@ ROUNDS = 8
 class Permutation:
     """A keyed bijection of range(size).
 
-    A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations from
-    pseudorandom functions", 1988) permutes the smallest 2**(2h) >= size; a value that falls outside the range
-    is permuted again until it falls inside, which keeps the map a bijection (cycle walking: Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002) and takes fewer than four turns on average. The
-    round function is splitmix64's finaliser (Steele, Lea and Flood, 2014). Shuffling, not secrecy, is the
-    purpose. Nothing depends on a library's random generator, so the order is the same for every version of
-    numpy.
+    A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom
+    functions", 1988) permutes the smallest 2**(2h) >= size; a value that falls outside the range is permuted again
+    until it falls inside, which keeps the map a bijection (cycle walking: Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002) and takes fewer than four turns on average. The round function is splitmix64's finaliser
+    (Steele, Lea and Flood, 2014). Shuffling, not secrecy, is the purpose. Nothing depends on a library's random
+    generator, so the order is the same for every version of numpy.
     """
 
     def __init__(self, size: int, seed: int, stream: str) -> None:

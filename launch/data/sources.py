@@ -23,8 +23,7 @@ from launch.data.token_cache import cached_shard
 log = logging.getLogger(__name__)
 
 IN_MEMORY_BYTES = 256 << 20
-"""Byte corpora up to this size are read into each process: there is nothing to tokenise and little to
-share."""
+"""Byte corpora up to this size are read into each process: there is nothing to tokenise and little to share."""
 READ_BYTES = 16 << 20
 """Text read before it is tokenised in one parallel batch."""
 CACHE_VERSION = 2
@@ -54,14 +53,14 @@ def load_text(
 ) -> Corpus:
     """The whole corpus, one document per non-empty file, in the order of their paths.
 
-    source: `python_stdlib`, the running interpreter's own library (tests and installed packages excluded), or
-    `files`, globs relative to the working directory (`**` recurses). tokenizer: `bytes` (token = byte) or the
-    path of a tokenizer.json, whose own post-processor decides on special tokens at a document's ends; nothing
-    else is put between documents. Tokenised text, and bytes beyond IN_MEMORY_BYTES, are kept in
-    cache_directory (default ~/.cache/ringzero), keyed by the tokenizer and the files' paths, sizes and times.
+    source: `python_stdlib`, the running interpreter's own library (tests and installed packages excluded), or `files`,
+    globs relative to the working directory (`**` recurses). tokenizer: `bytes` (token = byte) or the path of a
+    tokenizer.json, whose own post-processor decides on special tokens at a document's ends; nothing else is put between
+    documents. Tokenised text, and bytes beyond IN_MEMORY_BYTES, are kept in cache_directory (default
+    ~/.cache/ringzero), keyed by the tokenizer and the files' paths, sizes and times.
 
-    Raises CorpusError: a glob without a file, an empty corpus, a file that is no UTF-8 text under a
-    tokenizer, a token id beyond vocab_size, an unreadable file, tokenizer or cache.
+    Raises CorpusError: a glob without a file, an empty corpus, a file that is no UTF-8 text under a tokenizer, a token
+    id beyond vocab_size, an unreadable file, tokenizer or cache.
     """
     found = _standard_library() if source == "python_stdlib" else _matching_files(files)
     encoder = encoder_of(tokenizer)

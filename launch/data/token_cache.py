@@ -21,9 +21,9 @@ def cached_shard(
     """The documents kept under directory/key, and their largest token id, built from `documents()` by the first process
     to come.
 
-    Every process of the node calls this. One takes the lock and builds; the others wait in the kernel until
-    it is done or dead, so a killed builder leaves nobody hanging. The finished folder appears by a rename,
-    hence complete or not at all. Errors: OSError when the folder cannot be written.
+    Every process of the node calls this. One takes the lock and builds; the others wait in the kernel until it is done
+    or dead, so a killed builder leaves nobody hanging. The finished folder appears by a rename, hence complete or not
+    at all. Errors: OSError when the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     entry = directory / key

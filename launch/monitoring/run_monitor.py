@@ -38,8 +38,8 @@ class RunMonitor:
         """resumed_from: the step of the loaded checkpoint; what an earlier run wrote after it is dropped, in
         metrics.jsonl and in what TensorBoard shows. None drops everything earlier.
 
-        progress_bar: auto draws one when `stream` (default: standard output) is a terminal; otherwise
-        log_step prints a line.
+        progress_bar: auto draws one when `stream` (default: standard output) is a terminal; otherwise log_step prints a
+        line.
         """
         self._throughput = throughput
         self._total_steps = total_steps

@@ -11,12 +11,10 @@ from pathlib import Path
 
 
 class StepLines:
-    """Floats are written by repr, which reads back bit for bit; nan and infinities as the strings repr
-    gives."""
+    """Floats are written by repr, which reads back bit for bit; nan and infinities as the strings repr gives."""
 
     def __init__(self, path: Path, resumed_from: int | None) -> None:
-        """Drops entries later than step `resumed_from`, all of them when it is None, and a line that a kill
-        cut short.
+        """Drops entries later than step `resumed_from`, all of them when it is None, and a line that a kill cut short.
 
         The shortened file replaces the old one atomically.
         """

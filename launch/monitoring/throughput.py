@@ -44,11 +44,11 @@ def peak_flops_per_second(device_name: str, precision: str) -> float | None:
 def flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool) -> float:
     """Floating-point operations of training on one token: forward, and twice that backward.
 
-    6 * M + 12 * num_hidden_layers * H * D * V (PaLM, appendix B): M counts the elements of the matrices that
-    a token is multiplied with, head included (tied or not), embedding lookup and norms excluded;
-    recomputation in the backward pass is not counted either. V is the number of keys a query is held to see:
-    S (full), or those that the causal mask shows on average, (S + 1) / 2. A sliding window of w shows at most
-    w: min(S, w) (full), the mean of min(i, w) over i = 1..S (causal).
+    6 * M + 12 * num_hidden_layers * H * D * V (PaLM, appendix B): M counts the elements of the matrices that a token is
+    multiplied with, head included (tied or not), embedding lookup and norms excluded; recomputation in the backward
+    pass is not counted either. V is the number of keys a query is held to see: S (full), or those that the causal mask
+    shows on average, (S + 1) / 2. A sliding window of w shows at most w: min(S, w) (full), the mean of min(i, w) over
+    i = 1..S (causal).
     """
     heads = config.num_attention_heads * config.head_dim
     key_value_heads = config.num_key_value_heads * config.head_dim

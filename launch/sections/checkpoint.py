@@ -28,8 +28,8 @@ class CheckpointSection(Section):
     """Write in the background: training waits only for a copy of its state to host memory, 12 bytes for each parameter
     that a rank keeps. false writes from the state itself, and training waits."""
     on_save_error: Literal["warn", "stop"] = "warn"
-    """What a failed save does in the middle of a run: warn goes on, stop ends the job, as a failed last
-    save always does."""
+    """What a failed save does in the middle of a run: warn goes on, stop ends the job, as a failed last save always
+    does."""
     resume: Literal["auto", "never", "required"] = "auto"
     """auto continues from the newest checkpoint if there is one, required fails if there is none."""
     accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -19,8 +19,8 @@ class BlendedCorpus(Section):
     """Path of its .bin and .idx without either ending, relative to the working directory; a glob joins several shards
     in the order of their names."""
     weight: float = Field(default=1.0, ge=0)
-    """Its share of the sequences, relative to the other weights; 0 reads nothing. It may change when a
-    run is resumed."""
+    """Its share of the sequences, relative to the other weights; 0 reads nothing. It may change when a run is
+    resumed."""
     name: str | None = Field(default=None, min_length=1)
     """What checkpoints and the audit call it; null takes the last part of the path."""
 

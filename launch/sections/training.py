@@ -40,8 +40,7 @@ class TrainingSection(Section):
     """cpu keeps in host memory what blocks keep (their input, and attention's output), and fetches it one block ahead
     in the backward pass; for very long sequences, with activation_checkpointing attention or full."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without
-    mlp_tile_tokens."""
+    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without mlp_tile_tokens."""
     mlp_tile_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
     tensors never exist whole; for very long sequences. null computes all at once."""

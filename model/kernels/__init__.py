@@ -1,8 +1,7 @@
 """Attention kernels behind one protocol, and the choice among them.
 
-A kernel is two pure functions: forward gives out and log-sum-exp, backward takes them back, so that ring
-attention can run any of them block by block. Importing this package imports no flash-attention package;
-asking for availability does.
+A kernel is two pure functions: forward gives out and log-sum-exp, backward takes them back, so that ring attention can
+run any of them block by block. Importing this package imports no flash-attention package; asking for availability does.
 """
 
 from model.kernels.mask import AttentionMask, Documents

@@ -1,14 +1,13 @@
 """What the fused kernels share: a mask reduced to the band that flash-attention understands.
 
-Flash-attention's mask is a window around the diagonal that ends in the bottom right corner of a Sq x Sk
-rectangle: query i sees key j if -left <= j - i - (Sk - Sq) <= right. It cannot say a negative bound (it reads
-one as "unbounded"), and backends disagree about rows that see nothing (lse +inf, 0, -inf). Both go away when
-the rectangle is first trimmed to the rows and columns that see something: bounds are then never negative and
-no row is empty. All of it is decided from shapes on the host; a plain causal square or a full rectangle is
-never trimmed, so it costs nothing.
+Flash-attention's mask is a window around the diagonal that ends in the bottom right corner of a Sq x Sk rectangle:
+query i sees key j if -left <= j - i - (Sk - Sq) <= right. It cannot say a negative bound (it reads one as "unbounded"),
+and backends disagree about rows that see nothing (lse +inf, 0, -inf). Both go away when the rectangle is first trimmed
+to the rows and columns that see something: bounds are then never negative and no row is empty. All of it is decided
+from shapes on the host; a plain causal square or a full rectangle is never trimmed, so it costs nothing.
 
-Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq
-and Tk = B * Sk packed tokens.
+Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq and Tk = B * Sk packed
+tokens.
 """
 
 from __future__ import annotations
@@ -149,9 +148,9 @@ class BandedKernel(AttentionKernel):
     ) -> tuple[Tensor, Tensor]:
         """Attention in which no row is empty.
 
-        Without packing q [B, Sq, H, D] and k, v [B, Sk, K, D] give out like q and lse [B, H, Sq]. With it
-        q [Tq, H, D] and k, v [Tk, K, D] give out like q and lse [H, Tq]: a band in each document. `target` may be
-        written and returned in place of a new out; one that is not returned is overwritten.
+        Without packing q [B, Sq, H, D] and k, v [B, Sk, K, D] give out like q and lse [B, H, Sq]. With it q [Tq, H, D]
+        and k, v [Tk, K, D] give out like q and lse [H, Tq]: a band in each document. `target` may be written and
+        returned in place of a new out; one that is not returned is overwritten.
         """
 
     @abstractmethod

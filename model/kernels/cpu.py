@@ -1,9 +1,9 @@
 """Backend `cpu`: torch's tiled CPU attention, which never holds the score matrix of a triangle or a full
 rectangle.
 
-The operator takes grouped heads both ways. Its causal triangle starts at the top left, flash-attention's ends
-at the bottom right: the two agree on squares, and any other band goes in as an additive mask of Sq x Sk
-elements. Documents are run one after the other, each as its own rectangle.
+The operator takes grouped heads both ways. Its causal triangle starts at the top left, flash-attention's ends at the
+bottom right: the two agree on squares, and any other band goes in as an additive mask of Sq x Sk elements. Documents
+are run one after the other, each as its own rectangle.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq and Tk = B * Sk
 packed tokens.

@@ -1,8 +1,8 @@
 """Backend `flash_attn_2`: FlashAttention-2 from the package flash-attn (2.8), for Ampere and later.
 
-The calls are the package's registered custom operators, below its autograd functions: they give the
-log-sum-exp and take it back. Grouped heads go in as they are; the backward sums its dk and dv over each group
-itself. dq, dk and dv are written through their strides; the forward operator returns an out of its own.
+The calls are the package's registered custom operators, below its autograd functions: they give the log-sum-exp and
+take it back. Grouped heads go in as they are; the backward sums its dk and dv over each group itself. dq, dk and dv are
+written through their strides; the forward operator returns an out of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Backend `flash_attn_4`: FlashAttention-4 from the package flash-attn-4, for Hopper (sm_90) and Blackwell
 (sm_100).
 
-Written in CuTe DSL and compiled as it runs: the first call of each kind (dtype, head_dim, heads per group,
-mask kind) takes seconds. The package shares the folder `flash_attn/cute` with flash-attn 2, whose old copy
-has another interface. out, dq, dk and dv are written through their strides.
+Written in CuTe DSL and compiled as it runs: the first call of each kind (dtype, head_dim, heads per group, mask kind)
+takes seconds. The package shares the folder `flash_attn/cute` with flash-attn 2, whose old copy has another interface.
+out, dq, dk and dv are written through their strides.
 """
 
 from __future__ import annotations

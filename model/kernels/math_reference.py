@@ -1,7 +1,7 @@
 """Backend `math`: the definition of attention in plain torch, for every mask, dtype and device.
 
-It materialises the whole [B, H, Sq, Sk] score matrix, so it serves as reference and as last resort, not for
-long sequences. Half precision is computed in fp32 and rounded once, at the end.
+It materialises the whole [B, H, Sq, Sk] score matrix, so it serves as reference and as last resort, not for long
+sequences. Half precision is computed in fp32 and rounded once, at the end.
 
 Shapes: B batch, Sq queries, Sk keys, K key/value heads, G query heads of each, D head_dim.
 """

@@ -1,8 +1,8 @@
 """Backend `torch_flash`: the FlashAttention-2 that CUDA builds of torch carry; needs no package.
 
-The operators are the ones under `scaled_dot_product_attention` and `torch.nn.attention.varlen`, called for
-their log-sum-exp and their window. Their order is [B, S, H, D], or [T, H, D] with cu_seqlens. They return tensors of
-their own, and the backward makes dout and out contiguous.
+The operators are the ones under `scaled_dot_product_attention` and `torch.nn.attention.varlen`, called for their
+log-sum-exp and their window. Their order is [B, S, H, D], or [T, H, D] with cu_seqlens. They return tensors of their
+own, and the backward makes dout and out contiguous.
 """
 
 from __future__ import annotations
