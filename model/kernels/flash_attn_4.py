@@ -9,9 +9,13 @@ out, dq, dk and dv are written through their strides.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +45,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 class FlashAttn4Kernel(PackagedKernel):
-    """flash_attn.cute.interface."""
+    """flash_attn.cute.interface. On Hopper a backward goes through the heads one after the other, each from its longest
+    block to its shortest, and few multiprocessors share what is left at the end. With `heads_in_turns` it goes through
+    as many at a time as fit in L2, so that a call's last blocks are short (benchmarks/attention_blocks.py)."""
 
     name = "flash_attn_4"
     # Blackwell stops at 128 but for two special shapes; Hopper's 192 and 256 are left to FlashAttention-2.
@@ -50,6 +56,9 @@ class FlashAttn4Kernel(PackagedKernel):
     )
     compute_capabilities = (9, 10)
     load = staticmethod(_load)
+
+    def __init__(self, heads_in_turns: bool = False):
+        self.heads_in_turns = heads_in_turns
 
     def _band_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
@@ -64,19 +73,39 @@ class FlashAttn4Kernel(PackagedKernel):
     ) -> Gradients:
         dout, q, k, v, out, lse = tensors
         into = (direct(target) for target in targets)
-        dq, dk, dv = self.package._flash_attn_bwd(
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            softmax_scale=scale,
-            **_masking(band, packing),
-            deterministic=deterministic,
-            **dict(zip(("dq", "dk", "dv"), into, strict=True)),
-        )
+        with _heads_in_turns(self.package) if self.heads_in_turns else nullcontext():
+            dq, dk, dv = self.package._flash_attn_bwd(
+                q,
+                k,
+                v,
+                out,
+                dout,
+                lse,
+                softmax_scale=scale,
+                **_masking(band, packing),
+                deterministic=deterministic,
+                **dict(zip(("dq", "dk", "dv"), into, strict=True)),
+            )
         return dq, dk, dv
+
+
+@contextmanager
+def _heads_in_turns(package: ModuleType) -> Iterator[None]:
+    """Backward kernels for Hopper that are compiled inside take the order of blocks that the package keeps for
+    deterministic ones, and are remembered apart from the others, on disk too."""
+    hopper: Any = import_module("flash_attn.cute.flash_bwd_sm90")
+    backward = package._flash_attn_bwd
+    before = hopper.SingleTileScheduler, backward.compile_cache
+    hopper.SingleTileScheduler, backward.compile_cache = hopper.SingleTileLPTBwdScheduler, _compiled_in_turns(package)
+    try:
+        yield
+    finally:
+        hopper.SingleTileScheduler, backward.compile_cache = before
+
+
+@cache
+def _compiled_in_turns(package: ModuleType) -> Any:
+    return package.get_jit_cache("bwd_heads_in_turns")
 
 
 def _masking(band: Band, packing: Packing) -> dict[str, bool | int | Tensor | None]:

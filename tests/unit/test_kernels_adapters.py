@@ -6,9 +6,12 @@ Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_d
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ from model.kernels import (
     flash_attn_4,
     torch_flash,
 )
-from model.kernels.banded import BandedKernel
+from model.kernels.banded import Band, BandedKernel
 from tests.unit.flash_stand_ins import (
     cudnn_backward,
     cudnn_forward,
@@ -55,6 +58,32 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     anywhere = Capabilities(device_types=("cpu",), dtypes=(torch.float64,))
     monkeypatch.setattr(chosen, "capabilities", anywhere)
     return chosen
+
+
+def test_flash_attn_4_takes_heads_in_turns_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's other order of blocks, and another place for what is compiled, during its backward alone."""
+    hopper = SimpleNamespace(SingleTileScheduler="one head", SingleTileLPTBwdScheduler="heads in turns")
+    seen = []
+
+    def backward(*tensors: Tensor, **how: object) -> tuple[Tensor, ...]:
+        seen.append((hopper.SingleTileScheduler, package._flash_attn_bwd.compile_cache))
+        if len(seen) == 4:
+            raise RuntimeError("out of memory")
+        return tensors[:3]
+
+    package: Any = ModuleType("package")
+    package._flash_attn_bwd, package.get_jit_cache = backward, lambda name: [name]
+    package._flash_attn_bwd.compile_cache = "as usual"
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.flash_bwd_sm90", hopper)
+    monkeypatch.setattr(flash_attn_4.FlashAttn4Kernel, "package", package)
+    tensors: Any = tuple(torch.zeros(1, 8, 1, 8) for _ in range(6))
+    for heads_in_turns in (False, True, True, True):
+        kernel = flash_attn_4.FlashAttn4Kernel(heads_in_turns)
+        with pytest.raises(RuntimeError) if len(seen) == 3 else nullcontext():
+            kernel._band_backward(tensors, SCALE, Band(None, 0), None, False, (None, None, None))
+        assert (hopper.SingleTileScheduler, package._flash_attn_bwd.compile_cache) == ("one head", "as usual")
+    assert seen == [("one head", "as usual"), *[("heads in turns", ["bwd_heads_in_turns"])] * 3]
+    assert seen[1][1] is seen[2][1], "compiled once"
 
 
 QUERIES = Documents.from_boundaries([0, 1, 3, 7, 12, 14], "cpu")
