@@ -11,6 +11,7 @@ Exit status: 0 done, 1 failed, 2 the configuration is wrong, 75 stopped by SIGUS
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.resources
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return _check(path, options.overrides, options.world_size)
     place = place_in_world()
+    faulthandler.enable(all_threads=False)  # a rank that dies of a fault in some library's C++ tells where it was
     stop = StopRequests(place)
     try:
         # Every rank looks, so that all of them stop before any waits for another; rank 0's reading is what counts.

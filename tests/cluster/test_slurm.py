@@ -265,14 +265,15 @@ def test_a_killed_rank_ends_the_job_in_seconds(cluster: SlurmCluster, tmp_path: 
     run = SlurmRun(cluster, tmp_path, steps=100_000, processes=2)
     job = run.start()
     run.until_step(2, job)
-    cluster.ranks(job)[3].send_signal(signal.SIGKILL)
+    cluster.ranks(job)[3].send_signal(signal.SIGSEGV)
     killed = time.monotonic()
     assert cluster.end(job) == "FAILED"
     cluster.until(lambda: not list(cluster.processes(job)))
     print(f"over {time.monotonic() - killed:.1f} s after it was killed")
     assert time.monotonic() - killed < 120, "the others have waited for it"
     log = run.log(job)
-    assert "rank 3 on node-2 was killed by signal 9 (SIGKILL); the last it said" in log
+    assert "rank 3 on node-2 was killed by signal 11 (SIGSEGV); the last it said" in log
+    assert re.search(r'File ".*/launch/trainer.py", line \d+ in ', log), "and where it was"
     assert not re.search(r"rank [012] on node-\d", log.partition("rank 3 on node-2")[0])
     assert f"job {job} failed" in log and cluster.facts(job)["Restarts"] == "0"
 

@@ -6,6 +6,7 @@ instead of half a minute.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -118,6 +119,7 @@ def _rank_main(
     from parallel.zero import initialize_distributed
 
     torch.set_num_threads(1)
+    faulthandler.enable()
     try:
         if device_type == "cuda":
             torch.cuda.set_device(rank)
