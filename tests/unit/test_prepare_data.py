@@ -300,15 +300,24 @@ def test_what_is_complete_is_left_alone_and_what_differs_is_refused(
 
 
 _SMALL = """
-import sys
+import itertools, os, signal, sys
 from launch import prepare_data
 from launch.data import text_inputs
 text_inputs.BLOCK_BYTES, text_inputs.PARQUET_ROWS, prepare_data._SAVE_SECONDS = 2000, 7, 0.0
+saves, save = itertools.count(1), prepare_data.Preparation._save
+
+def save_and_pause(*arguments):
+    save(*arguments)
+    if str(next(saves)) == os.environ.get("PAUSE_AFTER"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+prepare_data.Preparation._save = save_and_pause
 sys.exit(prepare_data.main(sys.argv[1:]))
 """
 
 
 def test_killed_at_random_moments_the_output_is_the_same_byte_for_byte(tmp_path: Path, tokenizer: Path) -> None:
+    """Each a little after one more save than the one before; the first right there, before there can be more."""
     for kind in ("jsonl.zst", "parquet"):
         written(tmp_path, kind, texts(700, 2))
     (tmp_path / "z.txt").write_text("".join(texts(300, 3)))
@@ -317,25 +326,22 @@ def test_killed_at_random_moments_the_output_is_the_same_byte_for_byte(tmp_path:
     prepare(tokenizer, tmp_path / "calm", *inputs, options=("--workers", "2"))
     command = [sys.executable, "-c", _SMALL, "--input", *map(str, inputs), "--tokenizer", str(tokenizer)]
     command += ["--output", str(tmp_path / "killed"), "--workers", "1"]
-    state, rng, kills, places = tmp_path / "killed.state.json.partial", random.Random(0), 0, set()
-    while kills < 4:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
-        wanted = len(places) + 1
-        seen: set[str] = set()
-        while process.poll() is None and len(seen) <= wanted:
-            if state.exists():
-                seen.add(state.read_text())
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0 or (tmp_path / "killed.idx").exists():  # its last act: the output is whole
+    state, rng, places = tmp_path / "killed.state.json.partial", random.Random(0), []
+    for kill in range(4):
+        pause = os.environ | {"PAUSE_AFTER": str(kill + 2)}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0, env=pause
+        )
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if kill:
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(rng.random() * 0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        if process.wait() == 0 or (tmp_path / "killed.idx").exists():  # its last act: the output is whole
             break
         assert process.returncode == -signal.SIGKILL
-        kills += 1
-        places.add(state.read_text())
-    assert places, "the kills came too late to prove anything"
+        places.append(state.read_text())
+    assert places and len(set(places)) == len(places)
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert "going on after" in ended.stdout or "complete already" in ended.stdout
