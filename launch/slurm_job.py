@@ -84,7 +84,8 @@ class Slice:
             self.stop.ask("preempted before this process could hear it")
         status = 0 if self.stop.asked else self._train(nodes)
         step, total = self.submission.saved_step(), self.submission.total_steps
-        hung = self.health.ended_a_hang()
+        # One that is only told may have passed long before.
+        hung = self.submission.ends_hangs and bool(self.health.told())
         if status and not hung:
             _say(f"job {self.job_id} failed, exit status {status}; last checkpoint: step {step}")
             return status

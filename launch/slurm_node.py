@@ -178,9 +178,7 @@ class Node:
 
     def _tell_and_kill(self, status: int) -> None:
         """Says who died and of what, then ends what is left of the step, on all nodes."""
-        if status == HUNG:
-            self._health.note_end(self.number)
-        else:
+        if status != HUNG:
             self._tell(status)
         time.sleep(0.5)  # for srun to have read it
         step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"

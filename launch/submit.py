@@ -132,6 +132,7 @@ def _submission(job: JobConfig, folder: Path, job_ids: tuple[int, ...] = ()) -> 
         max_restarts=slurm.max_restarts,
         max_idle_slices=slurm.max_idle_slices,
         exclude=job.health.exclude,
+        ends_hangs=job.health.on_hang == "stop",
         job_ids=job_ids,
     )
 

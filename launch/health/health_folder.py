@@ -6,7 +6,6 @@ RUN/health/123-0/         of one start: job and restart under Slurm, else the ti
     node-1.json           states of the ranks of node 1, from outside them (under Slurm)
     verdict-0.txt         who is missing, as rank 0 sees it
     verdict-node-1.txt    what node 1 has seen of its ranks, when none of them spoke and none came back
-    hung-node-1           made by node 1 when its ranks ended because of a hang (under Slurm)
     suspects.json         nodes to keep away from
 """
 
@@ -17,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.atomic_text import write_atomically
-
-_ENDED = "hung-node-"
 
 
 class HealthFolder:
@@ -64,14 +61,6 @@ class HealthFolder:
     def told(self) -> list[Path]:
         """All verdicts."""
         return sorted(self.path.glob("verdict-*.txt"))
-
-    def note_end(self, number: int) -> None:
-        """Node `number` has ended its ranks, or seen them end themselves, because the run hung."""
-        self.write(f"{_ENDED}{number}", "")
-
-    def ended_a_hang(self) -> bool:
-        """Whether a hang is what this start has ended of; one that is only told may have passed long before."""
-        return any(self.path.glob(f"{_ENDED}*"))
 
     def write_suspects(self, nodes: Sequence[str]) -> None:
         """Nodes with ranks that were missing, or rates far below the others'."""

@@ -47,6 +47,8 @@ class Submission:
     max_idle_slices: int
     exclude: bool
     job_ids: tuple[int, ...] = ()
+    ends_hangs: bool = True
+    """Whether a hang that was told ends the start; what an older version of the program has submitted does not say."""
 
     def write(self) -> None:
         """Replaces submission.json."""

@@ -302,6 +302,3 @@ def test_the_folder_of_a_start(tmp_path: Path) -> None:
     assert again.alarm() == "now" and again.node(1) == {2: "state S"} and again.verdict(1) == "who"
     assert again.suspects() == ["node-2"] and len(again.told()) == 1
     assert not HealthFolder(tmp_path, "7-1").told()
-    assert not again.ended_a_hang()
-    folder.note_end(0)
-    assert again.ended_a_hang()

@@ -265,9 +265,6 @@ def test_a_job_that_hung_is_queued_again_without_the_nodes_to_blame(
     folder.write_suspects(["node-4", "node-5"])
     folder.write("verdict-0.txt", "hang")
     monkeypatch.setenv("SRUN_STATUS", "76")
-    assert slice_of(made, monkeypatch, saves=4) == 76, "the hang that was told has passed, and a rank died later"
-    assert "job 7 failed, exit status 76" in capsys.readouterr().out and "requeue" not in slurm.read_text()
-    folder.note_end(1)
     ended: list[int] = []
     monkeypatch.setattr(slurm_job.os, "kill", lambda pid, number: ended.append(number))
     slice_of(made, monkeypatch, saves=5)
@@ -281,6 +278,18 @@ def test_a_job_that_hung_is_queued_again_without_the_nodes_to_blame(
     told = before + asked
     assert "job 7 hung, and stopped at step 5 of 200" in told
     assert "queueing job 7 again, without node-4 node-5" in told
+
+
+def test_a_death_long_after_a_hang_that_was_only_told_is_none_of_it(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = submitted("health.on_hang=report")
+    folder = HealthFolder(made.run, "7-0")
+    folder.make()
+    folder.write("verdict-0.txt", "hang")
+    monkeypatch.setenv("SRUN_STATUS", "3")
+    assert slice_of(made, monkeypatch, saves=5) == 3
+    assert "job 7 failed, exit status 3" in capsys.readouterr().out and "requeue" not in slurm.read_text()
 
 
 def test_starts_without_progress_count_anew_when_other_nodes_are_avoided(slurm: Path) -> None:
