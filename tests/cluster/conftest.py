@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.two_nodes import TwoNodes, what_is_missing
+from tests.cluster.namespaces import what_is_missing
+from tests.cluster.two_nodes import PROGRAMS, TwoNodes
 
 
 @pytest.fixture(scope="session")
 def _nodes_can_be_made() -> None:
-    if missing := what_is_missing():
+    if missing := what_is_missing(PROGRAMS):
         pytest.skip(missing)
 
 

@@ -3,8 +3,7 @@
 The controller's network holds a bridge; node-1 to node-4 hang on it by their eth0. Files are shared, as on a cluster,
 but for /dev/shm. A node's processes live in a namespace of their own, so that killing its first process is a crash.
 
-As in `two_nodes`, all of it hangs on the init of one process namespace, which waits for the end of a pipe that the test
-process holds: when that closes, however it does, the kernel ends everything and nothing stays behind.
+`tests.cluster.namespaces` says how all of it ends.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
-from tests.cluster.two_nodes import MACHINE, NODE, SEARCH_PATH, program
+from tests.cluster.namespaces import NODE, PATIENCE, SEARCH_PATH, Machines
 
 PROGRAMS = {
     "ip": "iproute2",
@@ -34,8 +32,6 @@ PROGRAMS = {
     "munged": "munge",
 }
 NODES = ("node-1", "node-2", "node-3", "node-4")
-PATIENCE = 300.0
-"""Seconds that anything may take on a machine that has more to do; nothing that goes well waits for so long."""
 CPUS = 4
 """Of each node, as Slurm counts them: more than the machine has, which only makes the ranks share."""
 
@@ -97,20 +93,6 @@ wait
 """
 
 
-def what_is_missing() -> str | None:
-    """The system program or permission without which no cluster can be made here, or None."""
-    missing = [f"{name} (Debian package {package})" for name, package in PROGRAMS.items() if not program(name)]
-    if missing:
-        return f"missing system programs: {', '.join(missing)}"
-    if os.geteuid() != 0:
-        return f"slurmctld and namespaces need root here, and this is uid {os.geteuid()}"
-    link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
-    probe = subprocess.run([*MACHINE, *NODE, *link], capture_output=True, text=True, env={"PATH": SEARCH_PATH})
-    if probe.returncode:
-        return f"this system does not let root make namespaces joined by veth: {probe.stderr.strip()}"
-    return None
-
-
 def _has_heard(process: psutil.Process) -> bool:
     """Whether a signal waits for a process that is stopped, or it is not stopped any more."""
     try:
@@ -121,47 +103,23 @@ def _has_heard(process: psutil.Process) -> bool:
     return waiting is None or int(waiting[1], 16) != 0 or not re.search(r"^State:\s*[Tt]", status, re.MULTILINE)
 
 
-class SlurmCluster:
-    """Up for as long as the `with` block lasts. `scratch` is an empty folder with a short path."""
+class SlurmCluster(Machines):
+    """`scratch` needs a short path."""
 
     def __init__(self, scratch: Path, parameters: str = "preempt_send_user_signal") -> None:
-        self.scratch = scratch
+        super().__init__(scratch)
         self._parameters = parameters
-        self._started: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, int] = {}
 
-    def __enter__(self) -> Self:
-        try:
-            self._write_files()
-            self._machine = self._start([*MACHINE, "bash", "-c", "read -r _"], "machine", stdin=subprocess.PIPE)
-            self._controller = self._start(
-                [*self._inside(), *NODE, "bash", "-euc", CONTROLLER, str(self.scratch)], "controller"
-            )
-            for name in NODES:
-                self.boot(name)
-            self.until(lambda: self.idle() == len(NODES))
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End every process of the cluster; the kernel takes the namespaces and mounts back by itself."""
-        for process in self._started:
-            if process.stdin:
-                process.stdin.close()
-        for process in self._started:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._started.clear()
+    def _boot(self) -> None:
+        self._write_files()
+        self._machine = self._start_machine()
+        self._controller = self._start(
+            [*self._inside(), *NODE, "bash", "-euc", CONTROLLER, str(self.scratch)], "controller"
+        )
+        for name in NODES:
+            self.boot(name)
+        self.until(lambda: self.idle() == len(NODES))
 
     # -- what a user does ----------------------------------------------------------------------------------------------
 
@@ -298,24 +256,6 @@ class SlurmCluster:
 
     def _inside(self) -> list[str]:
         return ["nsenter", f"--target={self._machine}", "--pid", "--mount"]
-
-    def _start(self, command: list[str], name: str, stdin: int = subprocess.DEVNULL) -> int:
-        """Start a process that forks into the process namespace; the child's id, once it is there."""
-        with (self.scratch / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdin=stdin, stdout=log, stderr=log, env={"PATH": SEARCH_PATH}, start_new_session=True
-            )
-        self._started.append(process)
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and process.poll() is None:
-            # Until it has become the program asked for (or what that becomes), the child has not entered all its
-            # namespaces. Parents are listed before their children.
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.Error):
-                    if child.name() not in ("nsenter", "unshare"):
-                        return child.pid
-            time.sleep(0.02)
-        raise RuntimeError(f"{name} did not start: {(self.scratch / f'{name}.log').read_text()}")
 
     def _join(self, number: int, node: int) -> None:
         port, address = f"port{number}", f"10.78.0.{10 + number}/24"

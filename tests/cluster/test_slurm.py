@@ -17,8 +17,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.slurm.submission import newest_submission
+from tests.cluster.namespaces import PATIENCE, what_is_missing
 from tests.cluster.slurm_cluster import NODES as CLUSTER
-from tests.cluster.slurm_cluster import PATIENCE, SlurmCluster, what_is_missing
+from tests.cluster.slurm_cluster import PROGRAMS, SlurmCluster
 from tests.faults.launched import INJECTED, TinyJob
 
 pytestmark = pytest.mark.cluster
@@ -38,7 +39,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    if missing := what_is_missing():
+    if missing := what_is_missing(PROGRAMS):
         pytest.skip(missing)
     scratch = Path(tempfile.mkdtemp(prefix="ringzero-slurm-"))  # a socket's path must be short
     try:

@@ -4,11 +4,7 @@ Each node has its own network (one end of a veth pair, called eth0), host name, 
 /job, /run and /dev/shm; the other files are shared, as they are on a cluster. A node's root folder is a
 tmpfs with a bind mount of every entry of the real one, so /job exists there although the machine has none.
 
-All of it hangs on one process: the init of a process namespace, which waits for the end of a pipe that the
-test process holds. When the pipe closes, also because the test process was killed with -9, init ends, the
-kernel ends every other process of that namespace, and the last namespaces, links and mounts go with them.
-Nothing has a name on the machine, so two runs at a time cannot meet and an aborted one leaves nothing
-behind.
+`tests.cluster.namespaces` says how all of it ends.
 """
 
 from __future__ import annotations
@@ -20,10 +16,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import psutil
+from tests.cluster.namespaces import NODE, PATIENCE, SEARCH_PATH, Machines, program
 
 PROGRAMS = {
     "ip": "iproute2",
@@ -36,11 +30,6 @@ PROGRAMS = {
 }
 FORWARDED = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
 """Variables that every rank must see, on whichever node."""
-_PATIENCE = 120.0
-"""Seconds that a node may take to be there on a busy machine."""
-SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
-MACHINE = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-NODE = ["unshare", "--net", "--uts", "--mount", "--propagation=private"]
 
 NODE_SCRIPT = r"""
 set -eu
@@ -85,26 +74,6 @@ Host *
 """
 
 
-def program(name: str) -> str | None:
-    """Absolute path of a system program, the sbin folders included, or None."""
-    return shutil.which(name, path=SEARCH_PATH)
-
-
-def what_is_missing() -> str | None:
-    """The system program or permission without which no node can be made here, or None."""
-    missing = [f"{name} (Debian package {package})" for name, package in PROGRAMS.items() if not program(name)]
-    if missing:
-        return f"missing system programs: {', '.join(missing)}"
-    if os.geteuid() != 0:
-        return f"network namespaces and sshd need root, and this is uid {os.geteuid()}"
-    # A container may forbid namespaces, new mounts of /proc, or the veth driver to its root.
-    link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
-    probe = subprocess.run([*MACHINE, *NODE, *link], capture_output=True, text=True, env={"PATH": SEARCH_PATH})
-    if probe.returncode:
-        return f"this system does not let root make namespaces joined by veth: {probe.stderr.strip()}"
-    return None
-
-
 @dataclass(frozen=True)
 class Node:
     name: str
@@ -121,52 +90,28 @@ class Finished:
     seconds: float
 
 
-class TwoNodes:
+class TwoNodes(Machines):
     """node-a and node-b, for as long as the `with` block lasts.
 
     `scratch` is an empty folder: keys, configuration, logs and the hostfile go there.
     """
 
     def __init__(self, scratch: Path, slots: int = 2) -> None:
-        self.scratch = scratch
+        super().__init__(scratch)
         self.hostfile = scratch / "hostfile"
         self.hostfile.write_text(f"node-a slots={slots}\nnode-b slots={slots}\n")
-        self._started: list[subprocess.Popen[bytes]] = []
         self._nodes: list[Node] = []
         self._commands = 0
 
-    def __enter__(self) -> Self:
-        try:
-            self._write_files()
-            machine = self._start([*MACHINE, "bash", "-c", "read -r _"], "machine", stdin=subprocess.PIPE)
-            for name, address in (("node-a", "10.77.0.1"), ("node-b", "10.77.0.2")):
-                inside = ["nsenter", f"--target={machine}", "--pid", "--mount"]
-                script = ["bash", "-c", NODE_SCRIPT, "node", name, str(self.scratch), str(program("sshd"))]
-                self._nodes.append(Node(name, address, self._start([*inside, *NODE, *script], name)))
-            self._join_networks()
-            self._wait_for_sshd()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End every process of both nodes; the kernel takes the namespaces and mounts back by itself."""
-        for process in self._started:
-            if process.stdin:
-                process.stdin.close()
-        for process in self._started:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._started.clear()
+    def _boot(self) -> None:
+        self._write_files()
+        machine = self._start_machine()
+        for name, address in (("node-a", "10.77.0.1"), ("node-b", "10.77.0.2")):
+            inside = ["nsenter", f"--target={machine}", "--pid", "--mount"]
+            script = ["bash", "-c", NODE_SCRIPT, "node", name, str(self.scratch), str(program("sshd"))]
+            self._nodes.append(Node(name, address, self._start([*inside, *NODE, *script], name)))
+        self._join_networks()
+        self._wait_for_sshd()
 
     def serve_default_hostfile(self) -> None:
         """Put the hostfile where DeepSpeed looks by itself: /job/hostfile, on the nodes alone."""
@@ -240,27 +185,6 @@ class TwoNodes:
         lines = "".join(f"{key}={value}\n" for key, value in variables.items())
         (self.scratch / ".deepspeed_env").write_text(lines)
 
-    def _start(self, command: list[str], name: str, stdin: int = subprocess.DEVNULL) -> int:
-        """Start a process that forks into the process namespace; the child's id, once it is there."""
-        with (self.scratch / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=log,
-                stderr=log,
-                env={"PATH": SEARCH_PATH},
-                start_new_session=True,
-            )
-        self._started.append(process)
-        deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline and process.poll() is None:
-            children = psutil.Process(process.pid).children()
-            # Until it has become the program asked for, the child has not entered all its namespaces.
-            if children and children[0].name() not in ("unshare", "nsenter"):
-                return children[0].pid
-            time.sleep(0.02)
-        raise RuntimeError(f"{name} did not start: {(self.scratch / f'{name}.log').read_text()}")
-
     def _join_networks(self) -> None:
         a, b = self._nodes
         link = ["ip", "link", "add", "eth0", "netns", str(a.pid), "type", "veth"]
@@ -271,7 +195,7 @@ class TwoNodes:
                 subprocess.run(enter, check=True, env={"PATH": SEARCH_PATH})
 
     def _wait_for_sshd(self) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         for node in self._nodes:
             command = self._on(self._nodes[0], ["ssh", node.name, "hostname"])
             while True:
