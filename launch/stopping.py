@@ -1,7 +1,7 @@
 """Stopping a run before its end: a signal asks, all ranks agree on a step, and the run saves there.
 
-SIGUSR2 is what the job script sends ahead of a time limit or a preemption; SIGTERM is what Slurm sends by itself. A
-signal reaches the ranks at different steps, so none acts on its own.
+SIGUSR2 is what the job script sends ahead of a time limit or a preemption; SIGTERM is what Slurm sends by itself;
+SIGINT is Ctrl-C. A signal reaches the ranks at different steps, so none acts on its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.environment import Place
 from launch.health.processes import children, local_rank
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
@@ -30,12 +30,14 @@ class StopRequests:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._asked = threading.Event()
+        self._interrupted = False
         self._signals, sender = socket.socketpair()
         sender.setblocking(False)
         self._sender = sender  # kept open
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background does not hear Ctrl-C
+                signal.signal(number, lambda *_: None)
         os.register_at_fork(after_in_child=_hear_nothing)
         # Launchers that must survive these signals block them, and what they start inherits that.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -49,8 +51,18 @@ class StopRequests:
         while number := self._signals.recv(1):
             if number[0] == signal.SIGTERM and self._a_rank_of_this_node_is_gone():
                 os._exit(128 + signal.SIGTERM)  # the launcher is clearing up; nothing can be agreed on any more
+            if number[0] == signal.SIGINT:
+                self._interrupt()
             if number[0] in SIGNALS:
                 self._asked.set()
+
+    def _interrupt(self) -> None:
+        """A second Ctrl-C ends this process, whatever it is doing."""
+        if self._interrupted:
+            os._exit(128 + signal.SIGINT)
+        self._interrupted = True
+        if self._place.rank == 0:
+            print("interrupted: stopping after this step, with a checkpoint; once more ends it at once", flush=True)
 
     def _a_rank_of_this_node_is_gone(self) -> bool:
         present = {local_rank(child) for child in children(os.getppid()) if child.alive}

@@ -179,7 +179,7 @@ class Trainer:
         loss = self.stepper.evaluate(self.validation.once(self.job.training.evaluation_batches))
         self.monitor.log_validation(step, loss, self.validation_facts)
         if self.job.monitor.histograms:
-            parameters = {fragment.name: fragment.tensors["parameter"] for fragment in self.engine.fragments()}
+            parameters = {fragment.name: fragment.tensors["parameter"].detach() for fragment in self.engine.fragments()}
             self.monitor.log_histograms(step, {name: part.float().cpu().numpy() for name, part in parameters.items()})
 
     def _remember(self, step: int, loss: float) -> None:

@@ -80,7 +80,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with two steps of the quickstart, by one process."""
     folder = tmp_path_factory.mktemp("trained")
     less = "training.max_steps=2 optimizer.warmup_steps=1 training.sample_tokens=0 training.evaluation_batches=1"
-    alone = "parallel.tensor_parallel_size=1 parallel.context_parallel_size=1 health.probe=false job.device=cpu"
+    alone = "parallel.tensor_parallel_size=1 parallel.context_parallel_size=1 job.device=cpu monitor.histograms=true"
     run_in(folder, "train", [*less.split(), *alone.split()])
     return folder
 
