@@ -44,8 +44,8 @@ class Transport(Protocol):
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uninitialised memory of `like`'s dtype and device, for the next `exchange`, which comes before the next slot.
 
-        All ranks ask for the same shape. What it holds can be read until its turn comes again, three slots later, or
-        until a larger one is asked for.
+        All ranks ask for the same shape. What it holds can be read until the fourth slot after it is asked for, or a
+        larger one.
 
         From now on peers' rows may arrive, whatever this rank is given to do before it calls `exchange`. So what
         `place` writes is allocated before, and nothing else writes there until `Arrival.wait`.

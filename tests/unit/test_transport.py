@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from graphlib import TopologicalSorter
 from random import Random
 from types import SimpleNamespace
@@ -132,6 +133,36 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
         for number in sorted(arrivals):
             finish(number)
     return host
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_memory_that_graphs_use_outlives_its_growth(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(0, 2)
+    cuda = SimpleNamespace(
+        Stream=lambda device, priority: Stream(host),
+        current_stream=lambda device: host.main,
+        stream=nullcontext,
+        is_current_stream_capturing=lambda: capturing,
+        synchronize=lambda device: None,
+        empty_cache=lambda: None,
+    )
+    made: list[weakref.ref[Any]] = []
+
+    def rendezvous(memory: Any, group: Any) -> Any:
+        made.append(weakref.ref(memory))
+        slot = SimpleNamespace(shape=SHAPE, dtype=torch.float32)
+        return SimpleNamespace(signal_pad_ptrs=[0, 1000], get_buffer=lambda *_: slot)
+
+    monkeypatch.setattr(flags, "_driver_call", lambda *_: None)
+    monkeypatch.setattr(transport, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
+    monkeypatch.setattr(transport, "dist", SimpleNamespace(get_rank=lambda group: 0, barrier=lambda group: None))
+    symmetric = SimpleNamespace(empty=lambda size, **_: torch.empty(size), rendezvous=rendezvous)
+    monkeypatch.setattr(transport, "symmetric_memory", symmetric)
+    tested: Any = SymmetricTransport(host, "cpu")  # type: ignore[arg-type]
+    for elements in (4, 1000, 2000):
+        slot = tested.slot((elements,), LIKE)
+        tested.exchange(slot, lambda owner, reader: [], lambda owner, parts: None)
+    assert [memory() is not None for memory in made] == [capturing, capturing, True]
 
 
 class World:
