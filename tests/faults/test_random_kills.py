@@ -30,12 +30,12 @@ CHAIN = [SAME] * 4 + OTHERS + OTHERS
 same layout and eleven on another: two runs make 6 and 22."""
 
 IN_A_SAVE = [
-    {"event": "os.mkdir", "path": ".partial"},
+    {"event": "os.mkdir", "path": "checkpoints/step-0"},
     {"event": "open", "path": ".partial/__"},
     {"event": "open", "path": ".partial/.metadata"},
     {"event": "open", "path": ".partial/manifest.json"},
     {"event": "os.rename", "path": "checkpoints/step-"},
-    {"event": "shutil.rmtree", "path": ".partial"},
+    {"event": "shutil.rmtree", "path": "checkpoints/step-0"},
 ]
 """Moments of a save at which rank 0, or, where it writes too, another rank, is struck."""
 

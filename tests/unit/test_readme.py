@@ -19,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.config import SECTIONS
+from launch.train import main as train
 from tests.distributed.harness import PRELOADED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +125,24 @@ def test_every_command_runs(command: str, request: pytest.FixtureRequest) -> Non
         pytest.fail(f"nothing runs {command!r}")
 
 
+def checks() -> list[str]:
+    """The arguments of each `--check` that a page or a job's first lines show."""
+    shown = re.compile(r"python launch/train\.py (--config \S+ --check[^`\n]*)")
+    pages = [*DOCUMENTS, *(ROOT / "configs").glob("*.yaml")]
+    return sorted({arguments for path in pages for arguments in shown.findall(path.read_text())})
+
+
+@pytest.mark.parametrize("arguments", checks())
+def test_every_check_that_a_page_shows_passes(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert train(shlex.split(arguments, comments=True)) == 0, capsys.readouterr().err
+    assert "valid on" in capsys.readouterr().out
+
+
 def test_the_readme_shows_commands() -> None:
+    assert len(checks()) > len([command for command in commands() if "--check" in command]) >= 4
     assert {"make train", "make test"} <= set(commands()) and len(commands()) >= 8
 
 
