@@ -41,7 +41,7 @@ def test_peers_do_the_same_work(tmp_path: Path) -> None:
         )
     found = {}
     for name, process in processes.items():
-        said = process.communicate(timeout=300)[0]
+        said = process.communicate(timeout=600)[0]
         assert process.returncode == 0, said
         (found[name],) = json.loads((tmp_path / f"{name}.json").read_text()).values()
     ours, theirs = found["ours"], found["theirs"]
