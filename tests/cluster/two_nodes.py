@@ -139,7 +139,7 @@ class TwoNodes(Machines):
                 returncode = process.wait(timeout)
             except BaseException as error:
                 self.close()
-                process.wait(timeout=_PATIENCE)
+                process.wait(timeout=PATIENCE)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 tail = log.read_text(errors="replace")[-4000:]
