@@ -36,7 +36,8 @@ class StopRequests:
         self._sender = sender  # kept open
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background does not hear Ctrl-C
+            # A job in the background does not hear Ctrl-C; the others are ignored by what starts a rank, not for it.
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         os.register_at_fork(after_in_child=_hear_nothing)
         # Launchers that must survive these signals block them, and what they start inherits that.
