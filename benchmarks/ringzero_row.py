@@ -41,6 +41,6 @@ def prepared(
 
     def train_step(step: int) -> tuple[float, float]:
         outcome = stepper.train(step, made[step])
-        return float(outcome.loss), float(outcome.grad_norm)
+        return outcome.loss, outcome.grad_norm
 
     return train_step, note

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import record_function
 
 from launch.config import JobConfig
@@ -16,24 +14,10 @@ from launch.data.batches import MicroBatch
 from launch.feed import Cutter, HostBatch
 from launch.monitoring.timing import StepTimer
 from launch.monitoring.tracing import OPTIMIZER
+from launch.outcome import StepOutcome
 from launch.schedule import learning_rate_at
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """One step's results, still on the device: reading them waits for the step."""
-
-    step: int
-    """Updates done, this one included."""
-    loss: Tensor
-    """Mean over the global batch's tokens, nats."""
-    local_loss: Tensor
-    """This rank's summed loss, to tell which rank went wrong."""
-    grad_norm: Tensor | float
-    applied: bool
-    """False where a loss scaler skipped the update."""
 
 
 class Stepper:
@@ -68,7 +52,13 @@ class Stepper:
         self.timer.mark("optimizer")
         loss = local_loss.clone()
         dist.all_reduce(loss, group=group)
-        return StepOutcome(step + 1, loss / tokens.clamp(min=1), local_loss, engine.grad_norm, applied)
+        return StepOutcome(
+            step + 1,
+            applied=applied,
+            loss=loss / tokens.clamp(min=1),
+            local_loss=local_loss,
+            grad_norm=engine.grad_norm,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> float:

@@ -20,10 +20,11 @@ from launch.health.stragglers import Stragglers
 from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.timing import StepClock
 from launch.monitoring.tracing import DATA, StepTracer
+from launch.outcome import StepOutcome
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
 from launch.saving.continuity import LAST_LOSSES, unlike_recent
-from launch.stepper import StepOutcome, Stepper
+from launch.stepper import Stepper
 
 
 class NonFiniteLoss(RuntimeError):
@@ -125,12 +126,11 @@ class Trainer:
 
     def _check_finite(self, outcome: StepOutcome) -> None:
         """Every rank sees the same loss and norm, so all stop together."""
-        loss, norm = float(outcome.loss), float(outcome.grad_norm)
-        self._remember(outcome.step, loss)
+        self._remember(outcome.step, outcome.loss)
         if self.stepper.is_sound(outcome):
             return
         flags = torch.zeros(dist.get_world_size(), device=self.engine.device)
-        flags[dist.get_rank()] = float(not math.isfinite(float(outcome.local_loss)))
+        flags[dist.get_rank()] = float(not math.isfinite(outcome.local_loss))
         dist.all_reduce(flags)
         ranks = [str(rank) for rank, flag in enumerate(flags.tolist()) if flag]
         where = f"on rank {', '.join(ranks)}" if ranks else "in the gradients only"
@@ -142,7 +142,8 @@ class Trainer:
         if sound and sound != steps:
             good += f" (move step-{steps[-1]:08d} away to continue from it)"
         raise NonFiniteLoss(
-            f"step {outcome.step}: loss {loss}, gradient norm {norm}; it arose {where}. Last good checkpoint: {good}. "
+            f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; it arose {where}. "
+            f"Last good checkpoint: {good}. "
             "Lower optimizer.learning_rate or training.gradient_clipping, lengthen optimizer.warmup_steps, or look at "
             "the data of this step"
         )
@@ -156,8 +157,8 @@ class Trainer:
             self.monitor.log_step(
                 StepRecord(
                     step=outcome.step,
-                    loss=float(outcome.loss),
-                    gradient_norm=float(outcome.grad_norm),
+                    loss=outcome.loss,
+                    gradient_norm=outcome.grad_norm,
                     learning_rate=self.stepper.learning_rate(outcome.step - 1),
                     tokens=progress.tokens,
                     seconds=seconds,

@@ -149,7 +149,7 @@ class Rank:
         """(loss, gradient norm) of the steps."""
         stepper, batches = self.stepper, self.batches
         outcomes = [stepper.train(step, stepper.cut(batches.micro_batches(step))) for step in range(first, stop)]
-        return [(float(outcome.loss), float(outcome.grad_norm)) for outcome in outcomes]
+        return [(outcome.loss, outcome.grad_norm) for outcome in outcomes]
 
     def state(self) -> RankState:
         kept = {fragment.name: fragment for fragment in self.engine.fragments()}

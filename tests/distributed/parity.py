@@ -257,8 +257,8 @@ def _train(case: Case, mesh: ParallelMesh, device_type: str) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         outcome = stepper.train(step, stepper.cut(rows.micro_batches(step)))
-        losses.append(float(outcome.loss))
-        norms.append(float(outcome.grad_norm))
+        losses.append(outcome.loss)
+        norms.append(outcome.grad_norm)
     pieces = [
         (part.key.removeprefix("parameter/"), part.full_shape, part.offsets, part.tensor.detach().cpu().numpy().copy())
         for fragment in engine.fragments()

@@ -32,8 +32,8 @@ def _train(layout: tuple[int, int, int], stage: int, first_scale: float | None) 
     for step in range(STEPS):
         outcome = stepper.train(step, stepper.cut(Rows(case, mesh.dp_rank).micro_batches(step)))
         assert stepper.is_sound(outcome), "a skipped step is no failure"
-        found["loss"].append(float(outcome.loss))
-        found["norm"].append(float(outcome.grad_norm))
+        found["loss"].append(outcome.loss)
+        found["norm"].append(outcome.grad_norm)
         found["applied"].append(outcome.applied)
         found["scale"].append(engine.loss_scaler_state["cur_scale"])
         found["updates"].append(engine.step_count)

@@ -18,6 +18,7 @@ from launch.data.text_codec import text_codec
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
+from launch.outcome import StepOutcome
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
@@ -203,3 +204,14 @@ def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
     assert codec.encode("two one") == [0, 2, 1], "and does not end as one"
     assert codec.encode("") == [0]
     assert codec.decode([0, 2, 1]) == "two one"
+
+
+# -- what came of a step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [0.75, torch.tensor(0.75), torch.tensor(0.75, dtype=torch.float64)])
+def test_numbers_of_a_step(norm: float | torch.Tensor) -> None:
+    loss, local_loss = torch.tensor(2.5), torch.tensor(10.0)
+    outcome = StepOutcome(3, applied=True, loss=loss, local_loss=local_loss, grad_norm=norm)
+    local_loss += 1  # later steps use the memory again
+    assert (outcome.loss, outcome.local_loss, outcome.grad_norm) == (2.5, 10.0, 0.75)
