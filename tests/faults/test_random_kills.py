@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.audit_data import Run, faults_of_steps
+from launch.audit_data import faults_of_steps
+from launch.data.run_record import RunRecord
 from tests.faults.forked import Forked
 from tests.faults.launched import TinyJob
 
@@ -128,7 +129,7 @@ def test_kills_change_neither_tokens_nor_losses(asynchronous: bool, tmp_path: Pa
 
 def assert_same_tokens(tiny: TinyJob, whole: TinyJob) -> None:
     """What the ranks noted that they read, step by step, is what the undisturbed run read and the corpus holds."""
-    mine, expected = Run.read(tiny.run), Run.read(whole.run)
+    mine, expected = RunRecord.read(tiny.run), RunRecord.read(whole.run)
     assert mine.steps == expected.steps == range(STEPS)
     assert [mine.noted[step] for step in mine.steps] == [expected.noted[step] for step in expected.steps]
     assert not list(faults_of_steps(mine, quick=False))
