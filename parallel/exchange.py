@@ -104,9 +104,9 @@ class ExchangeAttention(AttentionOperator):
         self.balanced, self.keep_gathered, self.joined = balanced, keep_gathered, joined
         self.first_heads = first_heads
         self.size, self.rank = transport.group.size(), transport.rank
-        self._shape: tuple[int, int] = (0, 0)
         self._planned_for: Documents | None = None
-        self._planned: list[_Rows] = []
+        self._planned: dict[tuple[int, ...], list[_Rows]] = {}
+        """By shape: a trade of heads around this has groups of several sizes."""
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`kept` has room for the keys and values of whole sequences: documents decide how much of it is used."""
@@ -235,10 +235,12 @@ class ExchangeAttention(AttentionOperator):
 
     def _rows(self, q: Tensor, k: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
-        shape = (q.shape[0], q.shape[1])
-        if self._shape != shape or self._planned_for is not documents:
-            self._planned, self._shape, self._planned_for = self._plan(q, k, documents), shape, documents
-        return self._planned
+        if self._planned_for is not documents:
+            self._planned, self._planned_for = {}, documents
+        shape = *q.shape[:3], k.shape[2]
+        if shape not in self._planned:
+            self._planned[shape] = self._plan(q, k, documents)
+        return self._planned[shape]
 
     def _plan(self, q: Tensor, k: Tensor, documents: Documents | None) -> list[_Rows]:
         size, batch = self.size, q.shape[0]

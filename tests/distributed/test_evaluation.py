@@ -80,9 +80,9 @@ def test_a_model_of_another_shape_is_refused(folder: Path, tmp_path: Path, capsy
 
     asked = ["--run", str(folder), "--config", str(folder / "job.yaml"), "model.num_hidden_layers=3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "1")
-        for name in ("RANK", "LOCAL_RANK"):
-            patch.setenv(name, "0")
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in world.items():
+            patch.setenv(name, value)
         assert main(asked) == 2
     assert "of another model: num_hidden_layers (3 here, 2 there)" in capsys.readouterr().err
 
