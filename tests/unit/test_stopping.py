@@ -1,0 +1,43 @@
+"""Signals that ask a rank to stop, and who hears them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither() -> None:
+    code = """
+        import os, signal, time
+        from launch.environment import Place
+        from launch.stopping import StopRequests
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # both as a rank under Slurm inherits it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        stop = StopRequests(Place(0, 0, 1, 1))
+        ready, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(tell, b"x")
+            time.sleep(600)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        deadline = time.monotonic() + 60
+        while not stop():
+            assert time.monotonic() < deadline
+        print("asked", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    once = "interrupted: stopping after this step, with a checkpoint; once more ends it at once"
+    assert ended.stdout.splitlines() == ["asked", once] and ended.returncode == 128 + signal.SIGINT, ended.stderr
