@@ -97,23 +97,21 @@ def _keys(model: ModelConfig, tokens: int, tp: int) -> int:
 
 
 def zero_payloads(
-    parameters: int, stage: int, precision: Precision, head: int, reduced: int = 4, persistent: int = 0
+    parameters: int, stage: int, precision: Precision, head: int, reduced: int = 4
 ) -> tuple[Payload, Payload]:
     """What DeepSpeed 0.19 moves for one micro-batch, and what once a step; gradients in numbers of `reduced` bytes.
 
     Stage 3 for a model larger than its limit of live parameters; below it, parameters stay gathered for backward, as
-    the `head` elements of the last module always do. `persistent` elements are gathered once a step.
+    the `head` elements of the last module always do.
     """
-    width = BYTES[precision]
-    size, gradients = parameters * width, parameters * reduced
+    size, gradients = parameters * BYTES[precision], parameters * reduced
     if stage == 0:
         return Payload(), Payload(all_reduced=gradients)
     if stage == 1:
         return Payload(), Payload(all_reduced=gradients, all_gathered=size)
     if stage == 2:
         return Payload(all_reduced=gradients), Payload(all_gathered=size)
-    fetched = width * (2 * (parameters - persistent) - head)
-    return Payload(all_gathered=fetched, reduce_scattered=gradients), Payload(all_gathered=width * persistent)
+    return Payload(all_gathered=2 * size - head * BYTES[precision], reduce_scattered=gradients), Payload()
 
 
 def table() -> str:

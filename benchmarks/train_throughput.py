@@ -65,7 +65,6 @@ _FULL = "training.activation_checkpointing=full"
 _AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=130")
 _TWO = "training.micro_batch_size=2"
 _ZERO_2 = "parallel.zero_stage=2"
-_ZERO_1 = "parallel.zero_stage=1"
 _64K = ("training.sequence_length=65536", "parallel.context_parallel_size=2")
 
 ANCHOR = "8k, ZeRO-3, micro-batch 2"
@@ -73,8 +72,6 @@ ANCHOR = "8k, ZeRO-3, micro-batch 2"
 ROWS: dict[str, Row] = {
     ANCHOR: _ours(*_AUTO, _TWO),
     "8k, ZeRO-2, micro-batch 2": _ours(*_AUTO, _TWO, _ZERO_2),
-    "8k, ZeRO-1": _ours(*_AUTO, _ZERO_1),
-    "8k, ZeRO-3, micro-batch 2, 8 blocks persistent": _ours(*_AUTO, _TWO, "parallel.persistent_blocks=8"),
     "8k, ZeRO-3, selective, micro-batch 2": _ours(_SELECTIVE, _TWO),
     "8k, ZeRO-3, selective": _ours(_SELECTIVE),
     "8k, ZeRO-3, no recomputation": _ours(_NONE),

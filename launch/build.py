@@ -193,7 +193,6 @@ def build_engine(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tu
         weight_decay=job.optimizer.weight_decay,
         device=device,
         units=list(model.layers),
-        persistent=[model.embed_tokens, *model.layers[:kept]] if (kept := job.parallel.persistent_blocks) else [],
     )
     return engine, note
 

@@ -15,7 +15,7 @@ from launch.memory.formulas import (
     block_formula,
     host_copies,
 )
-from launch.memory.parameters import count_parameters, count_persistent
+from launch.memory.parameters import count_parameters
 from launch.memory.recompute_plan import RecomputePlan, recompute_plan
 from launch.precision import BYTES
 from model.kernels.linear_cross_entropy import chunk_tokens
@@ -117,9 +117,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
         ("Adam moments", states.moments, _shared(stage >= 1, zero_size)),
     ]
     if stage == 3:
-        always = count_persistent(job.model, job.parallel.persistent_blocks, tp)
-        more = f" beside {always:,} that stay so" if always else ""
-        rows.append(("gathered", whole.working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time{more}"))
+        rows.append(("gathered", whole.working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
     elif whole.working:
         rows.append(("autocast copies", whole.working, "bf16 copies of the fp32 parameters"))
     if states.host:

@@ -29,7 +29,6 @@ from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, de
 from parallel.zero_stage3 import (
     accumulate_together,
     gather_without_copies,
-    keep_gathered,
     keep_host_ahead,
     measure_norm_once,
     reduce_without_interleaving,
@@ -122,10 +121,8 @@ class ZeroEngine:
         weight_decay: float,
         device: torch.device,
         units: Sequence[nn.Module] = (),
-        persistent: Sequence[nn.Module] = (),
     ):
-        """`units`: modules whose parameters stage 3 gathers and releases together, in one message each; `persistent`:
-        modules whose parameters it keeps gathered from one update to the next."""
+        """`units`: modules whose parameters stage 3 gathers and releases together, in one message each."""
         self.model, self.shards, self.mesh, self.settings = model, shards, mesh, settings
         self.device = device
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -153,7 +150,6 @@ class ZeroEngine:
         )
         if settings.stage == 3:
             self._tune_stage3(sizes)
-            keep_gathered(self.engine.optimizer, [one for module in persistent for one in module.parameters()])
         self._create_moments()
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)

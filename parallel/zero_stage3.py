@@ -76,17 +76,6 @@ def _after_computing(device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
 
 
-def keep_gathered(optimizer: Any, parameters: Iterable[Any]) -> None:
-    """Releases `parameters` before an update only, and gathers them after it.
-
-    DeepSpeed picks such parameters by their size alone.
-    """
-    for parameter in parameters:
-        if not parameter.ds_persist:
-            parameter.ds_persist = True
-            optimizer.persistent_parameters.append(parameter)
-
-
 def reduce_without_interleaving(optimizer: Any) -> None:
     """Reduces the gradients of a unit in one message, each from its own memory, which one pass has filled.
 

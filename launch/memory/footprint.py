@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launch.config import JobConfig
 from launch.context import context_plan
 from launch.memory.formulas import Activations, States, estimate_activations, estimate_states, working_copies
-from launch.memory.parameters import count_parameters, count_persistent
+from launch.memory.parameters import count_parameters
 from launch.precision import BYTES
 from model.recompute import Recompute
 from parallel.mesh import MeshShape
@@ -54,8 +54,7 @@ def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[R
         mlp_tile_tokens=job.training.mlp_tile_tokens,
         offload=job.training.offload_activations != "none",
     )
-    persistent = count_persistent(job.model, job.parallel.persistent_blocks, size)
-    return Footprint(states, working_copies(parameters, stage, precision, persistent), activations)
+    return Footprint(states, working_copies(parameters, stage, precision), activations)
 
 
 def local_tokens(job: JobConfig, mesh: MeshShape) -> int:

@@ -83,11 +83,11 @@ def estimate_states(
     )
 
 
-def working_copies(parameters: int, zero_stage: int, precision: Precision, persistent: int = 0) -> int:
-    """Bytes of parameters that computing takes beside the states: what stage 3 has gathered at a time, at most, with
-    `persistent` elements always, and stage 0's bf16 copies of its fp32 parameters."""
+def working_copies(parameters: int, zero_stage: int, precision: Precision) -> int:
+    """Bytes of parameters that computing takes beside the states: what stage 3 has gathered at a time, at most, and
+    stage 0's bf16 copies of its fp32 parameters."""
     if zero_stage == 3:
-        return BYTES[precision] * min(parameters, persistent + LIVE_PARAMETERS)
+        return BYTES[precision] * min(parameters, LIVE_PARAMETERS)
     return 2 * parameters if zero_stage == 0 and precision == "bf16" else 0
 
 

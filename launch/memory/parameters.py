@@ -11,17 +11,7 @@ def count_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
 
     `tensor_parallel_size` must divide the heads and intermediate_size.
     """
-    tables = count_embedding(model, tensor_parallel_size) * (1 if model.tie_word_embeddings else 2)
-    return tables + model.num_hidden_layers * count_block(model, tensor_parallel_size) + model.hidden_size
-
-
-def count_embedding(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Elements of the embedding on one tensor-parallel rank, padding included."""
-    return padded_vocabulary(model.vocab_size, tensor_parallel_size) // tensor_parallel_size * model.hidden_size
-
-
-def count_block(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Elements of one block on one tensor-parallel rank."""
+    vocabulary = padded_vocabulary(model.vocab_size, tensor_parallel_size) // tensor_parallel_size
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) // tensor_parallel_size
     projections = model.hidden_size * heads * model.head_dim
     feed_forward = 3 * model.hidden_size * (model.intermediate_size // tensor_parallel_size)
@@ -31,12 +21,5 @@ def count_block(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     if model.attention_bias == "all":
         biases += model.hidden_size
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return projections + biases + feed_forward + norms
-
-
-def count_persistent(model: ModelConfig, blocks: int, tensor_parallel_size: int = 1) -> int:
-    """Elements on one tensor-parallel rank that stay gathered at ZeRO-3: so many blocks and, with any, the
-    embedding."""
-    if blocks == 0:
-        return 0
-    return count_embedding(model, tensor_parallel_size) + blocks * count_block(model, tensor_parallel_size)
+    tables = vocabulary * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return tables + model.num_hidden_layers * (projections + biases + feed_forward + norms) + model.hidden_size

@@ -49,10 +49,6 @@ class ParallelSection(Section):
     """Neighbours in data x context, such as those of one node, that share a second copy of the parameters, so that the
     backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide data x context. 1: none."""
 
-    persistent_blocks: int = Field(default=0, ge=0)
-    """So many of the first blocks, and with them the embedding, stay gathered from one update to the next: forward and
-    backward fetch the others' parameters only. Costs these parameters' memory; needs zero_stage 3. 0: none."""
-
 
 def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
     """Whether hidden states are split over tensor-parallel ranks too."""
@@ -122,18 +118,6 @@ def _offloaded_parameters_are_partitioned(job: Job) -> None:
             f"{job.parallel.zero_stage}) and offload_optimizer cpu (here {job.parallel.offload_optimizer}); set both, "
             "or parallel.offload_parameters=none"
         )
-
-
-@rule("parallel.persistent_blocks", "parallel.zero_stage", "model.num_hidden_layers")
-def _persistent_blocks_are_some_of_partitioned_ones(job: Job) -> None:
-    blocks, stage, layers = job.parallel.persistent_blocks, job.parallel.zero_stage, job.model.num_hidden_layers
-    if blocks and stage < 3:
-        raise ValueError(
-            f"persistent_blocks ({blocks}) needs zero_stage 3 (here {stage}): below it all blocks are whole on every "
-            "rank; set parallel.zero_stage=3 or parallel.persistent_blocks=0"
-        )
-    if blocks > layers:
-        raise ValueError(f"persistent_blocks ({blocks}) must not exceed num_hidden_layers ({layers})")
 
 
 @rule(

@@ -137,7 +137,6 @@ def all_cases() -> list[Case]:
     ]
     layouts = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 1)]
     offloaded += [Case(*layout, 3, layout[0] == 1, parallel="secondary_partition_size: 2") for layout in layouts]
-    kept = [Case(*layout, 3, layout[1] == 1, parallel="persistent_blocks: 1") for layout in [(2, 1, 2), (1, 2, 2)]]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
     compiled += [Case(2, 1, 1, 3, False, compiled=True), Case(2, 2, 1, 2, False, compiled=True)]
@@ -148,7 +147,7 @@ def all_cases() -> list[Case]:
     parked += [Case(2, 2, 1, 2, False, offload=True), Case(1, 2, 2, 3, True, mode="heads", offload=True)]
     compiled += [Case(1, 1, 2, 0, False, compiled=True), Case(1, 2, 1, 3, False, compiled=True)]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + again + compiled + parked + offloaded + kept + in_turn + single
+    return grouped + ring + whole + again + compiled + parked + offloaded + in_turn + single
 
 
 @dataclass

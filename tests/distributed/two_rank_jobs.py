@@ -20,15 +20,13 @@ def job_of(
     sequence_parallel: str = "auto",
     tile: int | None = None,
     reduce_dtype: str = "fp32",
-    persistent_blocks: int = 0,
 ) -> JobConfig:
     replicas = 2 // (tp * cp)
     return JobConfig.from_yaml(f"""
 model: {{vocab_size: {VOCABULARY}, hidden_size: {HIDDEN}, intermediate_size: 512, num_hidden_layers: {LAYERS},
   num_attention_heads: 4, num_key_value_heads: 2}}
 parallel: {{tensor_parallel_size: {tp}, context_parallel_size: {cp}, context_parallel_mode: {mode},
-  zero_stage: {stage}, sequence_parallel: {sequence_parallel}, gradient_reduce_dtype: {reduce_dtype},
-  persistent_blocks: {persistent_blocks}}}
+  zero_stage: {stage}, sequence_parallel: {sequence_parallel}, gradient_reduce_dtype: {reduce_dtype}}}
 data: {{source: python_stdlib}}
 optimizer: {{learning_rate: 1e-3}}
 training: {{sequence_length: {LENGTH}, global_batch_size: {ACCUMULATION * replicas}, max_steps: 3,

@@ -149,11 +149,6 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "which needs activation_checkpointing attention or full (here selective)",
         ),
         (
-            ["parallel.persistent_blocks=1", "parallel.zero_stage=2"],
-            "persistent_blocks (1) needs zero_stage 3 (here 2)",
-        ),
-        (["parallel.persistent_blocks=99"], "persistent_blocks (99) must not exceed num_hidden_layers ("),
-        (
             ["parallel.secondary_partition_size=2", "parallel.zero_stage=2"],
             "secondary_partition_size (2) above 1 needs zero_stage 3 (here 2)",
         ),
