@@ -95,9 +95,10 @@ def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
     modelled = f"takes {chosen.milliseconds:.2f} ms in a model of H200s ({others}) and " if others else ""
     reason = f"a layer {modelled}receives {chosen.traffic / 2**20:,.1f} MiB"
     if chosen.by_keys > 1:
+        within = "within" if chosen.keys == "exchange" else "beyond"
         reason += (
             f", its fetched keys and values take {chosen.fetched_bytes / 2**20:,.1f} MiB, "
-            f"{'within' if chosen.keys == 'exchange' else 'beyond'} the {_EXCHANGE_BYTES // 2**20:,} of auto"
+            f"{within} the {_EXCHANGE_BYTES // 2**20:,} MiB that auto allows"
         )
     return reason
 

@@ -117,7 +117,7 @@ def _train(
     monitor = _monitor(job, place, device, progress)
     lines = (
         device_note,
-        f"precision {job.resolve_precision(device.type)}; attention: {attention_note}",
+        f"precision {job.resolve_precision(device.type)}; {attention_note}",
         f"run directory {job.run_path}",
         *probed,
         *beginning(resumed, initial),

@@ -23,10 +23,10 @@ class ParallelSection(Section):
     """Between the layers that tensor parallelism splits, each of its ranks holds and computes its part of the tokens
     (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that split each sequence (ring attention)."""
+    """Ranks that split each sequence; context_parallel_mode says how they attend."""
     context_parallel_mode: Literal["auto", "heads", "exchange", "ring"] = "auto"
     """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
-    partial results are merged, which needs memory for one rank's keys only. heads: as many ranks as divide the KV heads
+    partial results are merged, which needs memory for two ranks' keys only. heads: as many ranks as divide the KV heads
     of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto takes what
     costs least by a model of H200s, exchanging keys only while those of a layer fit in 1 GiB."""
     context_parallel_graphs: bool = False

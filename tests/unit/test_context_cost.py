@@ -122,7 +122,7 @@ def test_the_reason_names_both_sides() -> None:
     reason = plan.reason
     assert plan.mode == "exchange of keys over 2 ranks"
     assert f"{plan.milliseconds:.2f} ms in a model of H200s (heads over 2 ranks 26.40) and receives" in reason
-    assert " receives 128.0 MiB, its fetched keys and values take 128.0 MiB, within the 1,024 of auto" in reason
+    assert " receives 128.0 MiB, its fetched keys and values take 128.0 MiB, within the 1,024 MiB that auto" in reason
     assert planned(32768, 2, 16, 1).reason.startswith("a layer receives 16.0 MiB"), "there is nothing to compare"
     assert planned(32768, 2, 32, 8, mode="heads").reason == "as configured"
 
