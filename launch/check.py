@@ -43,6 +43,8 @@ def layout_report(
         _work(job, mesh, device, plan),
         _memory(job, mesh, device, plan),
     ]
+    if idle := job.idle_keys(world_size):
+        sections.append(["without effect", *(f"  {line}" for line in idle)])
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 

@@ -28,7 +28,7 @@ from launch.sections.profile import ProfileSection
 from launch.sections.slurm import SlurmSection
 from launch.sections.training import TrainingSection, check_global_batch
 from launch.settings.job_file import read_job
-from launch.settings.rules import violations
+from launch.settings.rules import idle_keys, violations
 from launch.settings.violations import ConfigError, Violation
 from launch.settings.yaml_strict import write_yaml
 from model.config import ModelConfig
@@ -121,6 +121,10 @@ class JobConfig(Section):
         data_parallel_size = self.data_parallel_size(world_size)
         check_global_batch(self.training.global_batch_size, self.training.micro_batch_size, data_parallel_size)
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
+
+    def idle_keys(self, world_size: int | None = None) -> list[str]:
+        """A line for each key that was set and does nothing beside the others, with both values and a remedy."""
+        return idle_keys(dict(self), world_size)
 
     def resolve_precision(self, device_type: str) -> Precision:
         """The precision that this job uses on "cpu" or "cuda"."""

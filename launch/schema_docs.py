@@ -18,8 +18,9 @@ accumulation steps, parameters) are no keys: `--check` shows them.
 
 Reading is strict. An unknown or duplicate key, a value of another type or out of range, and sections that do not
 agree are all reported together, with file, line, key, value and remedy, and end the job with exit status 2 before
-it touches a GPU. Plain YAML words mean what they say: `true` and `false` are the only truth values, `1e-4` is a
-number, `04:00:00` is text. Aliases are not read."""
+it touches a GPU. A key that was set but does nothing beside the others is told, by `--check` and when the job
+starts, and the job runs. Plain YAML words mean what they say: `true` and `false` are the only truth values, `1e-4`
+is a number, `04:00:00` is text. Aliases are not read."""
 
 
 def reference() -> str:

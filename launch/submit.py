@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    for line in job.idle_keys(job.slurm.nodes * job.slurm.gpus_per_node):
+        print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(script, end="")
         return 0

@@ -109,7 +109,7 @@ class ModelConfig(BaseModel):
     """A token sees itself and the sliding_window - 1 tokens before it; omit for full causal attention."""
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of every initial matrix; those that write to the residual stream are scaled by
-    1 / sqrt(2 * num_hidden_layers) (GPT-2, section 2.3)."""
+    1 / sqrt(2 * num_hidden_layers) (GPT-2, section 2.3). Weights of init_from stay what they are."""
     init_from: str | None = Field(default=None, min_length=1)
     """Folder of the weights to start from: a converted model (`launch/convert.py from-hf`) or another run. Keys of this
     section that are left out are taken from there. Omit to start from random weights."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from launch.saving.continuity import acceptable, acceptable_keys
 from launch.saving.storage import check_client
 from launch.sections.base import Section
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 
 
 class CheckpointSection(Section):
@@ -64,3 +64,19 @@ def _changes_can_be_accepted(job: Job) -> None:
     unknown = [key for key in job.checkpoint.accept_changes if not acceptable(key)]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is no key that a resume refuses; those are {acceptable_keys()}")
+
+
+@idle("checkpoint.on_save_error")
+def _nothing_is_saved_on_the_way(job: Job) -> str | None:
+    interval = job.checkpoint.save_interval
+    if interval == 0:
+        return f"save_interval ({interval}) saves only at the end, where a failure ends the job anyway; raise that"
+    return None
+
+
+@idle("checkpoint.accept_changes")
+def _nothing_is_resumed(job: Job) -> str | None:
+    resume = job.checkpoint.resume
+    if resume == "never":
+        return f"resume ({resume}) reads no checkpoint; set checkpoint.resume=auto, or leave this out"
+    return None

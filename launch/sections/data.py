@@ -9,7 +9,7 @@ from pydantic import Field
 
 from launch.data.encoders import BYTES
 from launch.sections.base import Section
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 
 
 class BlendedCorpus(Section):
@@ -95,3 +95,19 @@ def _validation_paths_are_indexed(job: Job) -> None:
             f"validation_paths is given but source ({job.data.source}) does not read it; remove it, and data."
             "validation_fraction holds a part out, or set source: indexed"
         )
+
+
+@idle("data.validation_fraction")
+def _nothing_is_held_out(job: Job) -> str | None:
+    paths = job.data.validation_paths
+    if paths:
+        return f"validation_paths ({', '.join(paths)}) are read instead; leave one of them out"
+    return None
+
+
+@idle("data.cache_directory")
+def _no_text_becomes_tokens(job: Job) -> str | None:
+    source = job.data.source
+    if source == "indexed":
+        return f"source ({source}) reads tokens where they lie; leave it out"
+    return None

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from launch.sections.base import Section
+from launch.settings.rules import Job, idle
 
 
 class HealthSection(Section):
@@ -31,3 +32,17 @@ class HealthSection(Section):
     """How long after that a step may still end by itself; the run then saves before it ends."""
     straggler: float = Field(default=1.3, gt=1)
     """Times its peers' median at ten logged steps in a row, from which on a rank is named as slow."""
+
+
+@idle("health.outlier")
+def _nothing_is_measured(job: Job) -> str | None:
+    if not job.health.probe:
+        return "probe is false, so that no rates are measured; set health.probe=true, or leave this out"
+    return None
+
+
+@idle("health.hang_grace_seconds")
+def _no_hang_ends_the_run(job: Job) -> str | None:
+    if job.health.on_hang == "report":
+        return f"on_hang is {job.health.on_hang}, which ends no run; set health.on_hang=stop, or leave this out"
+    return None

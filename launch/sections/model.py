@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.data.encoders import BYTES
 from launch.precision import DTYPES, resolve_precision
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 from model.kernels import KERNELS
 
 
@@ -52,3 +52,11 @@ def _named_kernel_takes_the_job(job: Job) -> None:
         raise ValueError(
             f"attention_backend {backend} cannot run this job: it {why_not}; choose {' or '.join(['auto', *able])}"
         )
+
+
+@idle("model.sliding_window")
+def _the_window_holds_all(job: Job) -> str | None:
+    window, length = job.model.sliding_window, job.training.sequence_length
+    if window is not None and window >= length:
+        return f"sequence_length ({length}) is no longer; lower it, or keep it for longer sequences"
+    return None

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from launch.sections.base import Section
+from launch.settings.rules import Job, idle
 
 
 class MonitorSection(Section):
@@ -20,3 +21,10 @@ class MonitorSection(Section):
     """auto shows one on a terminal."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+
+
+@idle("monitor.histograms")
+def _no_events_are_written(job: Job) -> str | None:
+    if not job.monitor.tensorboard:
+        return "tensorboard is false, and histograms go nowhere else; set one of them to the other's value"
+    return None

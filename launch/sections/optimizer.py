@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launch.sections.base import Section
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 
 
 class OptimizerSection(Section):
@@ -59,3 +59,19 @@ def _schedule_fits_the_run(job: Job) -> None:
             f"exceed the job's steps ({total}) together; lower warmup_steps to {total - decay} or less, "
             "or lower decay_fraction"
         )
+
+
+@idle("optimizer.min_learning_rate_ratio")
+def _no_minimum_is_reached(job: Job) -> str | None:
+    schedule = job.optimizer.schedule
+    if schedule == "constant":
+        return f"schedule ({schedule}) stays at the peak; set optimizer.schedule=cosine or wsd, or leave this out"
+    return None
+
+
+@idle("optimizer.decay_fraction")
+def _no_decay_of_its_own(job: Job) -> str | None:
+    schedule = job.optimizer.schedule
+    if schedule != "wsd":
+        return f"schedule ({schedule}) has no decay of a given length; set optimizer.schedule=wsd, or leave this out"
+    return None

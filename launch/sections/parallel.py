@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal
 
 from pydantic import Field
 
 from launch.sections.base import Section
 from launch.sections.training import TrainingSection
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 from parallel.mesh import MeshShape
 from parallel.sequence import check_sequence_parallel
 from parallel.tensor import check_head_divisibility
@@ -155,3 +156,67 @@ def _fp16_has_master_weights(job: Job) -> None:
             "zero_stage (0) must be 1 or more with precision fp16, because DeepSpeed's stage 0 would "
             "accumulate gradients in fp16; set parallel.zero_stage=1 or training.precision=bf16"
         )
+
+
+@rule("parallel.context_parallel_graphs", "parallel.context_parallel_size", "job.device")
+def _graphs_are_of_gpus(job: Job) -> None:
+    size = job.parallel.context_parallel_size
+    if job.parallel.context_parallel_graphs and size > 1 and job.job.device == "cpu":
+        raise ValueError(
+            f"context_parallel_graphs is true with context_parallel_size ({size}) on device {job.job.device}, which "
+            "has no CUDA graphs; set parallel.context_parallel_graphs=false or job.device=cuda"
+        )
+
+
+@idle("parallel.sequence_parallel")
+def _no_layer_is_split(job: Job) -> str | None:
+    size = job.parallel.tensor_parallel_size
+    if job.parallel.sequence_parallel is True and size == 1:
+        return f"tensor_parallel_size ({size}) splits no layer; raise that, or set this to auto"
+    return None
+
+
+@idle("parallel.context_parallel_mode")
+def _no_sequence_or_head_is_traded(job: Job) -> str | None:
+    size, tp = job.parallel.context_parallel_size, job.parallel.tensor_parallel_size
+    if size == 1:
+        return f"context_parallel_size ({size}) splits no sequence; raise that, or set this to auto"
+    heads = job.model.num_key_value_heads // tp
+    if job.parallel.context_parallel_mode == "heads" and gcd(heads, size) == 1:
+        return (
+            f"a rank's num_key_value_heads ({heads}) and context_parallel_size ({size}) have no divisor in common, so "
+            "that keys travel and no heads; change that size, or set this to auto, exchange or ring"
+        )
+    return None
+
+
+@idle("parallel.context_parallel_graphs")
+def _nothing_is_recorded(job: Job) -> str | None:
+    size = job.parallel.context_parallel_size
+    if size == 1:
+        return f"context_parallel_size ({size}) splits no sequence; raise that, or set this to false"
+    if job.data.document_mask:
+        return (
+            "data.document_mask is true, and a graph cannot follow documents, which differ from batch to batch; set "
+            "one of them to false"
+        )
+    return None
+
+
+@idle("parallel.overlap_communication")
+def _nothing_is_overlapped(job: Job) -> str | None:
+    stage = job.parallel.zero_stage
+    if stage == 0:
+        return f"zero_stage ({stage}) reduces gradients after computing in any case; raise that, or leave this out"
+    return None
+
+
+@idle("parallel.secondary_partition_size")
+def _second_copy_is_as_far_as_the_first(job: Job) -> str | None:
+    size = job.parallel.secondary_partition_size
+    if job.world_size is not None and size == job.world_size // job.parallel.tensor_parallel_size:
+        return (
+            f"data x context has no more ranks ({size} here), from which the first copy is gathered too, and a second "
+            "one takes memory; lower it, or leave it out"
+        )
+    return None

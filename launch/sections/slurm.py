@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from launch.sections.base import Section
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 """What stands on one `#SBATCH` line without blanks."""
@@ -107,3 +107,18 @@ def _a_slice_has_time_to_train(job: Job) -> None:
             f"stop_seconds ({lead}) must be less than the time limit ({job.slurm.time}, {limit} s), or the job is told "
             "to stop as it starts; raise slurm.time or lower slurm.stop_seconds"
         )
+
+
+@idle("slurm.gres")
+def _no_gpu_is_asked_for(job: Job) -> str | None:
+    if job.job.device == "cpu" and job.slurm.gres is not None:
+        return f"job.device ({job.job.device}) asks for no GPU; set job.device=auto, or leave this out"
+    return None
+
+
+@idle("slurm.max_idle_slices")
+def _no_job_is_queued_again(job: Job) -> str | None:
+    restarts = job.slurm.max_restarts
+    if restarts == 0:
+        return f"max_restarts ({restarts}) queues no job again; raise that, or leave this out"
+    return None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from launch.precision import check_precision
 from launch.sections.base import Section
-from launch.settings.rules import Job, rule
+from launch.settings.rules import Job, idle, rule
 from parallel.sequence import check_sequence_length
 
 
@@ -141,3 +141,24 @@ def _a_budget_is_for_auto(job: Job) -> None:
             f"memory_budget_gib ({budget:g}) is read by activation_checkpointing auto only (here {policy}); remove it, "
             "or set training.activation_checkpointing=auto"
         )
+
+
+@idle("training.mlp_tile_tokens")
+def _one_tile_holds_all(job: Job) -> str | None:
+    tile, size = job.training.mlp_tile_tokens, job.parallel.context_parallel_size
+    tokens = job.training.micro_batch_size * job.training.sequence_length // size
+    if tile is not None and tile >= tokens:
+        uncompiled = ", and keeps compile auto from compiling them" if job.training.compile == "auto" else ""
+        return (
+            f"a rank's micro-batch has {tokens} tokens, which layers compute at once{uncompiled}; lower it, or leave "
+            "it out"
+        )
+    return None
+
+
+@idle("training.sample_prompt")
+def _no_sample_is_written(job: Job) -> str | None:
+    tokens = job.training.sample_tokens
+    if tokens == 0:
+        return f"sample_tokens ({tokens}) writes no sample; raise that, or leave this out"
+    return None

@@ -1,5 +1,8 @@
 """What joins keys of a job, or a job and its world size: all rules are checked, none stops the rest.
 
+What cannot run is refused, by a `rule`. What runs although a key that was set does nothing beside the others is told,
+by `idle`: a size overridden to 1 for a moment should not ask for other keys to change.
+
 A rule stands in `launch.sections`, with the section of the first key that it names; its report points there. It is left
 out where a key that it names is already in error, since its verdict would be about a value that has to change anyway.
 """
@@ -10,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.settings.violations import Violation
+from launch.settings.violations import Violation, assigned
 from launch.settings.yaml_strict import KeyPath
 
 
@@ -64,3 +67,33 @@ def violations(
         except ValueError as error:
             found.append(Violation(needs[0], str(error), job.value(needs[0])))
     return found
+
+
+Idleness = Callable[[Job], str | None]
+"""Why a key does nothing in this job, with both values and a remedy; None where it does something."""
+
+IDLE: list[tuple[KeyPath, Idleness]] = []
+"""Keys that other keys can leave without effect, as the sections have registered them."""
+
+
+def idle(key: str) -> Callable[[Idleness], Idleness]:
+    """Registers when section.key does nothing. It is asked where the key is not at its default."""
+
+    def register(why: Idleness) -> Idleness:
+        IDLE.append((tuple(key.split(".")), why))
+        return why
+
+    return register
+
+
+def idle_keys(sections: Mapping[str, Any], world_size: int | None = None) -> list[str]:
+    """A line for each key that was set and does nothing, in the order of `sections`, which are all of a valid job."""
+    job, order, told = Job(sections, world_size), list(sections), []
+    for path, why in sorted(IDLE, key=lambda entry: order.index(str(entry[0][0]))):
+        section, key = map(str, path)
+        value = job.value(path)
+        if value != type(sections[section]).model_fields[key].get_default(call_default_factory=True):
+            reason = why(job)
+            if reason is not None:
+                told.append(f"{assigned(path, value)} does nothing: {reason}")
+    return told

@@ -36,10 +36,7 @@ class Violation:
     """Other keys whose values the fault may lie in."""
 
     def __str__(self) -> str:
-        name = dotted(self.path)
-        if self.value is not _UNSET:
-            shown = yaml_scalar(self.value)
-            name += f" = {shown if len(shown) <= 60 else shown[:57] + '...'}"
+        name = dotted(self.path) if self.value is _UNSET else assigned(self.path, self.value)
         return f"{': '.join(part for part in (self.place, name) if part)}\n    {self.message}"
 
 
@@ -56,6 +53,12 @@ class ConfigError(ValueError):
 def dotted(path: KeyPath) -> str:
     """("optimizer", "betas", 1) -> "optimizer.betas[1]"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def assigned(path: KeyPath, value: object) -> str:
+    """("optimizer", "eps"), 1.0 -> "optimizer.eps = 1.0", where long values lose their end."""
+    shown = yaml_scalar(value)
+    return f"{dotted(path)} = {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:

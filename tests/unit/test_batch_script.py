@@ -104,5 +104,13 @@ def test_bad_jobs_are_refused_before_anything_is_written(
     assert submit.main([quickstart, "slurm.gpus_per_node=4"]) == 1
     assert "sbatch is not on PATH" in capsys.readouterr().err
     assert submit.main([quickstart, "slurm.gpus_per_node=4", "--dry-run"]) == 0
-    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=quickstart\n")
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash\n#SBATCH --job-name=quickstart\n") and not said.err
+    assert (
+        submit.main(
+            [quickstart, "slurm.gpus_per_node=4", "slurm.max_restarts=0", "slurm.max_idle_slices=5", "--dry-run"]
+        )
+        == 0
+    )
+    assert capsys.readouterr().err.startswith("warning: slurm.max_idle_slices = 5 does nothing: max_restarts (0)")
     assert not list(tmp_path.iterdir())

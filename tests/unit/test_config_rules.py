@@ -161,6 +161,10 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "with context_parallel_graphs, whose recordings keep their memory on the device",
         ),
         (
+            ["parallel.context_parallel_graphs=true", "parallel.context_parallel_size=2", "job.device=cpu"],
+            "context_parallel_graphs is true with context_parallel_size (2) on device cpu, which has no CUDA graphs",
+        ),
+        (
             ["training.memory_budget_gib=70", "training.activation_checkpointing=full"],
             "memory_budget_gib (70) is read by activation_checkpointing auto only (here full)",
         ),

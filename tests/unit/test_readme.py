@@ -82,7 +82,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     less = "training.max_steps=2 optimizer.warmup_steps=1 training.sample_tokens=0 training.evaluation_batches=1"
     alone = "parallel.tensor_parallel_size=1 parallel.context_parallel_size=1 job.device=cpu monitor.histograms=true"
-    run_in(folder, "train", [*less.split(), *alone.split()])
+    said = run_in(folder, "train", [*less.split(), *alone.split()])
+    assert 'warning: training.sample_prompt = "def " does nothing: sample_tokens (0) writes no sample' in said
     return folder
 
 
