@@ -1,4 +1,4 @@
-"""What processes of a run that is not over say to those that started them. Imports no torch."""
+"""Exit statuses of a run that ended before its last step, for those that started it. Imports no torch."""
 
 STOPPED = 75
 """A run that was asked to stop, has saved, and wants to be started again (EX_TEMPFAIL of sysexits.h)."""

@@ -1,4 +1,4 @@
-"""What a user can do nothing about is not said."""
+"""Silences warnings that a user can do nothing about."""
 
 from __future__ import annotations
 

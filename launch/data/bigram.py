@@ -1,4 +1,4 @@
-"""What a model could reach that sees one token back."""
+"""The bigram entropy: the lowest loss of a model that sees one token back."""
 
 from __future__ import annotations
 
