@@ -17,17 +17,14 @@ from launch.data.corpora import corpora_on_all_ranks, describe, training_batches
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import DataCursor
 from launch.data.data_log import DataLog
-from launch.data.text_codec import text_codec
 from launch.environment import Place, report_failure
 from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
-from launch.inference.generation import generate
-from launch.inference.model import attention_on_one_device
-from launch.inference.sampling import Sampling
+from launch.inference.cache_room import CacheTooLarge, free_memory
+from launch.inference.sample import check_sample_fits, sample_prompt, write_sample
 from launch.monitoring.monitor import Monitor, SilentMonitor
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.throughput import Throughput
-from launch.precision import DTYPES
 from launch.quiet import leave_out_what_no_user_can_change
 from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunDirectoryError, lock_run, writing_into
@@ -38,11 +35,20 @@ from launch.stopping import StopVote
 from launch.trainer import NonFiniteLoss, Trainer
 from launch.weights.initial_weights import load_initial_weights
 from launch.weights.stored_model import RUN_FILE, WeightsError
-from model.gpt import GPT
 from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh
-from parallel.zero import ZeroEngine, initialize_distributed
+from parallel.zero import initialize_distributed
 
+_TOLD = (
+    CacheTooLarge,
+    CheckpointError,
+    CorpusError,
+    KernelUnavailable,
+    NonFiniteLoss,
+    RunDirectoryError,
+    WeightsError,
+)
+"""What the user can mend, in a sentence."""
 _ENTROPY_TOKENS = 1 << 24
 """Validation tokens that the bigram entropy is counted on, at most."""
 
@@ -60,7 +66,7 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str, st
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1
-    except (CheckpointError, CorpusError, KernelUnavailable, NonFiniteLoss, RunDirectoryError, WeightsError) as error:
+    except _TOLD as error:
         report_failure(f"error: {error}", place)
         return 1
     dist.barrier()
@@ -104,8 +110,9 @@ def _train(
     if probed is None:
         return False
     corpora = corpora_on_all_ranks(job)
-    prompt = _prompt(job, corpora.validation) if job.training.sample_tokens else []  # at the end its faults cost a run
+    prompt = sample_prompt(job, corpora.validation)  # at the end its faults would cost a run
     engine, attention_note = build_engine(job, mesh, device)
+    check_sample_fits(job, prompt, mesh, device.type, free_memory(device, place.local_size))
     checkpoints = checkpoints_of(job)
     resumed = resume(job, checkpoints, engine)
     progress = resumed.progress if resumed else None
@@ -147,8 +154,8 @@ def _train(
             replace(progress or Progress(), data=cursor.record()), resumed.losses if resumed else None
         )
         complete = reached.step >= job.total_steps
-        if complete and job.training.sample_tokens:
-            monitor.message(_sample(job, mesh, engine, prompt))
+        if complete and prompt:
+            monitor.message(write_sample(job, prompt, mesh, engine))
     except CorpusError as error:
         raise _UnreadableStep(str(error), leads=not mesh.tp_rank and not mesh.cp_rank) from error
     finally:
@@ -198,36 +205,3 @@ def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progr
         progress_bar=job.monitor.progress_bar,
         tensorboard=job.monitor.tensorboard,
     )
-
-
-def _prompt(job: JobConfig, validation: Corpus) -> list[int]:
-    """The configured prompt, or the start of the validation text. Raises CorpusError."""
-    prompt = text_codec(job.data.tokenizer).encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
-    if max(prompt) >= job.model.vocab_size:
-        raise CorpusError(
-            f"training.sample_prompt has token id {max(prompt)} (data.tokenizer: {job.data.tokenizer}), beyond "
-            f"model.vocab_size ({job.model.vocab_size}); give the tokenizer of this corpus"
-        )
-    return prompt
-
-
-def _sample(job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine, prompt: list[int]) -> str:
-    """What the trained model writes after the prompt."""
-    codec, length = text_codec(job.data.tokenizer), job.training.sequence_length
-    dtype = DTYPES[job.resolve_precision(engine.device.type)]
-    model = engine.model
-    assert isinstance(model, GPT)
-    engine.eval()
-    (written,) = generate(
-        engine,
-        model,
-        attention_on_one_device(job.model, engine.device, dtype),
-        [prompt[-length:]],
-        job.training.sample_tokens,
-        Sampling(seed=job.job.seed),
-        device=engine.device,
-        window=length,  # no distance that the model was not trained on
-        multiple_of=mesh.tp_size if job.sequence_parallel else 1,
-    )
-    engine.train()
-    return f"sample ({len(written)} tokens):\n{codec.decode(prompt + written)}"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from launch.data.text_codec import TextCodec
 from launch.environment import Place
+from launch.inference.cache_room import check_cache_fits, free_memory
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
 from launch.inference.sampling import Sampling
@@ -49,6 +50,15 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     prompts = [codec.encode(prompt) for prompt in request.prompts]
     model = load_model(request.folder, request.step, mesh, device, dtype)
     _check_prompts(prompts, model.config.vocab_size)
+    check_cache_fits(
+        model.config,
+        prompts,
+        request.max_tokens,
+        asked="--max_tokens",
+        tensor_parallel_size=mesh.tp_size,
+        dtype=dtype,
+        free=free_memory(device, place.local_size),
+    )
 
     def finished(row: int, tokens: list[int]) -> bool:
         return tokens[-1] in ends or _first_stop(codec.decode(tokens), request.stops) is not None

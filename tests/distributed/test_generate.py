@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from model.attention import KernelAttention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
-from tests.distributed.harness import free_port
+from tests.distributed.harness import free_port, run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = str(ROOT / "launch" / "generate.py")
@@ -120,6 +124,26 @@ def test_what_cannot_be_read_is_said(
     (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
     assert main(["--run", str(tmp_path), "--prompt_file", str(tmp_path / "prompt.txt")]) == 1
     assert "prompt.txt is not UTF-8 text (at byte 3); save it as UTF-8" in capsys.readouterr().err
+
+
+def too_many_tokens(folder: Path) -> tuple[int, str]:
+    """Exit status, and what was said."""
+    said = StringIO()
+    with mock.patch("launch.generate.place_in_world", lambda: Place(0, 0, 1, 1)), redirect_stderr(said):
+        status = main(["--run", str(folder), "--prompt", "abc", "--max_tokens", str(10**15), "--device", "cpu"])
+    return status, said.getvalue()
+
+
+def test_more_tokens_than_memory_holds_are_refused(folder: Path) -> None:
+    """2 x 2 layers x 2 heads x 8 numbers of 4 bytes: 256 for a token."""
+    ((status, said),) = run_distributed(too_many_tokens, 1, folder)
+    found = re.fullmatch(
+        r"error: --max_tokens \(1000000000000000\) and prompts of up to 3 tokens, 1 at a time, take 238,418,579.10 GiB "
+        r"of keys and values on each rank, where ([\d.]+) GiB are free; (\d+) fit\n",
+        said,
+    )
+    assert status == 1 and found is not None, said
+    assert int(found[2]) == pytest.approx(float(found[1]) * 2**30 / 256, rel=0.1)
 
 
 @pytest.mark.parametrize(

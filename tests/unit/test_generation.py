@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch.inference.cache_room import CacheTooLarge, check_cache_fits
 from launch.inference.generation import generate
 from launch.inference.sampling import Sampling, choose
 from model.attention import KernelAttention
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kernels import KERNELS
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, cache_bytes
 
 V = 31
 CPU = torch.device("cpu")
@@ -140,6 +141,44 @@ def test_the_cache_has_the_size_of_the_key_heads() -> None:
         assert served.keys.data_ptr() == place, "preallocated"
         with pytest.raises(AssertionError):
             model(torch.tensor([[0]]), cache.position_ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_the_buffers_take(case: str) -> None:
+    model = build(**CASES[case])
+    cache = KVCache([3, 1], 20, KernelAttention(KERNELS["cpu"], model.config), scale=1.0, window=None, device=CPU)
+    with torch.no_grad(), cache.serving(model):
+        model(torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.arange(3).expand(2, 3))
+        held = [layer.attention.attend for layer in model.layers]
+    heads = model.config.num_key_value_heads
+    assert cache_bytes(model.config, 2, 20, heads, torch.float32) == sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in held
+    )
+
+
+def test_what_does_not_fit_is_said_before_it_is_made() -> None:
+    """2 layers x 2 x 4 prompts x 1 head of two ranks' 2 x 8 numbers of 2 bytes: 256 for each token."""
+
+    def check(max_tokens: int, prompts: list[list[int]] = PROMPTS, free: int = 2**30) -> None:
+        config, dtype = build().config, torch.bfloat16
+        check_cache_fits(
+            config, prompts, max_tokens, asked="--max_tokens", tensor_parallel_size=2, dtype=dtype, free=free
+        )
+
+    most = 2**30 // 256 - 9
+    check(most)
+    with pytest.raises(CacheTooLarge) as refused:
+        check(2 * most)
+    assert str(refused.value) == (
+        "--max_tokens (8388590) and prompts of up to 9 tokens, 4 at a time, take 2.00 GiB of keys and values on each "
+        "rank, where 1.00 GiB are free; 4194295 fit, and more with fewer prompts"
+    )
+    with pytest.raises(CacheTooLarge, match="4194295 fit"):
+        check(most + 1)
+    with pytest.raises(CacheTooLarge, match=r"1 at a time, take 59,604,644.78 GiB .* 1.00 GiB are free; 16777207 fit$"):
+        check(10**15, PROMPTS[:1])
+    with pytest.raises(CacheTooLarge, match="free; give shorter prompts, or fewer$"):
+        check(1, free=2048)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
