@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training waits for it, and how fast it is written.
 
-    python -m benchmarks.checkpoint_stall --millions 30 --directory /tmp
+    python benchmarks/checkpoint_stall.py --millions 30 --directory /tmp
 
 One process on the CPU (or a GPU: --device cuda) trains a model of about so many million parameters; its state is 12
 bytes for each. Prints, for a synchronous and an asynchronous save, the wait of the training thread (median of some

@@ -113,7 +113,7 @@ def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
         line = f"corpus {name}: {count:,} samples, {epochs} epochs of {sampler.corpus.num_documents:,} documents"
         if rest:
             whole, part = documents_seen(sampler.corpus, *stretches(sampler, count - rest, count))
-            line += f" and of the next {whole:,} documents whole and {part:,} in part"
+            line += f"; of the next epoch {whole:,} documents whole and {part:,} in part"
         print(line)
     return faults
 
