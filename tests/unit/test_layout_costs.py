@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.layout_costs import exchange_payload
+from benchmarks.layout_costs import DOCUMENT, exchange_payload
 from launch.config import load_job
+from launch.memory import formulas
 from parallel.exchange_plan import exchange_plan
 from parallel.sequence import chunk_starts
 from workload import CONFIG
@@ -19,3 +20,10 @@ def test_the_exchange_moves_what_its_plan_says() -> None:
         keys = 2 * fetched * model.num_key_value_heads * model.head_dim * model.num_hidden_layers * 2
         moved = exchange_payload(model, length // size, 2, tp=1, cp=size, checkpointing=False)
         assert moved == keys * (3 if size > 2 else 2)
+
+
+def test_the_page_holds_the_formulas_that_a_check_prints() -> None:
+    block = formulas.block_formula(qk_norm=False, sequence_parallel=False, tiled=False)
+    work = (formulas.HEAD_FORMULA, formulas.EXCHANGE_FORMULA, formulas.RING_FORMULA, formulas.HEADS_FORMULA)
+    page = DOCUMENT.read_text()
+    assert not [formula for formula in (block, *formulas.KEPT_FORMULAS.values(), *work) if f"| {formula} |" not in page]
