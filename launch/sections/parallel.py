@@ -34,10 +34,10 @@ class ParallelSection(Section):
     """Replay attention as CUDA graphs: up to about 4,096 tokens a rank the host takes longer to issue it than the GPUs
     to run it. Costs memory for a copy of each layer's inputs and gradients. GPUs of one host, without documents."""
     zero_stage: int = Field(default=3, ge=0, le=3)
-    """What DeepSpeed shards over data x context: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
+    """What DeepSpeed shards over dp x cp: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""
     gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are summed over data x context; bf16 halves that traffic and rounds each sum."""
+    """In which gradients are summed over dp x cp; bf16 halves that traffic and rounds each sum."""
     overlap_communication: bool = True
     """ZeRO reduces gradients, and at stage 3 fetches parameters, beside computing."""
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -47,8 +47,8 @@ class ParallelSection(Section):
     """cpu keeps this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
     arXiv:2104.07857); needs zero_stage 3 and offload_optimizer."""
     secondary_partition_size: int = Field(default=1, ge=1)
-    """Neighbours in data x context, such as those of one node, that share a second copy of the parameters, so that the
-    backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide data x context. 1: none."""
+    """Neighbours in dp x cp, such as those of one node, that share a second copy of the parameters, so that the
+    backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide dp x cp. 1: none."""
 
 
 def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
@@ -144,7 +144,7 @@ def _secondary_partitions_are_whole(job: Job) -> None:
     ranks = job.world_size // job.parallel.tensor_parallel_size
     if ranks % size:
         raise ValueError(
-            f"secondary_partition_size ({size}) must divide data x context ({ranks} ranks here); valid: "
+            f"secondary_partition_size ({size}) must divide dp x cp ({ranks} ranks here); valid: "
             f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
         )
 
@@ -216,7 +216,7 @@ def _second_copy_is_as_far_as_the_first(job: Job) -> str | None:
     size = job.parallel.secondary_partition_size
     if job.world_size is not None and size == job.world_size // job.parallel.tensor_parallel_size:
         return (
-            f"data x context has no more ranks ({size} here), from which the first copy is gathered too, and a second "
+            f"dp x cp has no more ranks ({size} here), from which the first copy is gathered too, and a second "
             "one takes memory; lower it, or leave it out"
         )
     return None

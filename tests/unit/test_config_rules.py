@@ -209,7 +209,7 @@ def test_named_kernels_need_not_be_here(tmp_path: Path) -> None:
 def test_secondary_partitions_divide_the_ranks(tmp_path: Path) -> None:
     overrides = ["parallel.tensor_parallel_size=2", "parallel.secondary_partition_size=4"]
     assert load(tmp_path, *overrides).parallel.secondary_partition_size == 4
-    message = "secondary_partition_size (4) must divide data x context (6 ranks here); valid: 1, 2, 3, 6"
+    message = "secondary_partition_size (4) must divide dp x cp (6 ranks here); valid: 1, 2, 3, 6"
     assert message in report(tmp_path, *overrides, "training.global_batch_size=12", world_size=12)
 
 

@@ -65,7 +65,7 @@ IDLE_JOBS: list[tuple[list[str], str, str, list[str]]] = [
     (
         ["parallel.secondary_partition_size=8"],
         "parallel.secondary_partition_size = 8",
-        "data x context has no more ranks (8 here)",
+        "dp x cp has no more ranks (8 here)",
         ["parallel.secondary_partition_size=4"],
     ),
     (
