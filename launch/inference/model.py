@@ -69,7 +69,7 @@ def codec_of(folder: Path) -> TextCodec:
     except CorpusError as error:
         if beside.is_file() and configured != str(beside):
             return text_codec(str(beside))
-        raise WeightsError(f"{error}; the model in {folder} was trained with it, put it there again") from error
+        raise WeightsError(f"{error}; put the tokenizer there that the model in {folder} was trained with") from error
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
