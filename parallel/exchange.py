@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from model.kernels.protocol import Gradients, Targets
 from parallel.exchange_plan import ExchangeCall, ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
 from parallel.fused import pack_keys
 from parallel.key_gradients import KeyGradients, sides
-from parallel.sequence import Part, balanced_parts, causal_parts, document_rows
+from parallel.sequence import balanced_parts, causal_parts, document_rows
 from parallel.transport import Arrival, Transport
 
 
@@ -32,8 +31,8 @@ from parallel.transport import Arrival, Transport
 class _Call:
     """A planned kernel call with its mask on the device; None stands for all there are."""
 
-    queries: tuple[slice, slice, slice] | None
-    """Rows of the batch, local tokens and query heads."""
+    queries: tuple[slice, slice] | None
+    """Rows of the batch and local tokens."""
     keys: slice | None
     mask: AttentionMask
     remote: bool
@@ -41,19 +40,11 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the batch that share a plan: all of them, or one row with documents of its own; and those of their KV
-    heads that travel together."""
+    """Rows of the batch that share a plan: all of them, or one row with documents of its own."""
 
-    rows: slice
-    heads: slice
+    rows: slice | None
     plan: ExchangePlan
     calls: list[_Call]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of [B, L, K, D]."""
-        if self.rows.stop - self.rows.start < tensor.shape[0]:
-            tensor = tensor[self.rows]
-        return tensor if self.heads.stop - self.heads.start == tensor.shape[2] else tensor[:, :, self.heads]
 
 
 class _Job(NamedTuple):
@@ -81,8 +72,6 @@ class ExchangeAttention(AttentionOperator):
     rank's outputs [B, L, H, D]. `balanced` says that sequences were cut by `balanced_parts`, without documents by
     `causal_parts`. `keep_gathered` keeps fetched keys and values for the backward pass; otherwise they are fetched
     again. `joined` lets one kernel call serve both of a rank's chunks, or not; None takes what is faster.
-    `first_heads` KV heads travel before the others, and their gradients after the others', each of the two in calls of
-    their own: less then waits for its way, at the price of more calls. 0: all together.
     """
 
     def __init__(
@@ -96,13 +85,11 @@ class ExchangeAttention(AttentionOperator):
         balanced: bool = False,
         keep_gathered: bool = True,
         joined: bool | None = None,
-        first_heads: int = 0,
     ):
         super().__init__()
         self.transport, self.kernel, self.scale = transport, kernel, scale
         self.window, self.deterministic = window, deterministic
         self.balanced, self.keep_gathered, self.joined = balanced, keep_gathered, joined
-        self.first_heads = first_heads
         self.size, self.rank = transport.group.size(), transport.rank
         self._planned_for: Documents | None = None
         self._planned: dict[tuple[int, ...], list[_Rows]] = {}
@@ -122,7 +109,7 @@ class ExchangeAttention(AttentionOperator):
         out = q.new_empty(q.shape) if out is None else out
         lse_shape, kept_shape = self.saved_shapes(q, k)
         kept = k.new_empty(kept_shape)
-        planned = self._rows(q, k, documents)
+        planned = self._rows(q, documents)
         lse = torch.empty(0)
         if sum(len(rows.calls) for rows in planned) > 1:
             lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -146,25 +133,25 @@ class ExchangeAttention(AttentionOperator):
                     if call.queries is None:
                         lse = part
                     else:
-                        lse[_of_lse(call.queries)] = part
+                        lse[call.queries[0], :, call.queries[1]] = part
         return out, lse, kept
 
     def backward(self, dout: Tensor, saved: Saved, targets: Targets = NO_TARGETS) -> Gradients:
         q, k, v, _, _, kept, documents = saved
-        planned = self._rows(q, k, documents)
+        planned = self._rows(q, documents)
         if self.keep_gathered:
-            jobs = [_Job(rows, buffer, None) for rows, buffer in self._buffers(planned, k, kept)][::-1]
+            jobs = [_Job(rows, buffer, None) for rows, buffer in self._buffers(planned, k, kept)]
         else:
-            jobs = self._gather(planned[::-1], k, v, kept)
+            jobs = self._gather(planned, k, v, kept)
         dq, dk, dv = (
             like.new_empty(like.shape) if target is None else target
             for like, target in zip((q, k, v), targets, strict=True)
         )
-        under_way: list[tuple[_Rows, KeyGradients]] = []
+        under_way: list[tuple[slice | None, KeyGradients]] = []
 
         def collect_one() -> None:
-            rows, of_keys = under_way.pop(0)
-            of_keys.collect(rows.of(dk), rows.of(dv))
+            batch_rows, of_keys = under_way.pop(0)
+            of_keys.collect(*(x if batch_rows is None else x[batch_rows] for x in (dk, dv)))
 
         for job in jobs:
             job.complete()
@@ -179,7 +166,7 @@ class ExchangeAttention(AttentionOperator):
                 if call is rows.calls[0] and not any(later.remote for later in rest):
                     of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
             of_keys.send_home()
-            under_way.append((rows, of_keys))
+            under_way.append((rows.rows, of_keys))
         while under_way:
             collect_one()
         return dq, dk, dv
@@ -188,7 +175,7 @@ class ExchangeAttention(AttentionOperator):
         self, call: _Call, keys: Tensor, values: Tensor, dout: Tensor, saved: Saved, targets: Gradients
     ) -> None:
         """Computes one call's gradients in their places: dk and dv are those of its keys alone."""
-        lse = saved.lse if call.queries is None else saved.lse[_of_lse(call.queries)]
+        lse = saved.lse if call.queries is None else saved.lse[call.queries[0], :, call.queries[1]]
         self.kernel.backward(
             _part(dout, call.queries),
             _part(saved.q, call.queries),
@@ -208,8 +195,7 @@ class ExchangeAttention(AttentionOperator):
         """A buffer for each of `planned`: parts of `kept` if that has room."""
         found, used = [], 0
         for rows in planned:
-            batch, _, heads, head_dim = rows.of(k).shape
-            shape = rows.plan.buffer_length, 2, batch, heads, head_dim
+            shape = (rows.plan.buffer_length, 2, k.shape[0] if rows.rows is None else 1, *k.shape[2:])
             size = math.prod(shape)
             found.append((rows, (kept[used : used + size] if self.keep_gathered else k.new_empty(size)).view(shape)))
             used += size
@@ -219,8 +205,11 @@ class ExchangeAttention(AttentionOperator):
         """Starts to fetch the keys that peers hold, straight to their places in the buffers, and to serve theirs."""
         jobs = []
         for rows, buffer in self._buffers(planned, k, kept):
-            plan, slot = rows.plan, self.transport.slot((k.shape[1], *buffer.shape[1:]), k)
-            pack_keys(rows.of(k), rows.of(v), slot, buffer, plan.own, plan.own_again)
+            plan, own_k, own_v = rows.plan, k, v
+            if rows.rows is not None:
+                own_k, own_v = k[rows.rows], v[rows.rows]
+            slot = self.transport.slot((k.shape[1], *buffer.shape[1:]), k)
+            pack_keys(own_k, own_v, slot, buffer, plan.own, plan.own_again)
 
             def taken(owner: int, reader: int, plan: ExchangePlan = plan) -> list[slice]:
                 pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
@@ -233,42 +222,35 @@ class ExchangeAttention(AttentionOperator):
             jobs.append(_Job(rows, buffer, self.transport.exchange(slot, taken, place)))
         return jobs
 
-    def _rows(self, q: Tensor, k: Tensor, documents: Documents | None) -> list[_Rows]:
+    def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
         if self._planned_for is not documents:
             self._planned, self._planned_for = {}, documents
-        shape = *q.shape[:3], k.shape[2]
+        shape = q.shape[:3]
         if shape not in self._planned:
-            self._planned[shape] = self._plan(q, k, documents)
+            self._planned[shape] = self._plan(q, documents)
         return self._planned[shape]
 
-    def _plan(self, q: Tensor, k: Tensor, documents: Documents | None) -> list[_Rows]:
+    def _plan(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         size, batch = self.size, q.shape[0]
         length = q.shape[1] * size
         joined = self._joins(q)
-        plans: list[tuple[slice, ExchangePlan]] = []
         if documents is None:
             # The keys of a batch do not lie one row after the other, as documents would have to.
-            parts = self._causal_parts(q) if self.balanced else None
+            parts = causal_parts(length, size, q.shape[2] * batch, self.window) if self.balanced else None
             plan = exchange_plan(length, size, self.rank, self.window, None, parts, joined and batch == 1)
-            plans.append((slice(0, batch), plan))
-        else:
-            for row, boundaries in enumerate(document_rows(documents.boundaries, batch, length)):
-                parts = balanced_parts(length, size, boundaries, self.window) if self.balanced else None
-                plan = exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined)
-                plans.append((slice(row, row + 1), plan))
-        largest = max(plan.largest_buffer for _, plan in plans)  # a slot must not outgrow those before it while in use
-        kv_heads = k.shape[2]
-        cuts = [0, self.first_heads, kv_heads] if 0 < self.first_heads < kv_heads else [0, kv_heads]
-        return [
-            _Rows(rows, heads, replace(plan, largest_buffer=largest), self._calls(plan, rows, heads, q, kv_heads))
-            for rows, plan in plans
-            for heads in (slice(first, last) for first, last in pairwise(cuts))
-        ]
-
-    def _causal_parts(self, q: Tensor) -> list[Part]:
-        """How sequences without documents were cut, where they are balanced."""
-        return causal_parts(q.shape[1] * self.size, self.size, q.shape[2] * q.shape[0], self.window)
+            return [_Rows(None, plan, self._calls(plan, None, q))]
+        plans = []
+        for boundaries in document_rows(documents.boundaries, batch, length):
+            parts = balanced_parts(length, size, boundaries, self.window) if self.balanced else None
+            plans.append(exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined))
+        largest = max(plan.largest_buffer for plan in plans)  # a slot must not outgrow those before it while in use
+        rows = []
+        for row, plan in enumerate(plans):
+            batch_rows = slice(row, row + 1) if batch > 1 else None
+            calls = self._calls(plan, batch_rows, q)
+            rows.append(_Rows(batch_rows, replace(plan, largest_buffer=largest), calls))
+        return rows
 
     def _joins(self, q: Tensor) -> bool:
         """Whether one call may serve both chunks of a sequence. Decided by shapes, hence alike on all ranks."""
@@ -276,13 +258,14 @@ class ExchangeAttention(AttentionOperator):
             return False
         return one_call_is_faster(q.shape[2], q.shape[1]) if self.joined is None else self.joined
 
-    def _calls(self, plan: ExchangePlan, rows: slice, heads: slice, q: Tensor, kv_heads: int) -> list[_Call]:
-        calls, per_key = [], q.shape[2] // kv_heads
+    def _calls(self, plan: ExchangePlan, rows: slice | None, q: Tensor) -> list[_Call]:
+        calls = []
         for call in plan.calls:
-            own = rows, slice(call.q_start, call.q_stop), slice(heads.start * per_key, heads.stop * per_key)
-            everything = all(part.stop - part.start == whole for part, whole in zip(own, q.shape, strict=False))
+            queries = None
+            if rows is not None or call.q_stop - call.q_start < q.shape[1]:
+                queries = rows or slice(0, q.shape[0]), slice(call.q_start, call.q_stop)
             keys = slice(call.k_start, call.k_stop) if call.k_stop - call.k_start < plan.buffer_length else None
-            calls.append(_Call(None if everything else own, keys, self._mask(call, q.device), call.remote))
+            calls.append(_Call(queries, keys, self._mask(call, q.device), call.remote))
         return calls
 
     def _mask(self, call: ExchangeCall, device: torch.device) -> AttentionMask:
@@ -297,15 +280,9 @@ class ExchangeAttention(AttentionOperator):
         )
 
 
-def _part(tensor: Tensor, queries: tuple[slice, slice, slice] | None) -> Tensor:
-    """Of [B, L, H, D], some rows, tokens and heads."""
+def _part(tensor: Tensor, queries: tuple[slice, slice] | None) -> Tensor:
+    """Of [B, L, H, D], some rows and tokens."""
     return tensor if queries is None else tensor[queries]
-
-
-def _of_lse(queries: tuple[slice, slice, slice]) -> tuple[slice, slice, slice]:
-    """The same of [B, H, L]."""
-    rows, tokens, heads = queries
-    return rows, heads, tokens
 
 
 def _some(tensor: Tensor, keys: slice | None) -> Tensor:

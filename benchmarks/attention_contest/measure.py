@@ -18,13 +18,17 @@ from torch import Tensor
 
 from attention_contest.contestants import Builder, Contestant, Stage
 from attention_contest.reference import NAMES, sampled_attention
-from attention_contest.rows import HEAD_DIM
+from attention_contest.rows import HEAD_DIM, ONE_GPU
 
-ROUNDS = 3
+ROUNDS = 5
 SAMPLES = 128
 """Queries whose error is measured."""
 ATTENTION_KERNEL = re.compile("flash|sdpa|flex_attention|fmha", re.IGNORECASE)
 """Names that GPU kernels of attention have, forward and backward, in all libraries that take part."""
+
+
+Rounds = dict[str, list[float]]
+"""Milliseconds of each round, forward and forward_backward."""
 
 
 class Inputs:
@@ -80,7 +84,7 @@ class Measurement:
         self.name, self.contestant, self.device = name, contestant, inputs.stage.device
         at = contestant.positions.to(self.device)
         self.q, self.k, self.v = (tensor[:, at].requires_grad_() for tensor in inputs.full)
-        self.rounds: dict[str, list[float]] = {"forward": [], "forward_backward": []}
+        self.rounds: Rounds = {"forward": [], "forward_backward": []}
         self.gradient = inputs.sampled_gradient[:, at]
         with contestant.context():
             out = self.both()
@@ -109,21 +113,24 @@ class Measurement:
                 self.rounds["forward"].append(median_ms(self.forward, repetitions, self.device))
             self.rounds["forward_backward"].append(median_ms(self.both, repetitions, self.device))
 
-    def result(self) -> dict[str, Any]:
-        """Of the slowest rank: milliseconds (median over the rounds), GiB beyond the inputs; relative errors. What was
+    def result(self, ideal: Rounds) -> dict[str, Any]:
+        """Milliseconds (median over the rounds) and GiB beyond the inputs, each of the slowest rank; relative errors.
+        Shares are of the `ideal` times, this rank's of the rounds that came directly before this contestant's. What was
         profiled is of the rank whose kernels take longest: the others, on GPUs that are faster, wait for it."""
-        forward, both = (statistics.median(self.rounds[kind]) for kind in self.rounds)
-        slowest = torch.tensor([forward, both, self.peak_gib], device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times = {kind: _slowest(rounds, self.device) for kind, rounds in self.rounds.items()}
+        ideals = {kind: _slowest(rounds, self.device) for kind, rounds in ideal.items()}
+        pairs = {kind: zip(ideals[kind], times[kind], strict=True) for kind in times}
+        ranks = dist.get_world_size()
+        shares = {kind: statistics.median(one / ranks / own for one, own in both) for kind, both in pairs.items()}
+        [peak_gib] = _slowest([self.peak_gib], self.device)
         dist.all_reduce(self.squares)
-        forward, both, peak_gib = slowest.tolist()
         profiled = [(0.0, 0.0)] * dist.get_world_size()
         dist.all_gather_object(profiled, self.profiled or (0.0, 0.0))
         kernels, exposed = max(profiled)
         errors = (self.squares[:, 0] / self.squares[:, 1]).sqrt().tolist()
         return {
-            "forward": forward,
-            "forward_backward": both,
+            **{kind: statistics.median(rounds) for kind, rounds in times.items()},
+            "shares": shares,
             "peak_gib": peak_gib,
             "kernels": None if self.profiled is None else kernels,
             "exposed": None if self.profiled is None else exposed,
@@ -162,6 +169,13 @@ class Measurement:
         ]
         found = attention_and_rest(events)
         return None if found is None else (found[0] / 1e3 / repetitions, found[1] / 1e3 / repetitions)
+
+
+def _slowest(values: list[float], device: torch.device) -> list[float]:
+    """Each of the rank where it is largest."""
+    largest = torch.tensor(values, device=device, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def attention_and_rest(events: list[tuple[str, float, float]]) -> tuple[float, float] | None:
@@ -204,8 +218,12 @@ def median_ms(action: Callable[[], object], repetitions: int, device: torch.devi
 def measure_row(
     stage: Stage, builders: dict[str, Builder], ours: set[str], repetitions: int | None = None
 ) -> dict[str, Any]:
-    """{name: result, or {"failed": why}} of all contestants on one shape, in turns: the GPU's clock drifts with its
-    temperature, ratios must not. `repetitions` of a round: by the length of the work where not said."""
+    """{name: result, or {"failed": why}} of all contestants on one shape. `repetitions` of a round: by the length of
+    the work where not said.
+
+    They take turns, and before each turn of the others one GPU takes one: the same kernels run up to 7 % faster or
+    slower a second later, as the GPU's clock follows its power and temperature, so a ratio is taken of neighbours.
+    """
     found: dict[str, Any] = {}
     running: list[Measurement] = []
     inputs = Inputs(stage)
@@ -214,10 +232,17 @@ def measure_row(
             running.append(Measurement(name, build(), inputs))
         except Exception as error:  # one that fails, for want of memory too, must not cost the others their row
             found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    repetitions = repetitions or max(4, min(20, 16 * 32 * 8192 // (stage.row.heads * stage.row.local_tokens)))
+    repetitions = repetitions or max(2, min(20, 8 * 32 * 8192 // (stage.row.heads * stage.row.local_tokens)))
+    [single] = (one for one in running if one.name == ONE_GPU)
+    before: dict[str, Rounds] = {one.name: {kind: [] for kind in single.rounds} for one in running}
     for _ in range(ROUNDS):
-        for measurement in running:
-            measurement.round(repetitions)
-    for measurement in running:
-        found[measurement.name] = measurement.result() | {"ours": measurement.name in ours}
+        for one in running:
+            single.round(repetitions)
+            for kind, rounds in single.rounds.items():
+                before[one.name][kind].append(rounds[-1])
+            if one is not single:
+                one.round(repetitions)
+    for one in running:
+        ideal = single.rounds if one is single else before[one.name]
+        found[one.name] = one.result(ideal) | {"ours": one.name in ours}
     return found

@@ -1,7 +1,8 @@
 """The file of results: one entry for each row, kernel and run. Pure Python.
 
 GPU clocks differ from run to run, so a ratio is taken between times of one run only: an entry holds all contestants
-that took turns on a row, the one GPU among them. Files merge by run, and nothing is averaged over runs.
+that took turns on a row, the one GPU among them, which was measured again before each of the others. Files merge by
+run, and nothing is averaged over runs.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ def measured(results: Results, row: Row, kernel: str, names: Iterable[str]) -> b
 
 
 def share_of_ideal(entry: Entry, name: str, kind: str = "forward_backward") -> float:
-    """The one GPU's time divided by the number of GPUs, over this mode's."""
-    return entry["modes"][ONE_GPU][kind] / entry["gpus"] / entry["modes"][name][kind]
+    """The one GPU's time divided by the number of GPUs, over this mode's: of neighbouring rounds, where the run has
+    measured them so."""
+    mode = entry["modes"][name]
+    if "shares" in mode:
+        return mode["shares"][kind]
+    return entry["modes"][ONE_GPU][kind] / entry["gpus"] / mode[kind]
 
 
 def tflops(entry: Entry, name: str, kind: str = "forward_backward") -> float:
@@ -81,7 +86,7 @@ def finished(entry: Entry) -> Iterator[str]:
 
 def fastest(entry: Entry, names: Iterable[str]) -> str | None:
     """By forward + backward; None if there is none."""
-    return min(names, key=lambda name: entry["modes"][name]["forward_backward"], default=None)
+    return max(names, key=lambda name: share_of_ideal(entry, name), default=None)
 
 
 def reached(entry: Entry, bar: Bar, ours: str | None = None) -> tuple[float, str, str] | None:
@@ -97,7 +102,7 @@ def reached(entry: Entry, bar: Bar, ours: str | None = None) -> tuple[float, str
     rival = fastest(entry, (name for name in names if name.startswith(bar.rival)))
     if rival is None:
         return None
-    return entry["modes"][rival]["forward_backward"] / entry["modes"][ours]["forward_backward"], ours, rival
+    return share_of_ideal(entry, ours) / share_of_ideal(entry, rival), ours, rival
 
 
 def runs_of(results: Results, row: Row, kernel: str) -> list[tuple[str, Entry]]:

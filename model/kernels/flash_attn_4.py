@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -45,9 +45,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 class FlashAttn4Kernel(PackagedKernel):
-    """flash_attn.cute.interface. On Hopper a backward goes through the heads one after the other, each from its longest
-    block to its shortest, and few multiprocessors share what is left at the end. With `heads_in_turns` it goes through
-    as many at a time as fit in L2, so that a call's last blocks are short (benchmarks/attention_blocks.py)."""
+    """flash_attn.cute.interface, whose backward on Hopper takes the heads in turns (`_heads_in_turns`)."""
 
     name = "flash_attn_4"
     # Blackwell stops at 128 but for two special shapes; Hopper's 192 and 256 are left to FlashAttention-2.
@@ -56,9 +54,6 @@ class FlashAttn4Kernel(PackagedKernel):
     )
     compute_capabilities = (9, 10)
     load = staticmethod(_load)
-
-    def __init__(self, heads_in_turns: bool = False):
-        self.heads_in_turns = heads_in_turns
 
     def _band_forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band, packing: Packing, target: Tensor | None
@@ -73,7 +68,7 @@ class FlashAttn4Kernel(PackagedKernel):
     ) -> Gradients:
         dout, q, k, v, out, lse = tensors
         into = (direct(target) for target in targets)
-        with _heads_in_turns(self.package) if self.heads_in_turns else nullcontext():
+        with _heads_in_turns(self.package):
             dq, dk, dv = self.package._flash_attn_bwd(
                 q,
                 k,
@@ -92,7 +87,13 @@ class FlashAttn4Kernel(PackagedKernel):
 @contextmanager
 def _heads_in_turns(package: ModuleType) -> Iterator[None]:
     """Backward kernels for Hopper that are compiled inside take the order of blocks that the package keeps for
-    deterministic ones, and are remembered apart from the others, on disk too."""
+    deterministic ones, and are remembered apart from the others, on disk too.
+
+    The usual order goes through the heads one after the other, each from its longest block to its shortest, and few
+    multiprocessors share what is left at the end. This one goes through as many heads at a time as fit in L2, so that
+    a call's last blocks are short (benchmarks/attention_blocks.py): of the short calls of context parallelism less is
+    lost, and one long call takes what it took.
+    """
     hopper: Any = import_module("flash_attn.cute.flash_bwd_sm90")
     backward = package._flash_attn_bwd
     before = hopper.SingleTileScheduler, backward.compile_cache

@@ -38,10 +38,10 @@ from tests.distributed.harness import run_distributed
 
 VARIANTS = {
     "keys kept": {"joined": True},
-    "keys fetched again": {"joined": True, "keep_gathered": False, "first_heads": 1},
+    "keys fetched again": {"joined": True, "keep_gathered": False},
     "two calls": {"joined": False},
     "balanced": {"balanced": True, "joined": True},
-    "balanced, two calls": {"balanced": True, "joined": False, "first_heads": 1},
+    "balanced, two calls": {"balanced": True, "joined": False},
 }
 
 

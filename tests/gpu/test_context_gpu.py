@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
-from model.kernels.flash_attn_4 import FlashAttn4Kernel
 from parallel.exchange import ExchangeAttention
 from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
@@ -48,13 +47,10 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
         "exchange, one call": ExchangeAttention(memory, kernel, joined=True, **settings),
         "exchange, two calls": ExchangeAttention(memory, kernel, joined=False, **settings),
-        "exchange, two heads first": ExchangeAttention(memory, kernel, first_heads=2, **settings),
         "exchange, balanced cut": ExchangeAttention(memory, kernel, balanced=True, **settings),
         "exchange by messages": ExchangeAttention(messages, kernel, **settings),
         "ring": RingAttention(group, kernel, **settings),
     }
-    if backend == "flash_attn_4":
-        found["exchange, heads in turns"] = ExchangeAttention(memory, FlashAttn4Kernel(heads_in_turns=True), **settings)
     if isinstance(memory, SymmetricTransport):
         by_keys = ExchangeAttention(other, kernel, **settings)
         found["exchange in CUDA graphs"] = RecordedAttention(found["exchange"], by_keys)

@@ -51,6 +51,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(flash_attn_2.FlashAttn2Kernel, "package", fa2())
     monkeypatch.setattr(flash_attn_3.FlashAttn3Kernel, "package", fa3())
     monkeypatch.setattr(flash_attn_4.FlashAttn4Kernel, "package", fa4())
+    monkeypatch.setattr(flash_attn_4, "_heads_in_turns", nullcontext)
     monkeypatch.setattr(torch_flash, "_forward_op", torch_forward)
     monkeypatch.setattr(torch_flash, "_backward_op", torch_backward)
     chosen = KERNELS[request.param]
@@ -60,14 +61,14 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     return chosen
 
 
-def test_flash_attn_4_takes_heads_in_turns_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_4_takes_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's other order of blocks, and another place for what is compiled, during its backward alone."""
     hopper = SimpleNamespace(SingleTileScheduler="one head", SingleTileLPTBwdScheduler="heads in turns")
     seen = []
 
     def backward(*tensors: Tensor, **how: object) -> tuple[Tensor, ...]:
         seen.append((hopper.SingleTileScheduler, package._flash_attn_bwd.compile_cache))
-        if len(seen) == 4:
+        if len(seen) == 3:
             raise RuntimeError("out of memory")
         return tensors[:3]
 
@@ -77,13 +78,13 @@ def test_flash_attn_4_takes_heads_in_turns_where_it_is_told_to(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "flash_attn.cute.flash_bwd_sm90", hopper)
     monkeypatch.setattr(flash_attn_4.FlashAttn4Kernel, "package", package)
     tensors: Any = tuple(torch.zeros(1, 8, 1, 8) for _ in range(6))
-    for heads_in_turns in (False, True, True, True):
-        kernel = flash_attn_4.FlashAttn4Kernel(heads_in_turns)
-        with pytest.raises(RuntimeError) if len(seen) == 3 else nullcontext():
+    kernel = flash_attn_4.FlashAttn4Kernel()
+    for call in range(3):
+        with pytest.raises(RuntimeError) if call == 2 else nullcontext():
             kernel._band_backward(tensors, SCALE, Band(None, 0), None, False, (None, None, None))
         assert (hopper.SingleTileScheduler, package._flash_attn_bwd.compile_cache) == ("one head", "as usual")
-    assert seen == [("one head", "as usual"), *[("heads in turns", ["bwd_heads_in_turns"])] * 3]
-    assert seen[1][1] is seen[2][1], "compiled once"
+    assert seen == [("heads in turns", ["bwd_heads_in_turns"])] * 3
+    assert seen[0][1] is seen[1][1], "compiled once"
 
 
 QUERIES = Documents.from_boundaries([0, 1, 3, 7, 12, 14], "cpu")
