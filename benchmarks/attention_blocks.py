@@ -5,7 +5,7 @@
 flash_attn_4 on Hopper gives each block 128 queries (forward) or 128 keys (backward) of one head, and each
 multiprocessor one block at a time, in the order of issue. Forward: sections of as many KV heads as fit in L2, the
 longest blocks of a section first. Backward: one head after the other, each from its longest block to its shortest; in
-sections of heads only where it is deterministic ("in turns"). A block costs its tiles and a few more for its beginning
+sections of heads ("in turns") where it is deterministic, or asked to by `model/kernels/flash_attn_4.py`. A block costs its tiles and a few more for its beginning
 and its end.
 
 c tokens are half of one rank's share where two ranks hold chunks (0, 3) and (1, 2), as in attention_parts.py, whose

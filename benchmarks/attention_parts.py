@@ -27,6 +27,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from model.kernels import KERNELS, AttentionKernel, AttentionMask, Documents
+from parallel.peer_memory import reach_each_other
 from parallel.transport import MessageTransport, SymmetricTransport, Transport
 
 HEAD_DIM = 128
@@ -129,7 +130,7 @@ def message_parts() -> None:
     device = torch.device("cuda", rank)
     transports: list[Transport] = [MessageTransport(group)]
     lines = []
-    if SymmetricTransport.reaches(group, device):
+    if reach_each_other(group, device):
         transports.append(SymmetricTransport(group, device))
         memory = symmetric_memory.empty(MEBIBYTES[-1] * 2**20, dtype=torch.uint8, device=device)
         handle = symmetric_memory.rendezvous(memory, group)

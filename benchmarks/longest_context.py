@@ -33,6 +33,7 @@ from documents import markdown, renewed
 from launch.config import JobConfig
 from launch.memory.recompute_plan import planned_footprint
 from launch.monitoring.throughput import Throughput
+from parallel.peer_memory import peer_memory_allocated
 from row_process import torchrun
 from workload import device_of, job_of, random_batches, timed_steps
 
@@ -89,7 +90,7 @@ def measure(job: JobConfig, steps: int) -> dict[str, Any]:
     measured, on_gpu = timed_steps(train_step, steps), device.type == "cuda"
     free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     memory = [
-        torch.cuda.max_memory_allocated() if on_gpu else 0,
+        torch.cuda.max_memory_allocated() + peer_memory_allocated() if on_gpu else 0,
         total - free,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     ]

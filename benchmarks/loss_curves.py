@@ -4,7 +4,7 @@
     python benchmarks/loss_curves.py --output docs/loss_curves.json --merge other.json ... [--document docs]
 
 A 0.97-billion-parameter model (Llama-3.2-1B's blocks, bytes for tokens) learns the Python standard library's source for
-200 steps of 16,384 tokens in bf16. All curves start from the same weights and read the same tokens in the same order,
+200 steps of 8,192 tokens in bf16. All curves start from the same weights and read the same tokens in the same order,
 so that they differ by rounding alone. How far rounding carries them is measured: one GPU runs again with another
 attention kernel, and again with other micro-batches. A layout is within bf16 noise where its root-mean-square
 difference from one GPU is at most twice the largest of those.
@@ -50,15 +50,15 @@ MODEL = [
 TRAINING = [
     "optimizer.learning_rate=3e-4",
     "training.sequence_length=2048",
-    "training.micro_batch_size=4",
-    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=4",
     "training.max_steps=200",
 ]
 _ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1"]
 PAGE = """# Loss curves of two GPUs and of one
 
 A model of 0.97 billion parameters (the blocks of Llama-3.2-1B, bytes for tokens) learns the Python standard library's
-source for 200 steps of 16,384 tokens, in bf16 on NVIDIA H200s. All runs start from the same weights and read the same
+source for 200 steps of 8,192 tokens, in bf16 on NVIDIA H200s. All runs start from the same weights and read the same
 tokens in the same order, so that only rounding tells them apart.
 
     python benchmarks/loss_curves.py --output docs/loss_curves.json
@@ -84,7 +84,7 @@ BASELINE = "one GPU"
 CURVES = {
     BASELINE: Curve(1, _ONE_RANK),
     "one GPU, another kernel": Curve(1, [*_ONE_RANK, "model.attention_backend=torch_flash"], noise=True),
-    "one GPU, micro-batch 2": Curve(1, [*_ONE_RANK, "training.micro_batch_size=2"], noise=True),
+    "one GPU, micro-batch 1": Curve(1, [*_ONE_RANK, "training.micro_batch_size=1"], noise=True),
     "two GPUs, ZeRO-3": Curve(2, _ONE_RANK),
     "two GPUs, cp 2": Curve(2, ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=2"]),
     "two GPUs, tp 2": Curve(2, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=1"]),

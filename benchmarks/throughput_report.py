@@ -30,16 +30,19 @@ def over_anchor(results: Results, row: Row) -> float | None:
 def comparison(results: Results) -> str:
     """Markdown: our best row of each kind over the best of each peer, through the anchors of their runs.
 
-    Runs with the same anchor row are taken together: a row that several of them measured counts with the median of its
-    ratios.
+    Runs whose anchor row has the same name and settings are taken together: a row that several of them measured counts
+    with the median of its ratios.
     """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results.values():
+        if over_anchor(results, row) is not None:
+            anchor = anchor_of(results, row)
+            groups.setdefault((row["layers"], anchor["row"], *anchor["settings"]), []).append(row)
     lines = []
-    anchored = [row for row in results.values() if over_anchor(results, row) is not None]
-    groups = dict.fromkeys((row["layers"], anchor_of(results, row)["row"]) for row in anchored)
-    for layers, anchor in sorted(groups, reverse=True):
-        rows = [row for row in anchored if (row["layers"], anchor_of(results, row)["row"]) == (layers, anchor)]
-        lines += [(str(layers), *line) for line in _contests(_best(results, rows))]
-    return markdown(["layers", "ours, best", "theirs, best", "ours / theirs"], lines)
+    for (layers, *_), rows in sorted(groups.items(), reverse=True):
+        runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
+        lines += [(str(layers), *line, runs) for line in _contests(_best(results, rows))]
+    return markdown(["layers", "ours, best", "theirs, best", "ours / theirs", "runs"], lines)
 
 
 _Kind = tuple[int, str, int, int]

@@ -62,7 +62,7 @@ _NONE = "training.activation_checkpointing=none"
 _SELECTIVE = "training.activation_checkpointing=selective"
 _ATTENTION = "training.activation_checkpointing=attention"
 _FULL = "training.activation_checkpointing=full"
-_AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=130")
+_AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=134")
 _TWO = "training.micro_batch_size=2"
 _ZERO_2 = "parallel.zero_stage=2"
 _64K = ("training.sequence_length=65536", "parallel.context_parallel_size=2")

@@ -24,6 +24,7 @@ from launch.data.corpus import Corpus
 from launch.monitoring.throughput import Throughput
 from model.gpt import GPT
 from parallel.materialize import fill
+from parallel.peer_memory import peer_memory_allocated
 from parallel.tensor import TensorShard
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama3-8b-8k.yaml"
@@ -124,8 +125,8 @@ def record(job: JobConfig, measured: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "seconds": steady,
         **throughput.rates(steady),
-        "peak_gib": torch.cuda.max_memory_allocated() / gib if on_gpu else 0.0,
-        "reserved_gib": torch.cuda.max_memory_reserved() / gib if on_gpu else 0.0,
+        "peak_gib": (torch.cuda.max_memory_allocated() + peer_memory_allocated()) / gib if on_gpu else 0.0,
+        "reserved_gib": (torch.cuda.max_memory_reserved() + peer_memory_allocated()) / gib if on_gpu else 0.0,
         **measured,
     }
 

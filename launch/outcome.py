@@ -15,13 +15,14 @@ class StepOutcome:
     """
 
     def __init__(self, step: int, *, applied: bool, loss: Tensor, local_loss: Tensor, grad_norm: Tensor | float):
-        """`loss`, `local_loss` and, where it is a tensor, `grad_norm` are scalars on the device; see the properties."""
+        """`loss` and `local_loss` are scalars on the device, and so is `grad_norm`, unless the host has it already; see
+        the properties."""
         self.step = step
         """Updates done, this one included."""
         self.applied = applied
         """False where a loss scaler skipped the update."""
         norm = grad_norm if isinstance(grad_norm, Tensor) else torch.full_like(loss, grad_norm)
-        values = torch.stack([value.double() for value in (loss, local_loss, norm)])
+        values = torch.stack([value.double() for value in (loss, local_loss, norm.to(loss.device))])
         self._read: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:

@@ -25,6 +25,7 @@ from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
 from launch.saving.continuity import LAST_LOSSES, unlike_recent
 from launch.stepper import Stepper
+from parallel.peer_memory import peer_memory_allocated
 
 
 class NonFiniteLoss(RuntimeError):
@@ -217,9 +218,9 @@ class Trainer:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
+    """Bytes: on the GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + peer_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

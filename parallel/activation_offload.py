@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from parallel.host_memory import host_buffer
+from parallel.host_memory import host_buffer, release_host_buffer
 
 _SMALLEST = 4
 """A tensor of less than 1 / _SMALLEST of a block's input stays: such ones weigh little, and blocks share some."""
@@ -37,6 +37,8 @@ class ActivationOffload:
         self._block: _Block | None = None
         """The block that computes, or the last one that did."""
         self._smallest = 0
+        self._made: list[Tensor] = []
+        weakref.finalize(self, _give_back, self._made, device, self._stream).atexit = False
 
     @contextlib.contextmanager
     def block(self, hidden: Tensor) -> Iterator[None]:
@@ -95,7 +97,10 @@ class ActivationOffload:
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         free = self._free.setdefault(tensor.nbytes, [])
-        return free.pop() if free else host_buffer(tensor.nbytes, self._device)
+        if not free:
+            self._made.append(host_buffer(tensor.nbytes, self._device))
+            return self._made[-1]
+        return free.pop()
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
@@ -114,6 +119,13 @@ class ActivationOffload:
         """What is issued from now on comes after `event`; the host goes on."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
+
+
+def _give_back(buffers: list[Tensor], device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        stream.synchronize()
+    for buffer in buffers:
+        release_host_buffer(buffer, device)
 
 
 @dataclass

@@ -173,3 +173,25 @@ def _move(x, slot, whole, inside, own, PACKING: tl.constexpr):
         tl.store(whole, tl.load(x, mask=inside), mask=inside)
     else:
         tl.store(slot, tl.load(x, mask=inside), mask=inside)
+
+
+def add_mean(total: Tensor, parts: Tensor, *, first: bool) -> None:
+    """`parallel.gradient_exchange.add_mean`."""
+    size, length = parts.shape
+    _add_mean[(triton.cdiv(length, _ELEMENTS),)](total, parts, length, 1 / size, first, size, _ELEMENTS, num_warps=8)
+
+
+_ELEMENTS = 4096
+
+
+@triton.jit
+def _add_mean(total, parts, length, share, FIRST: tl.constexpr, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < length
+    added = tl.load(parts + at, mask=inside).to(tl.float32)
+    for rank in tl.static_range(1, SIZE):
+        added += tl.load(parts + rank * length.to(tl.int64) + at, mask=inside).to(tl.float32)
+    added *= share
+    if not FIRST:
+        added += tl.load(total + at, mask=inside)
+    tl.store(total + at, added, mask=inside)

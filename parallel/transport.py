@@ -8,17 +8,16 @@ but data travels.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel.flags import Flags
+from parallel.peer_memory import PeerMemory, reach_each_other
 
 Rows = Callable[[int, int], list[slice]]
 """(owner, reader) -> the rows of the owner's slot that the reader takes; the two are never the same rank."""
@@ -95,7 +94,7 @@ class _Messages:
 class SymmetricTransport:
     """GPUs of one host read each other's memory: no message is matched and no kernel of NCCL's holds SMs.
 
-    Slots lie in symmetric memory (torch.distributed._symmetric_memory), a few in turn. An offer is a flag raised on the
+    Slots lie in `PeerMemory`, a few in turn. An offer is a flag raised on the
     current stream, behind the work that filled the slot. Taking waits for every owner's flag, copies, and lowers the
     flag, on a stream of the transport's own that knows nothing of this rank's work since `slot`: who is late with its
     own work does not begin to copy late. Rows copied as they are go by copy engine.
@@ -118,8 +117,7 @@ class SymmetricTransport:
         self._peers = [(self.rank + step) % group.size() for step in range(1, group.size())]
         """Each reader starts with another owner."""
         self._takes = torch.cuda.Stream(device, priority=-1)
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
-        self._handle: Any  # with the flags, from the first slot on
+        self._memory: PeerMemory  # with the flags, from the first slot on
         self._flags: Flags
         self._bytes = 0
         self._uses = 0
@@ -127,29 +125,8 @@ class SymmetricTransport:
         """The last exchanges, the oldest first."""
         self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
         self._captured = False
-        self._in_graphs: list[Any] = []
+        self._in_graphs: list[PeerMemory] = []
         """Memory that has been outgrown, but is written and read by CUDA graphs."""
-
-    @staticmethod
-    def reaches(group: ProcessGroup, device: torch.device) -> bool:
-        """Whether all of `group` are GPUs of one host that can read each other. Collective over the group."""
-        if device.type != "cuda":
-            return False
-        places: list[tuple[str, str]] = [("", "")] * group.size()
-        dist.all_gather_object(
-            places, (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)), group
-        )
-        if len({host for host, _ in places}) > 1:
-            return False
-        visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-        mine = all(
-            visible.get(uuid) == device.index
-            or (uuid in visible and torch.cuda.can_device_access_peer(device, visible[uuid]))
-            for _, uuid in places
-        )
-        answers = [False] * group.size()
-        dist.all_gather_object(answers, mine, group)
-        return all(answers)
 
     def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
         size = math.prod(shape) * like.element_size()
@@ -194,7 +171,7 @@ class SymmetricTransport:
             if len(self._views) > self._MOST_VIEWS:  # documents give every batch shapes of its own
                 self._views.clear()
             start = self._number * self._bytes // dtype.itemsize
-            self._views[key] = self._handle.get_buffer(owner, shape, dtype, start)
+            self._views[key] = self._memory.view(owner, shape, dtype, start)
         return self._views[key]
 
     _MOST_VIEWS = 256
@@ -206,13 +183,11 @@ class SymmetricTransport:
         self._recent.clear()
         self._views.clear()
         if self._captured:
-            self._in_graphs.append((self._memory, self._handle))
+            self._in_graphs.append(self._memory)
         self._captured = False
-        torch.cuda.empty_cache()  # what torch's allocator holds unused is not to be had otherwise
         self._bytes = -(-size // 512) * 512
-        self._memory = symmetric_memory.empty(self._SLOTS * self._bytes, dtype=torch.uint8, device=self.device)
-        self._handle = symmetric_memory.rendezvous(self._memory, self.group)
-        self._flags = Flags(self._handle.signal_pad_ptrs, self.rank)
+        self._memory = PeerMemory(self._SLOTS * self._bytes, self.device, self.group)
+        self._flags = Flags(self._memory.signal_pads, self.rank)
 
 
 class _Taken:
@@ -226,4 +201,4 @@ class _Taken:
 
 def make_transport(group: ProcessGroup, device: torch.device) -> Transport:
     """The faster transport that reaches all of `group`. Collective over the group."""
-    return SymmetricTransport(group, device) if SymmetricTransport.reaches(group, device) else MessageTransport(group)
+    return SymmetricTransport(group, device) if reach_each_other(group, device) else MessageTransport(group)

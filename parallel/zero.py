@@ -10,6 +10,7 @@ over cp.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +25,13 @@ from torch import Tensor, nn
 
 from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
+from parallel.peer_memory import reach_each_other
 from parallel.tensor import TensorShard
 from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
+from parallel.zero_shares import SharesInReach
 from parallel.zero_stage3 import (
     accumulate_together,
+    exchange_and_accumulate,
     gather_without_copies,
     keep_host_ahead,
     measure_norm_once,
@@ -148,6 +152,7 @@ class ZeroEngine:
             config=deepspeed_config(settings, sizes),
             dist_init_required=False,
         )
+        self._shares: SharesInReach | None = None
         if settings.stage == 3:
             self._tune_stage3(sizes)
         self._create_moments()
@@ -177,7 +182,8 @@ class ZeroEngine:
         if self.settings.stage == 0:
             self._grad_norm = self._clip_whole_gradients()
         self._host_copies.before_change()
-        self.engine.step()
+        with self._changing_shares():
+            self.engine.step()
         if self.settings.stage > 0:
             self._grad_norm = self.engine.get_global_grad_norm()
         return bool(self.engine.was_step_applied())
@@ -244,6 +250,17 @@ class ZeroEngine:
             measure_norm_once(self.engine.optimizer)
             if self.device.type == "cuda":  # where AdamW is fused
                 update_in_one_pass(self.engine.optimizer)
+            undivided = self.settings.secondary_partition_size == 1
+            if undivided and self.mesh.zero_size > 1 and reach_each_other(self.mesh.zero_group, self.device):
+                self._let_ranks_reach_each_other()
+
+    def _let_ranks_reach_each_other(self) -> None:
+        """On one host's GPUs: parameters are read where they lie, gradients sent as they are."""
+        self._shares = SharesInReach(self.model, self.engine.optimizer, self.mesh.zero_group)
+        exchange_and_accumulate(self.engine.optimizer)
+
+    def _changing_shares(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._shares is None else self._shares.changing()
 
     def _fetch_ahead(self, parameters: int) -> None:
         """Lets the host issue the gathering of so many parameters before it waits for the device.
@@ -351,8 +368,9 @@ class ZeroEngine:
             persistent = optimizer.persistent_parameters  # gathered for good; re-gather them from what was written
             if persistent:
                 persistent[0].partition(persistent)
-            for sub_group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            with self._changing_shares():
+                for sub_group in range(len(optimizer.fp16_groups)):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
             if persistent:
                 persistent[0].all_gather(persistent)
             optimizer.invalidate_secondary_tensor()

@@ -5,7 +5,8 @@ Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements 
 DeepSpeed 0.19.8 copies every parameter once more after it has been gathered, casts, copies and divides gradients in
 passes of their own before they are reduced, and lets the host wait between micro-batches. Without that, the step of the
 8B shape on two GPUs takes 3.5 % less time (docs/log.md). Each function here gives one optimizer or one model another
-method of the same name; the numbers stay what they are.
+method of the same name; the numbers stay what they are. What GPUs of one host do without messages is in `zero_shares`
+and `gradient_exchange`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
+from parallel.gradient_exchange import add_mean, parts_of_all
+
 
 def gather_without_copies(model: nn.Module) -> None:
     """Gathers the parameters of a unit in one message, each into its own memory.
@@ -32,10 +35,11 @@ def gather_without_copies(model: nn.Module) -> None:
         parameter.all_gather_coalesced = partial(_gather, theirs)  # type: ignore[attr-defined]
 
 
-class _Gathering:
+class Gathering:
     """Parameters on their way into `wholes`; what DeepSpeed's coordinator waits for."""
 
     def __init__(self, parameters: Sequence[Any], wholes: Sequence[Tensor], message: Any):
+        """`message.wait()` lets the current stream wait until they have arrived."""
         self._parameters, self._wholes, self._message = parameters, wholes, message
 
     def wait(self, handle_dependency: bool = True) -> None:
@@ -50,20 +54,28 @@ class _Gathering:
 
 
 def _gather(theirs: Any, parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Any:
-    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)  # the same order on every rank
+    parameters = list(parameters)
     group = parameters[0].ds_process_group
     if group.size() == 1 or quantize or any(one.ds_secondary_tensor is not None for one in parameters):
         return theirs(parameters, safe_mode=safe_mode, quantize=quantize)
-    for parameter in parameters:
-        assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
-        parameter.ds_status = ZeroParamStatus.INFLIGHT
-    _after_computing(parameters[0].device)
+    parameters = begin_gathering(parameters)
     parts = [parameter.ds_tensor.to(parameter.device, non_blocking=True) for parameter in parameters]
     wholes = [part.new_empty(group.size() * len(part)) for part in parts]
     with _coalescing_manager(group, async_ops=True) as message:
         for whole, part in zip(wholes, parts, strict=True):
             dist.all_gather_into_tensor(whole, part, group=group)
-    return _Gathering(parameters, wholes, message)
+    return Gathering(parameters, wholes, message)
+
+
+def begin_gathering(parameters: Iterable[Any]) -> list[Any]:
+    """Marks them as under way, in the order that is the same on every rank; and lets what the current stream is given
+    from now on come after what has been computed by now."""
+    parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)
+    for parameter in parameters:
+        assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+    _after_computing(parameters[0].device)
+    return parameters
 
 
 def _after_computing(device: torch.device) -> None:
@@ -118,9 +130,35 @@ def _accumulate(optimizer: Any, parameters: Sequence[Any], parts: list[Tensor]) 
     else:
         torch._foreach_add_(targets, parts)
     for parameter in parameters:
-        if parameter.grad.is_cuda:  # made on the stream that computes
-            parameter.grad.record_stream(torch.cuda.current_stream(parameter.grad.device))
-        parameter.grad = None
+        _release_gradient(parameter)
+
+
+def exchange_and_accumulate(optimizer: Any) -> None:
+    """Sends the gradients of a unit as they are and adds all ranks' parts to those of earlier micro-batches in one pass
+    (`parallel.gradient_exchange`), in place of `reduce_without_interleaving` and `accumulate_together`.
+
+    For gradients that are narrower than what accumulates them, and ranks of one host.
+    """
+    assert not optimizer.offload_optimizer and not optimizer.contiguous_gradients
+    _replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", _exchange)
+    _replace(optimizer, "partition_grads", partial(_accumulate_means, optimizer))
+
+
+def _exchange(parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+    return parts_of_all([parameter.grad.view(-1) for parameter in parameters], parameters[0].ds_process_group)
+
+
+def _accumulate_means(optimizer: Any, parameters: Sequence[Any], received: list[Tensor]) -> None:
+    sums = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    for parameter, parts in zip(parameters, received, strict=True):
+        add_mean(sums[parameter.ds_id][: parts.shape[1]], parts, first=optimizer.micro_step_id == 0)
+        _release_gradient(parameter)
+
+
+def _release_gradient(parameter: Any) -> None:
+    if parameter.grad.is_cuda:  # made on the stream that computes
+        parameter.grad.record_stream(torch.cuda.current_stream(parameter.grad.device))
+    parameter.grad = None
 
 
 class _ReduceStream(torch.cuda.Stream):

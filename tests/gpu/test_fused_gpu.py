@@ -13,6 +13,7 @@ from torch import Tensor
 from parallel import fused
 from parallel.copy_engine import copy_rows
 from parallel.fused import Heads
+from parallel.gradient_exchange import add_mean
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,3 +119,13 @@ def test_rows_copied_by_the_engine(shape: tuple[int, int, int, int]) -> None:
     copy_rows(target[:, :, heads : 2 * heads].transpose(0, 1), source)
     expected[:, :, heads : 2 * heads].transpose(0, 1).copy_(source)
     assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("ranks", "length"), [(2, 1), (2, 10_000), (3, 4096)])
+@pytest.mark.parametrize("first", [True, False])
+def test_add_mean(ranks: int, length: int, dtype: torch.dtype, first: bool) -> None:
+    parts, total = tensor(ranks, length, dtype=dtype), tensor(length, dtype=torch.float32)
+    expected = parts.double().mean(0) + (0 if first else total.double())
+    add_mean(total, parts, first=first)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)

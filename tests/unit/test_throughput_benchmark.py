@@ -54,7 +54,7 @@ def test_peers_do_the_same_work(tmp_path: Path) -> None:
 def row(name: str, run: str, rate: float, system: str = "ringzero", tp: int = 1) -> dict[str, object]:
     figures = {"tokens_per_second_per_device": rate, "peak_gib": 2.0, "losses": [1.0], "measured": "2026-11-22"}
     kind = {"sequence_length": 8192, "zero_stage": 3, "tensor_parallel_size": tp}
-    return {"row": name, "run": run, "layers": 32, "system": system, **kind, **figures}
+    return {"row": name, "run": run, "layers": 32, "system": system, "settings": [], **kind, **figures}
 
 
 def test_rows_are_compared_within_their_run() -> None:
@@ -90,10 +90,13 @@ def test_our_best_is_compared_with_their_best_through_the_anchors() -> None:
         "6": row("theirs, slower", "b", 100.0, "torchtitan"),
         "7": row("another anchor", "c", 100.0),
         "8": row("theirs", "c", 50.0, "torchtitan"),
+        "9": row("anchor", "d", 100.0) | {"settings": ["training.memory_budget_gib=134"]},
+        "10": row("theirs", "d", 80.0, "torchtitan"),
     }
     assert comparison(results).splitlines()[2:] == [
-        "| 32 | another anchor | theirs | 2.000 |",
-        "| 32 | ours | theirs | 1.250 |",
-        "| 32 | ours, tp | theirs | 1.125 |",
-        "| 32 | ours, tp | ours | 0.900 |",
+        "| 32 | another anchor | theirs | 2.000 | c |",
+        "| 32 | anchor | theirs | 1.250 | d |",
+        "| 32 | ours | theirs | 1.250 | a, b |",
+        "| 32 | ours, tp | theirs | 1.125 | a, b |",
+        "| 32 | ours, tp | ours | 0.900 | a, b |",
     ]

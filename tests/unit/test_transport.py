@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import flags, transport
+from parallel import flags, peer_memory, transport
 from parallel.transport import SymmetricTransport
 
 Operation = tuple[Any, ...]
@@ -108,7 +108,8 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
         patch.setattr(transport, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
         patch.setattr(transport, "dist", SimpleNamespace(get_rank=lambda group: rank, barrier=lambda group: None))
         memory = SimpleNamespace(empty=lambda *_, **__: None, rendezvous=lambda *_: handle)
-        patch.setattr(transport, "symmetric_memory", memory)
+        patch.setattr(peer_memory, "symmetric_memory", memory)
+        patch.setattr(peer_memory, "torch", SimpleNamespace(cuda=cuda, uint8=torch.uint8))
         tested: Any = SymmetricTransport(host, "cpu")  # type: ignore[arg-type]
         arrivals: dict[int, Any] = {}
 
@@ -157,7 +158,8 @@ def test_memory_that_graphs_use_outlives_its_growth(capturing: bool, monkeypatch
     monkeypatch.setattr(transport, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
     monkeypatch.setattr(transport, "dist", SimpleNamespace(get_rank=lambda group: 0, barrier=lambda group: None))
     symmetric = SimpleNamespace(empty=lambda size, **_: torch.empty(size), rendezvous=rendezvous)
-    monkeypatch.setattr(transport, "symmetric_memory", symmetric)
+    monkeypatch.setattr(peer_memory, "symmetric_memory", symmetric)
+    monkeypatch.setattr(peer_memory, "torch", SimpleNamespace(cuda=cuda, uint8=torch.uint8))
     tested: Any = SymmetricTransport(host, "cpu")  # type: ignore[arg-type]
     for elements in (4, 1000, 2000):
         slot = tested.slot((elements,), LIKE)
