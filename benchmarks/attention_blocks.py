@@ -5,8 +5,8 @@
 flash_attn_4 on Hopper gives each block 128 queries (forward) or 128 keys (backward) of one head, and each
 multiprocessor one block at a time, in the order of issue. Forward: sections of as many KV heads as fit in L2, the
 longest blocks of a section first. Backward: one head after the other, each from its longest block to its shortest; in
-sections of heads ("in turns") where it is deterministic, or asked to by `model/kernels/flash_attn_4.py`. A block costs its tiles and a few more for its beginning
-and its end.
+sections of heads ("in turns") where it is deterministic, or told so by `model/kernels/flash_attn_4.py`. A block costs
+its tiles and a few more for its beginning and its end.
 
 c tokens are half of one rank's share where two ranks hold chunks (0, 3) and (1, 2), as in attention_parts.py, whose
 figures on one H200 stand beside. `moved` tiles of 128 tokens go from rank 0's far chunk to its near one.
