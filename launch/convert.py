@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from launch.config import JobConfig
-from launch.data.encoders import BYTES
+from launch.data.encoders import BYTES, ByteEncoder, byte_tokenizer, tokenizer_for
 from launch.precision import DTYPES
 from launch.weights.hugging_face import COMPANIONS, config_for, model_from, their_name
 from launch.weights.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
@@ -76,7 +76,7 @@ def from_hf(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> str:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, companions / name)
     tokenizer = out / COMPANION_FOLDER / "tokenizer.json"
-    advice = f"model.init_from={out}" + (f" data.tokenizer={tokenizer}" if tokenizer.is_file() else "")
+    advice = f"model.init_from={out}" + (f" data.tokenizer={tokenizer_for(tokenizer)}" if tokenizer.is_file() else "")
     return f"{out}: {_size(shapes)}; a job starts from it with {advice}"
 
 
@@ -173,16 +173,22 @@ def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:
         return "tokenizer copied"
     if not (run / RUN_FILE).is_file():
         return "its tokenizer is not known"
-    configured = JobConfig.from_yaml((run / RUN_FILE).read_text()).data.tokenizer
-    if configured == BYTES:
-        return "no tokenizer: a token is a byte of UTF-8"
-    tokenizer = Path(configured).expanduser()
-    if not tokenizer.is_file():
-        return f"the tokenizer {tokenizer} is not there any more and was not copied"
-    shutil.copyfile(tokenizer, out / "tokenizer.json")
+    job = JobConfig.from_yaml((run / RUN_FILE).read_text())
+    if job.data.tokenizer != BYTES:
+        tokenizer = Path(job.data.tokenizer).expanduser()
+        if not tokenizer.is_file():
+            return f"the tokenizer {tokenizer} is not there any more and was not copied"
+        shutil.copyfile(tokenizer, out / "tokenizer.json")
+        said = "tokenizer copied"
+    elif job.data.source == "indexed" and job.model.vocab_size > ByteEncoder.vocab_size:
+        return "its tokenizer is not known: the corpus was made of tokens, and data.tokenizer was left at bytes"
+    else:
+        byte_tokenizer().save(str(out / "tokenizer.json"))
+        said = "a tokenizer whose tokens are the bytes of UTF-8"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
+    settings["clean_up_tokenization_spaces"] = False  # transformers 4 would take spaces away before punctuation
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return "tokenizer copied"
+    return said
 
 
 def _size(shapes: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from launch.data.corpus import CorpusError, Tokens
 from launch.data.indexed import token_type
@@ -106,6 +106,26 @@ def read_tokenizer(path: str) -> tuple[Any, str]:
         return Tokenizer.from_str(content), content
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse
         raise CorpusError(f"the tokenizer {path!r} is no tokenizer.json ({error}); {remedy}") from error
+
+
+def byte_tokenizer() -> Tokenizer:
+    """`bytes` as a Hugging Face tokenizer, for other programs: token i is byte i of UTF-8, and nothing is merged.
+
+    Its tokens are spelt in the characters that GPT-2 gave the bytes (Radford et al. 2019): printable ones their own,
+    the others those from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def tokenizer_for(path: Path) -> str:
+    """What data.tokenizer is for the tokenizer.json at `path`: `bytes` where it is that. Raises CorpusError."""
+    return BYTES if read_tokenizer(str(path))[0].to_str() == byte_tokenizer().to_str() else str(path)
 
 
 def encoder_of(tokenizer: str) -> Encoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.config import JobConfig
-from launch.data.encoders import BYTES
+from launch.data.encoders import BYTES, tokenizer_for
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, WeightsError, stored_model
 from model.config import JOB_KEYS
@@ -72,6 +72,6 @@ def _differences(job: JobConfig, folder: Path) -> str:
 
 def _unused_tokenizer(job: JobConfig, folder: Path) -> str:
     tokenizer = folder / COMPANION_FOLDER / "tokenizer.json"
-    if job.data.tokenizer != BYTES or not tokenizer.is_file():
+    if job.data.tokenizer != BYTES or not tokenizer.is_file() or tokenizer_for(tokenizer) == BYTES:
         return ""
     return f"; WARNING: they come with {tokenizer}, but data.tokenizer is {BYTES}"

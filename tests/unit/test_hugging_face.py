@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
+from launch.inference.model import codec_of
 from launch.weights.hugging_face import UnsupportedModel, config_for, model_from
 from launch.weights.initial_weights import _unused_tokenizer
-from launch.weights.safetensors_folder import SINGLE
+from launch.weights.safetensors_folder import SINGLE, ShardWriter
+from launch.weights.stored_model import RUN_FILE, parameter_shapes, write_model
 from model.config import RopeScaling
 from tests.unit.transformers_models import (
     CONFIGS,
@@ -77,6 +79,41 @@ def test_files_of_tokenizer_and_generation_go_along(tmp_path: Path) -> None:
     assert back.generation_config.temperature == 0.7 and back.generation_config.eos_token_id == [2, 7]
 
 
+BYTE_JOB = """
+model: {vocab_size: 300, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+  num_key_value_heads: 1}
+data: {source: python_stdlib}
+optimizer: {learning_rate: 0.1}
+training: {sequence_length: 8, global_batch_size: 1, max_steps: 1}
+"""
+
+
+def test_bytes_go_to_transformers_and_come_back(tmp_path: Path) -> None:
+    """Every byte is the token of its number, for transformers and for a model converted back."""
+    job, text = JobConfig.from_yaml(BYTE_JOB), "def f( x ) :\n\t don't \x00\x7f \u00e9\u4e2d\U0001f600 \u00a0  ."
+    run = tmp_path / "run"
+    run.mkdir()
+    writer = ShardWriter(run, 1 << 20)
+    for name, shape in parameter_shapes(job.model).items():
+        writer.add(name, torch.ones(shape))
+    writer.finish()
+    write_model(run, job.model)
+    (run / RUN_FILE).write_text(job.to_yaml())
+    assert to_hf(run, tmp_path / "theirs").endswith("a tokenizer whose tokens are the bytes of UTF-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert theirs.encode(text) == list(text.encode()) and theirs.decode(list(text.encode())) == text
+    assert from_hf(tmp_path / "theirs", tmp_path / "ours").endswith("data.tokenizer=bytes")
+    codec, halved = codec_of(tmp_path / "ours"), [*text.encode(), 0xE9, 0x20, 0xFF, 299]
+    assert codec.encode(text) == list(text.encode())
+    assert codec.decode(halved) == codec_of(run).decode(halved) == f"{text}\ufffd \ufffd"
+    assert sorted(theirs.convert_tokens_to_ids(list(theirs.get_vocab()))) == list(range(256))
+    assert _unused_tokenizer(job, tmp_path / "ours") == ""
+    indexed = BYTE_JOB.replace("source: python_stdlib", "source: indexed, blend: [{path: unknown}]")
+    (run / RUN_FILE).write_text(JobConfig.from_yaml(indexed).to_yaml())
+    assert "its tokenizer is not known" in to_hf(run, tmp_path / "guessed")
+    assert not (tmp_path / "guessed" / "tokenizer.json").exists(), "nobody said that these tokens are bytes"
+
+
 V4_LLAMA = {
     "model_type": "llama",
     **tiny(),
@@ -134,11 +171,7 @@ def test_what_no_family_has_is_refused() -> None:
 
 
 def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
-    job = JobConfig.from_yaml(
-        "{model: {vocab_size: 300, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
-        "num_key_value_heads: 1}, data: {source: python_stdlib}, optimizer: {learning_rate: 0.1}, "
-        "training: {sequence_length: 8, global_batch_size: 1, max_steps: 1}}"
-    )
+    job = JobConfig.from_yaml(BYTE_JOB)
     assert _unused_tokenizer(job, tmp_path) == ""
     (tmp_path / "hugging_face").mkdir()
     write_tokenizer(tmp_path / "hugging_face" / "tokenizer.json")
