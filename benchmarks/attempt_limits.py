@@ -16,6 +16,8 @@ HOST_SHARE = 0.9
 """Of the host's memory: the rest is for the processes themselves. A host without memory ends more than an attempt."""
 ASSUMED_SHARE = 0.5
 """Of the GPU's peak FLOP/s, by which the time of a step is foretold."""
+CPU_FLOPS = 1e11
+"""Per second, of a process without a GPU, at the most: enough to tell a trial from an attempt."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Limits:
     host_memory: int
     """Of all processes together."""
     flops: float
-    """Of one GPU, per second."""
+    """Of one GPU, or of one process without, per second."""
     seconds: float
     """For the steps."""
 
@@ -39,7 +41,7 @@ class Limits:
         flops = 4 / 3 * flops_per_token(job.model, job.training.sequence_length, causal=True) * job.tokens_per_step
         seconds = steps * flops / (gpus * self.flops)
         if whole.peak > self.device_memory:
-            return f"estimate {_gib(whole.peak)}, of {_gib(self.device_memory)} on the GPU"
+            return f"estimate {_gib(whole.peak)} a process, of {_gib(self.device_memory)} on its device"
         if host > self.host_memory:
             return f"estimate {_gib(host)} of host memory, of {_gib(self.host_memory)}"
         if seconds > self.seconds:
@@ -55,7 +57,7 @@ def limits_here(seconds: float) -> Limits:
         host = min(host, int(text))
     host = int(HOST_SHARE * host)
     if not torch.cuda.is_available():
-        return Limits(host, host, 1.0, seconds)
+        return Limits(host, host, CPU_FLOPS, seconds)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     return Limits(memory, host, ASSUMED_SHARE * (peak_flops_per_second(name, "bf16") or 1e15), seconds)
 

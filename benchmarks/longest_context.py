@@ -8,8 +8,9 @@ set of features lengths are halved, from the longest that is not hopeless, until
 estimate (`--check`'s) exceeds the memory of the GPU or of the host, or whose step would take longer than there is time.
 Every attempt runs in fresh processes with a time limit and is written to the output, whether it trained or not;
 attempts that it holds are not made again, so an interrupted search goes on where it stopped. `--length` tries that one
-only, whatever the estimate says. `--table` prints what the file holds, `--document` writes it into a page; neither
-measures anything.
+only, whatever the estimate says. Without GPUs there is nothing to search, and only a `--length` and a model (`--set`)
+so small that CPUs can train them are tried, as a trial of this script. `--table` prints what the file holds,
+`--document` writes it into a page; neither measures anything.
 """
 
 from __future__ import annotations
@@ -161,12 +162,28 @@ def main() -> None:
         dist.destroy_process_group()
         return
     if not options.table and not options.document:
-        for feature in [feature for feature in FEATURES if re.search(options.features, feature)]:
+        features = [feature for feature in FEATURES if re.search(options.features, feature)]
+        if not torch.cuda.is_available() and (refusal := _beyond_cpus(features, options)):
+            parser.error(f"there are no GPUs here; {refusal}")
+        for feature in features:
             _search(feature, options)
     text = table(_read(options.output))
     if options.document:
         options.document.write_text(renewed(options.document.read_text(), {MARK: text}))
     print(text)
+
+
+def _beyond_cpus(features: Iterable[str], options: argparse.Namespace) -> str | None:
+    """What CPUs cannot do of it, and what they can; None for a small trial."""
+    remedy = "run this where there are some, or try the script with a short --length and a small model (--set)"
+    if options.length is None:
+        return f"{remedy}; --table and --document need none"
+    limits = limits_here(options.timeout - BUILD_SECONDS)
+    for feature in features:
+        why = limits.hopeless(job_for(feature, options.length, options.gpus, options), options.gpus, options.steps)
+        if why:
+            return f"{options.length:,} tokens, {feature}: {why}; {remedy}"
+    return None
 
 
 def _search(feature: str, options: argparse.Namespace) -> None:

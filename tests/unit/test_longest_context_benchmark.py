@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import longest_context
 from benchmarks.attempt_limits import Limits
@@ -41,7 +43,7 @@ def test_what_is_left_out() -> None:
     """Half a million tokens fit two H200s with activations on the host alone; a million take too long."""
     kept, parked, attended, optimizer, everything = list(FEATURES)[1:]
     assert hopeless(parked, 524_288) is None
-    assert "estimate" in str(hopeless(kept, 524_288)) and "on the GPU" in str(hopeless(kept, 524_288))
+    assert "estimate" in str(hopeless(kept, 524_288)) and "on its device" in str(hopeless(kept, 524_288))
     assert "256 GiB of host memory, of 250 GiB" in str(
         hopeless(attended, 524_288, limits=Limits(139 * GIB, 250 * GIB, H200.flops, 470))
     )
@@ -80,6 +82,30 @@ def test_an_attempt_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["longest_context.py", *command[2:]])
     longest_context.main()
     assert f"| 2 | {feature} | 2 | 512 |" in table(json.loads(output.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--length", "524288"], r"no GPUs here; 524,288 tokens, full recomputation: .*, of .*; run this where"),
+        (["--length", "8192"], r"8,192 tokens, full recomputation: "),
+        ([], "no GPUs here; run this where there are some, or try the script with a short --length"),
+    ],
+)
+def test_without_gpus_no_real_attempt_is_started(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(longest_context, "torchrun", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(sys, "argv", ["longest_context.py", "--output", str(tmp_path / "found.json"), *arguments])
+    with pytest.raises(SystemExit):
+        longest_context.main()
+    assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_says_what_twice_the_length_did() -> None:
