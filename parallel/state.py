@@ -42,7 +42,7 @@ from parallel.tensor import TensorShard
 from parallel.torch_files import StateFiles, reader, writer
 
 if TYPE_CHECKING:
-    from parallel.zero import StateFragment
+    from parallel.zero_state import StateFragment
 
 
 class StateMismatch(ValueError):

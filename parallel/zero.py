@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -38,40 +38,10 @@ from parallel.zero_stage3 import (
     reduce_without_interleaving,
     update_in_one_pass,
 )
+from parallel.zero_state import Snapshot, StateFragment, ZeroState
 
 _UNITS_AHEAD = 2
 """Gathered units that may wait in memory for the device to come to them: enough to hide the host's time."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's two states of each parameter, by torch's names."""
-
-
-@dataclass(frozen=True)
-class StateFragment:
-    """This rank's part of one parameter's training state: `numel` elements from `start` of the flattened local tensor.
-
-    `tensors` holds the fp32 weight ("parameter") and AdamW's moments, flat; writing into them and calling
-    `ZeroEngine.adopt_state` changes the model.
-    """
-
-    name: str
-    start: int
-    tensors: dict[str, Tensor]
-
-    @property
-    def numel(self) -> int:
-        return self.tensors["parameter"].numel()
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """This rank's training state at one moment."""
-
-    fragments: list[StateFragment]
-    step_count: int
-    loss_scaler: dict[str, float]
-    wait: Callable[[], None]
-    """Returns when the fragments may be read; any thread may call it."""
 
 
 def initialize_distributed(device_type: str) -> None:
@@ -129,7 +99,6 @@ class ZeroEngine:
         """`units`: modules whose parameters stage 3 gathers and releases together, in one message each."""
         self.model, self.shards, self.mesh, self.settings = model, shards, mesh, settings
         self.device = device
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             # Without this mark the clipping norm would leave out, or count twice, a rank's slice.
             if shards[name].dim is not None:
@@ -155,7 +124,7 @@ class ZeroEngine:
         self._shares: SharesInReach | None = None
         if settings.stage == 3:
             self._tune_stage3(sizes)
-        self._create_moments()
+        self._state = ZeroState(model, mesh, settings.stage, self.engine.optimizer, self.optimizer)
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
 
@@ -197,10 +166,7 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[StateFragment]:
         """This rank's share of the state, each element of the local model on exactly one rank of dp x cp."""
-        for name, parameter in self.model.named_parameters():
-            fragment = self._fragment(name, parameter)
-            if fragment is not None:
-                yield fragment
+        return self._state.fragments()
 
     def snapshot(self, *, copy: bool) -> Snapshot:
         """The state now: copied into host memory that the next snapshot uses again, or, without `copy`, the live
@@ -213,14 +179,13 @@ class ZeroEngine:
 
     def adopt_state(self, step_count: int) -> None:
         """Takes what was written into the tensors of `fragments()` as the model's state after `step_count` updates."""
-        for state in self._base_optimizer_state():
-            state["step"].fill_(step_count)
-        self._refresh_working_copies()
+        with self._changing_shares():
+            self._state.adopt(step_count)
 
     @property
     def step_count(self) -> int:
         """Updates AdamW has made (skipped ones not counted); its bias correction depends on it."""
-        return int(next(iter(self._base_optimizer_state()))["step"].item())
+        return self._state.step_count
 
     @property
     def loss_scaler_state(self) -> dict[str, float]:
@@ -295,85 +260,6 @@ class ZeroEngine:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
         return norm
-
-    def _flat_masters(self) -> list[Tensor]:
-        """The tensors that AdamW really updates."""
-        optimizer = self.engine.optimizer
-        for attribute in (
-            "fp32_partitioned_groups_flat",
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-        ):
-            if hasattr(optimizer, attribute):
-                return list(getattr(optimizer, attribute))
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _create_moments(self) -> None:
-        """AdamW makes its moments at its first step; made now, memory is known and a checkpoint can be loaded."""
-        for master in self._flat_masters():
-            self.optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master) for moment in MOMENTS},
-            }
-        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:  # stages 1 and 2 map parameters to the flat moments
-            link()
-
-    def _base_optimizer_state(self) -> list[dict[str, Tensor]]:
-        return [self.optimizer.state[master] for master in self._flat_masters()]
-
-    def _fragment(self, name: str, parameter: nn.Parameter) -> StateFragment | None:
-        if self.settings.stage == 0:
-            if self.mesh.zero_rank != 0:
-                return None  # all ranks of dp x cp hold the same; one speaks for them
-            state = self.optimizer.state[parameter]
-            tensors = {"parameter": parameter.data, **{moment: state[moment] for moment in MOMENTS}}
-            return StateFragment(name, 0, {key: tensor.view(-1) for key, tensor in tensors.items()})
-        if self.settings.stage < 3:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                return None
-            tensors = {"parameter": mapping.get_hp_fragment()}
-            tensors |= {moment: mapping.get_hp_fragment(moment) for moment in MOMENTS}
-            return StateFragment(name, mapping.lp_fragment_address.start, tensors)
-        partition = self._stage3_partition(parameter)
-        start = self.mesh.zero_rank * partition.numel()
-        numel = min(partition.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
-        if numel <= 0:
-            return None  # only padding here
-        tensors = {"parameter": partition}
-        tensors |= {moment: self._stage3_partition(parameter, moment) for moment in MOMENTS}
-        return StateFragment(name, start, {key: tensor[:numel] for key, tensor in tensors.items()})
-
-    def _stage3_partition(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
-        """A view of this rank's part where it lives; DeepSpeed's public function copies offloaded state to the GPU."""
-        partition, _ = self.engine.optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=True, optim_state_key=moment
-        )
-        return partition
-
-    def _refresh_working_copies(self) -> None:
-        """Makes the parameters that compute equal to the fp32 state."""
-        optimizer = self.engine.optimizer
-        if self.settings.stage == 0:
-            for parameter in self.model.parameters():  # rank 0 of dp x cp was written; its peers follow
-                for tensor in (
-                    parameter.data,
-                    *(self.optimizer.state[parameter][moment] for moment in MOMENTS),
-                ):
-                    dist.broadcast(tensor, dist.get_global_rank(self.mesh.zero_group, 0), group=self.mesh.zero_group)
-        elif self.settings.stage < 3:
-            optimizer.update_lp_params()
-        else:
-            persistent = optimizer.persistent_parameters  # gathered for good; re-gather them from what was written
-            if persistent:
-                persistent[0].partition(persistent)
-            with self._changing_shares():
-                for sub_group in range(len(optimizer.fp16_groups)):
-                    optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if persistent:
-                persistent[0].all_gather(persistent)
-            optimizer.invalidate_secondary_tensor()
 
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -16,8 +16,8 @@ from torch import nn
 
 from parallel.mesh import ParallelMesh
 from parallel.tensor import TensorShard
-from parallel.zero import StateFragment
 from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
+from parallel.zero_state import StateFragment
 
 
 class InferenceEngine:

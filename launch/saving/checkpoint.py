@@ -32,7 +32,8 @@ from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, en
 from launch.saving.ranks import Ranks, in_words
 from launch.saving.storage import Storage
 from parallel.state import load_state, save_state
-from parallel.zero import Snapshot, ZeroEngine
+from parallel.zero import ZeroEngine
+from parallel.zero_state import Snapshot
 
 
 class Checkpoints:

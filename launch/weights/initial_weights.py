@@ -16,7 +16,8 @@ from launch.weights.stored_model import COMPANION_FOLDER, WeightsError, stored_m
 from model.config import JOB_KEYS
 from parallel.state import rectangles
 from parallel.tensor import TensorShard
-from parallel.zero import StateFragment, ZeroEngine
+from parallel.zero import ZeroEngine
+from parallel.zero_state import StateFragment
 
 
 def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:

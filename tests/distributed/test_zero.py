@@ -26,8 +26,9 @@ from parallel.ring import RingAttention
 from parallel.sequence import shard_sequence
 from parallel.state import rectangles
 from parallel.tensor import TensorShard, apply_tensor_parallel, sum_partial_gradients
-from parallel.zero import MOMENTS, StateFragment, ZeroEngine, partitioner
+from parallel.zero import ZeroEngine, partitioner
 from parallel.zero_config import ZeroSettings
+from parallel.zero_state import MOMENTS, StateFragment
 from tests.distributed.harness import run_distributed
 
 CPU = torch.device("cpu")

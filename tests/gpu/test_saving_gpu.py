@@ -16,7 +16,7 @@ from launch.data.corpus import Corpus
 from launch.stepper import Stepper
 from parallel.host_memory import _lock, host_buffer, release_host_buffer
 from parallel.mesh import ParallelMesh
-from parallel.zero import StateFragment
+from parallel.zero_state import StateFragment
 from tests.distributed.harness import run_distributed
 
 pytestmark = [

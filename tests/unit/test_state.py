@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel.state import rectangles
 from parallel.tensor import TensorShard
 from parallel.vocab import padded_vocabulary
-from parallel.zero import StateFragment
+from parallel.zero_state import StateFragment
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 
