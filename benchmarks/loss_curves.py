@@ -116,8 +116,13 @@ def main() -> None:
     results = _read(options.output)
     print(table(results))
     if options.document:
-        (options.document / "loss_curves.md").write_text(f"{PAGE}\n{table(results)}\n")
+        (options.document / "loss_curves.md").write_text(page(results))
         plot(results, options.document / "loss_curves.svg")
+
+
+def page(results: dict[str, Any]) -> str:
+    """All of docs/loss_curves.md."""
+    return f"{PAGE}\n{table(results)}\n"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -137,7 +142,10 @@ def table(results: dict[str, Any]) -> str:
         lines.append([name, curve["kernel"], *figures])
     columns = ["run", "kernel", "loss, step 1", "last 20 steps", "RMS difference", "largest", "s/step", ""]
     entropy = results[BASELINE]["bigram_entropy"]
-    return f"{markdown(columns, lines)}\n\nBigram entropy of the text: {entropy:.4f} nats per byte."
+    remarks = f"Bigram entropy of the text: {entropy:.4f} nats per byte."
+    if missing := [name for name in CURVES if name not in results]:
+        remarks += f" Not measured yet: {'; '.join(missing)}."
+    return f"{markdown(columns, lines)}\n\n{remarks}"
 
 
 def differences(results: dict[str, Any], name: str) -> list[float]:

@@ -11,6 +11,7 @@ import pytest
 
 import layout_costs
 import longest_context
+import loss_curves
 import ring_attention
 import scaling_model
 import shipped_jobs
@@ -47,6 +48,10 @@ PARTS: dict[str, tuple[Callable[[], dict[str, str]], str]] = {
 """Page: what stands between its marks, and what renews it."""
 WHOLE: dict[str, tuple[Callable[[], str], str]] = {
     "configuration.md": (reference, "python -m launch.schema_docs > docs/configuration.md"),
+    "loss_curves.md": (
+        lambda: loss_curves.page(results("loss_curves.json")),
+        "python benchmarks/loss_curves.py --output docs/loss_curves.json --document docs",
+    ),
     "ring_attention_table.md": (
         lambda: ring_attention.full_table(load(DOCS / "ring_attention.json")),
         "python benchmarks/ring_attention.py --output docs/ring_attention.json --report",
