@@ -26,6 +26,7 @@ from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples
 from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
+from launch.leaving_reader import leaving_with_the_reader
 from launch.settings.violations import ConfigError
 
 _SAMPLES = 1 << 16
@@ -165,4 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaving_with_the_reader():
+        status = main()
+    sys.exit(status)

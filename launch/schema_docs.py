@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from launch.config import SECTIONS
+from launch.leaving_reader import leaving_with_the_reader
 from launch.settings.field_text import describe_default, describe_field, nested_model
 
 _INTRODUCTION = """\
@@ -55,4 +56,5 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    with leaving_with_the_reader():
+        print(reference(), end="")

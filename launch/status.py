@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.health.health_folder import HealthFolder
+from launch.leaving_reader import leaving_with_the_reader
 from launch.slurm.submission import LATEST, Submission, newest_submission
 
 
@@ -89,4 +90,6 @@ def _last_logged(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaving_with_the_reader():
+        status = main()
+    sys.exit(status)

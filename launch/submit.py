@@ -21,6 +21,7 @@ from pathlib import Path
 
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
+from launch.leaving_reader import leaving_with_the_reader
 from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
@@ -183,4 +184,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaving_with_the_reader():
+        status = main()
+    sys.exit(status)

@@ -20,6 +20,7 @@ from pathlib import Path
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import choose_device, end_process, place_in_world, report_failure
+from launch.leaving_reader import leaving_with_the_reader
 from launch.precision import check_precision
 from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
@@ -50,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
     """Prints the job's layout, or what is wrong with it; returns the exit status."""
     try:
-        if world_size is None:
-            world_size, reason = planned_world_size(load_job(path, overrides))
-            print(f"--world_size is not given: {reason}")
-        print(layout_report(load_job(path, overrides, world_size), world_size))
+        with leaving_with_the_reader():
+            if world_size is None:
+                world_size, reason = planned_world_size(load_job(path, overrides))
+                print(f"--world_size is not given: {reason}")
+            print(layout_report(load_job(path, overrides, world_size), world_size))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

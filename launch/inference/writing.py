@@ -19,6 +19,7 @@ from launch.inference.cache_room import check_cache_fits, free_memory
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
 from launch.inference.sampling import Sampling
+from launch.leaving_reader import leaving_with_the_reader
 from launch.precision import DTYPES, Precision, resolve_precision
 from launch.quiet import leave_out_what_no_user_can_change
 from parallel.mesh import MeshShape, ParallelMesh
@@ -76,8 +77,9 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     )
     seconds = time.perf_counter() - start
     if place.rank == 0:
-        for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
-            _print(request, number, prompt, tokens, codec, ends)
+        with leaving_with_the_reader():
+            for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
+                _print(request, number, prompt, tokens, codec, ends)
         count = sum(map(len, written))
         print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     dist.barrier()

@@ -1,0 +1,22 @@
+"""Output for a reader who may leave before its end, as under `| head`. Imports no torch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def leaving_with_the_reader() -> Iterator[None]:
+    """In this block a pipe that nobody reads any more ends the process without a word, as it ends other commands.
+
+    Only around what writes to no socket and no other process: their end must not be this one's. Main thread only.
+    """
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and raises BrokenPipeError instead
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
