@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from launch.counted import counted
 from launch.data.batches import SequenceSampler
 from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples
@@ -41,7 +42,8 @@ def faults_of_steps(run: RunRecord, *, quick: bool) -> Iterator[str]:
         noted, size = run.noted.get(step, Noted(0, 0)), run.size(step)
         if noted.samples != size:
             how = "lost" if noted.samples < size else "repeated"
-            yield f"step {step + 1}: the ranks noted {noted.samples} samples instead of {size}: some were {how}"
+            found = counted(noted.samples, "sample")
+            yield f"step {step + 1}: the ranks noted {found} instead of {size}: some were {how}"
             continue
         indices = run.indices(step)
         if quick or not known.issuperset(run.cursor.draws(indices)):
@@ -69,10 +71,10 @@ def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterato
         last = min(first + sampler.num_windows, drawn)
         start, stop = stretches(sampler, first, last)
         if twice := int((start[1:] < stop[:-1]).sum()):
-            yield f"corpus {name}, epoch {epoch + 1}: {twice} stretches of tokens were repeated"
+            yield f"corpus {name}, epoch {epoch + 1}: {counted(twice, 'stretch', 'stretches')} of tokens repeated"
         lost = len(sampler.corpus) - int((stop - start).sum())
         if last - first == sampler.num_windows and (lost or twice):
-            yield f"corpus {name}, epoch {epoch + 1}: {lost} tokens were lost"
+            yield f"corpus {name}, epoch {epoch + 1}: {counted(lost, 'token')} lost"
 
 
 def stretches(sampler: SequenceSampler, first: int, last: int) -> tuple[Int64, Int64]:
@@ -100,21 +102,25 @@ def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
     faults = list(faults_of_steps(run, quick=quick))
     drawn: dict[str, int] = {}
     faults += faults_of_draws(run, drawn)
-    print(f"steps {run.steps.start + 1} to {run.steps.stop}: {run.cursor.first_sample(run.steps.stop):,} samples")
+    read = run.cursor.first_sample(run.steps.stop)
+    print(f"steps {run.steps.start + 1} to {run.steps.stop}: {counted(read, 'sample')}")
     for segment in run.cursor.history:
         blend = ", ".join(f"{name} {weight:g}" for name, weight in segment.weights.items())
         print(f"  from step {segment.step + 1}: {segment.global_batch_size} a step; {blend}")
     for name, count in drawn.items():
         sampler = run.samplers.get(name)
         if sampler is None:
-            print(f"corpus {name}: {count:,} samples; left out of data.blend, and not where it was: only counted")
+            print(
+                f"corpus {name}: {counted(count, 'sample')}; left out of data.blend, and not where it was: only counted"
+            )
             continue
         faults += faults_of_epochs(name, sampler, count)
         epochs, rest = divmod(count, sampler.num_windows)
-        line = f"corpus {name}: {count:,} samples, {epochs} epochs of {sampler.corpus.num_documents:,} documents"
+        documents = counted(sampler.corpus.num_documents, "document")
+        line = f"corpus {name}: {counted(count, 'sample')}, {counted(epochs, 'epoch')} of {documents}"
         if rest:
             whole, part = documents_seen(sampler.corpus, *stretches(sampler, count - rest, count))
-            line += f"; of the next epoch {whole:,} documents whole and {part:,} in part"
+            line += f"; of the next epoch {counted(whole, 'document')} whole and {part:,} in part"
         print(line)
     return faults
 

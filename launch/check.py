@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
+from launch.counted import counted
 from launch.memory.footprint import footprint, local_tokens
 from launch.memory.formulas import (
     EXCHANGE_FORMULA,
@@ -38,7 +39,7 @@ def layout_report(
     device = device_type or ("cuda" if job.job.device == "auto" else job.job.device)
     plan = recompute_plan(job, mesh, device, device_memory)
     sections = [
-        [f"job {job.job.name}: valid on {_count(world_size, 'process', 'processes')}"],
+        [f"job {job.job.name}: valid on {counted(world_size, 'process', 'processes')}"],
         _ranks(mesh),
         _work(job, mesh, device, plan),
         _memory(job, mesh, device, plan),
@@ -57,7 +58,7 @@ def planned_world_size(job: JobConfig) -> tuple[int, str]:
     else:
         size = tp * cp
         reason = f"tensor_parallel_size ({tp}) x context_parallel_size ({cp}), as the job has no slurm section"
-    return size, f"{_count(size, 'process', 'processes')}, {reason}"
+    return size, f"{counted(size, 'process', 'processes')}, {reason}"
 
 
 def _ranks(mesh: MeshShape) -> list[str]:
@@ -87,12 +88,12 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
         "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
         "tokens per rank": f"{local_tokens(job, mesh):,} in a micro-batch: "
-        f"{_count(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
+        f"{counted(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
         "hidden states": f"{local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
-        "accumulation": f"{_count(accumulation, 'micro-batch', 'micro-batches')} x {training.micro_batch_size} x dp "
-        f"{mesh.data_parallel_size} = {_count(training.global_batch_size, 'sequence')}, "
+        "accumulation": f"{counted(accumulation, 'micro-batch', 'micro-batches')} x {training.micro_batch_size} x dp "
+        f"{mesh.data_parallel_size} = {counted(training.global_batch_size, 'sequence')}, "
         f"{job.tokens_per_step:,} tokens a step",
-        "length": f"{_count(total, 'step')}, {total * job.tokens_per_step:,} tokens",
+        "length": f"{counted(total, 'step')}, {total * job.tokens_per_step:,} tokens",
         "parameters": f"{parameters:,}; {local:,} on one tensor-parallel rank",
         "vocabulary": f"{model.vocab_size:,}"
         + (f", padded to {padded:,} for tp {tp}" if padded > model.vocab_size else ", no padding"),
@@ -137,7 +138,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
         return f"  {name:<16} {size / unit:>8.2f}   {note}"
 
     return [
-        f"memory of one rank, {precision}, ZeRO-{stage} over {_count(zero_size, 'rank')}, in {unit_name}",
+        f"memory of one rank, {precision}, ZeRO-{stage} over {counted(zero_size, 'rank')}, in {unit_name}",
         *(row(*one) for one in rows),
         f"  {'peak':<16} {peak / unit:>8.2f}   states ({states.on_device / unit:.2f}) and activations, "
         "with the larger of the head's and one block's work",
@@ -153,7 +154,7 @@ def _activation_rows(
 ) -> list[tuple[str, int, str]]:
     block = block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0)
     by_policy = [KEPT_FORMULAS.get(policy, block) for policy in dict.fromkeys(plan.policies)]
-    kept = f"{job.model.num_hidden_layers} blocks, each {' or '.join(by_policy)}"
+    kept = f"{counted(job.model.num_hidden_layers, 'block')}, each {' or '.join(by_policy)}"
     if job.training.offload_activations == "none":
         rows = [("activations", activations.kept, kept)]
     else:
@@ -204,7 +205,3 @@ def _copies_note(stage: int, zero_size: int) -> str:
 
 def _shared(shared: bool, zero_size: int) -> str:
     return f"1/{zero_size} of the tensor-parallel rank's" if shared and zero_size > 1 else "whole"
-
-
-def _count(number: int, singular: str, plural: str = "") -> str:
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 
+from launch.counted import counted
 from launch.health.processes import die_with_parent
 from launch.health.pulse import PULSES, Pulses
 from launch.slurm.world import world_of_step
@@ -121,10 +122,10 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
     and are not there.
     """
     gpus = torch.cuda.device_count()
+    there = f"{counted(gpus, 'GPU')} for {counted(place.local_size, 'process', 'processes')}"
     if wanted == "cuda" and gpus < place.local_size:
         raise DeviceUnavailable(
-            f"job.device is cuda, but this node has {gpus} GPUs for {place.local_size} processes; start fewer "
-            "processes, or set job.device: cpu"
+            f"job.device is cuda, but this node has {there}; start fewer processes, or set job.device: cpu"
         )
     if wanted == "cuda" or (wanted == "auto" and gpus >= place.local_size):
         os.environ["DS_ACCELERATOR"] = "cuda"
@@ -133,10 +134,10 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
         # Of NCCL's last collectives, so that a hang can be explained; read when the first one is called.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(place.local_rank)
-        why = "job.device is cuda" if wanted == "cuda" else f"{gpus} GPUs for {place.local_size} processes on this node"
+        why = "job.device is cuda" if wanted == "cuda" else f"{there} on this node"
         return torch.device("cuda", place.local_rank), f"GPUs with NCCL: {why}"
     os.environ["DS_ACCELERATOR"] = "cpu"
-    why = "job.device is cpu" if wanted == "cpu" else f"{gpus} GPUs for {place.local_size} processes on this node"
+    why = "job.device is cpu" if wanted == "cpu" else f"{there} on this node"
     return torch.device("cpu"), f"CPU with gloo: {why}"
 
 

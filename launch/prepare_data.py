@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from launch.atomic_text import write_atomically
+from launch.counted import counted
 from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
@@ -126,9 +127,10 @@ class Preparation:
                 summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
             finally:
                 writer.close()
-        print(f"{self.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens")
+        print(f"{self.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}")
         if self.rejected:
-            print(f"{self.rejected:,} bad records were left out; they are listed in {self.prefix}.rejected.jsonl")
+            left_out = counted(self.rejected, "bad record was", "bad records were")
+            print(f"{left_out} left out, as listed in {self.prefix}.rejected.jsonl")
         else:
             beside(self.prefix, "rejected.jsonl").unlink()
 
@@ -137,7 +139,8 @@ class Preparation:
         for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
             beside(self.prefix, leftover).unlink(missing_ok=True)
         said = (
-            f"{self.prefix}: no document in {len(self.files)} files: {self.rejected} records are bad and the rest empty"
+            f"{self.prefix}: no document in {counted(len(self.files), 'file')}: "
+            f"{counted(self.rejected, 'record is', 'records are')} bad and the rest empty"
         )
         if self.rejected:
             said += f" ({beside(self.prefix, 'rejected.jsonl')} says why)"
@@ -191,7 +194,7 @@ class Preparation:
                 "that one to its end, or remove it"
             )
         self.rejected = state["rejected"]
-        print(f"{self.prefix}: going on after {state['writer']['documents']:,} documents")
+        print(f"{self.prefix}: going on after {counted(state['writer']['documents'], 'document')}")
         return state
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.counted import counted
 from launch.health.health_folder import HealthFolder
 from launch.slurm.submission import Submission, point_latest, ready
 from launch.slurm.world import meeting_port
@@ -140,11 +141,13 @@ class Slice:
         if state not in ("RUNNING", "SIGNALING"):  # the second, while a warning is on its way
             _say(f"not queued again: Slurm has it as {state or 'unknown'}")
         elif self.restart >= limit:
-            _say(f"not queued again: restarted {self.restart} times of slurm.max_restarts ({limit}); submit it again")
+            restarted = counted(self.restart, "time")
+            _say(f"not queued again: restarted {restarted} of slurm.max_restarts ({limit}); submit it again")
         elif idle >= self.submission.max_idle_slices and not avoided:
             _say(
-                f"not queued again: {idle} starts from step {step} brought no new checkpoint (slurm.max_idle_slices is "
-                f"{self.submission.max_idle_slices}); raise slurm.time, or lower checkpoint.save_interval"
+                f"not queued again: {counted(idle, 'start')} from step {step} brought no new checkpoint "
+                f"(slurm.max_idle_slices is {self.submission.max_idle_slices}); raise slurm.time, or lower "
+                "checkpoint.save_interval"
             )
         else:
             _say(f"queueing job {self.job_id} again" + (f", without {' '.join(avoided)}" if avoided else ""))

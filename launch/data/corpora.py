@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.config import JobConfig
+from launch.counted import counted
 from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
@@ -98,7 +99,9 @@ def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.bl
             raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
     corpus = Corpus.of_shards(path, [open_indexed(Path(prefix).expanduser(), vocab_size) for prefix in prefixes])
     if not len(corpus):
-        raise CorpusError(f"{path}: the corpus is empty: {len(prefixes)} shards, 0 tokens; leave it out of {key}")
+        raise CorpusError(
+            f"{path}: the corpus is empty: {counted(len(prefixes), 'shard')}, 0 tokens; leave it out of {key}"
+        )
     return corpus
 
 
@@ -155,7 +158,8 @@ def describe(corpora: Corpora, job: JobConfig, cursor: DataCursor, step: int) ->
     for name, sampler in samplers(corpora, job).items():
         epochs = [count[name] / sampler.num_windows for count in (given, total)]
         lines.append(
-            f"corpus {name}: {len(sampler.corpus):,} tokens, {sampler.corpus.num_documents:,} documents, weight "
-            f"{last.get(name, 0) / whole:.3f}; epochs read {epochs[0]:.2f}, at the end of the job {epochs[1]:.2f}"
+            f"corpus {name}: {len(sampler.corpus):,} tokens, {counted(sampler.corpus.num_documents, 'document')}, "
+            f"weight {last.get(name, 0) / whole:.3f}; epochs read {epochs[0]:.2f}, "
+            f"at the end of the job {epochs[1]:.2f}"
         )
     return lines

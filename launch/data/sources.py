@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from launch.counted import counted
 from launch.data.corpus import Corpus, CorpusError, Shard, Tokens
 from launch.data.encoders import BYTES, ByteEncoder, Encoder, encoder_of
 from launch.data.indexed import fingerprint
@@ -72,7 +73,9 @@ def load_text(
         directory = cache_directory or Path.home() / ".cache" / "ringzero"
         shard, largest = _through_cache(directory, found, encoder, documents)
     if not len(shard.tokens):
-        raise CorpusError(f"the corpus is empty: {len(found)} files, 0 tokens; point data.files at files with text")
+        raise CorpusError(
+            f"the corpus is empty: {counted(len(found), 'file')}, 0 tokens; point data.files at files with text"
+        )
     if largest >= vocab_size:
         enough = max(largest + 1, encoder.vocab_size)
         raise CorpusError(

@@ -6,6 +6,7 @@ What could go wrong with it is looked at before the first step.
 from __future__ import annotations
 
 from launch.config import JobConfig
+from launch.counted import counted
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.text_codec import text_codec
 from launch.inference.cache_room import check_cache_fits
@@ -65,4 +66,4 @@ def write_sample(job: JobConfig, prompt: list[int], mesh: ParallelMesh, engine: 
         multiple_of=mesh.tp_size if job.sequence_parallel else 1,
     )
     engine.train()
-    return f"sample ({len(written)} tokens):\n{codec.decode(prompt + written)}"
+    return f"sample ({counted(len(written), 'token')}):\n{codec.decode(prompt + written)}"

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from launch.counted import counted
 from launch.data.text_codec import TextCodec
 from launch.environment import Place
 from launch.inference.cache_room import check_cache_fits, free_memory
@@ -81,7 +82,7 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
             for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
                 _print(request, number, prompt, tokens, codec, ends)
         count = sum(map(len, written))
-        print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s", file=sys.stderr)
+        print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     dist.barrier()
     dist.destroy_process_group()
 

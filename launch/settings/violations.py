@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from launch.counted import counted
 from launch.settings.field_text import describe_default, describe_field, nested_model, yaml_scalar
 from launch.settings.yaml_strict import KeyPath
 
@@ -45,8 +46,7 @@ class ConfigError(ValueError):
 
     def __init__(self, source: str, violations: Sequence[Violation]):
         self.source, self.violations = source, tuple(violations)
-        count = len(self.violations)
-        title = f"{source}: {count} error{'' if count == 1 else 's'} in the job's configuration"
+        title = f"{source}: {counted(len(self.violations), 'error')} in the job's configuration"
         super().__init__("\n".join([title, *(f"  {violation}".replace("\n", "\n  ") for violation in self.violations)]))
 
 

@@ -268,7 +268,7 @@ def test_inputs_without_a_document_are_refused_and_the_mended_command_works(
     (tmp_path / "in[1].jsonl").write_bytes(jsonl(texts(3)))  # a name, though a glob of in1.jsonl too
     prepare(tokenizer, tmp_path / "out", tmp_path / "in[1].jsonl", status=1, options=("--field", "body"))
     assert (
-        "out: no document in 1 files: 3 records are bad and the rest empty" in (said := capsys.readouterr().err)
+        "out: no document in 1 file: 3 records are bad and the rest empty" in (said := capsys.readouterr().err)
         and "out.rejected.jsonl says why); correct --input, or --field (body)" in said
     )
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.lock", "out.rejected.jsonl"]
