@@ -42,7 +42,7 @@ def test_configuration_errors_are_one_report_before_any_process_group(tmp_path: 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="the message needs a machine without GPUs")
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     said = refused(TinyJob(tmp_path), "job.device=cuda", status=2)
-    assert said.startswith("job.device is cuda, but this node has 0 GPUs for 1 processes; start fewer processes")
+    assert said.startswith("job.device is cuda, but this node has 0 GPUs for 1 process; start fewer processes")
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_killed_and_moved_with_corpora_added_reweighted_and_left_out_nothing_is_
     assert status == 0, told
     assert "steps 1 to 60: 240 samples" in told and told.count("from step ") == 3
     assert all(f"corpus {name}: " in told for name in ("web", "code", "books")) and "only counted" not in told
-    assert "1 epochs of " in told or "2 epochs of " in told  # the steps saw a corpus whole, and began it again
+    assert "1 epoch of " in told or "2 epochs of " in told  # the steps saw a corpus whole, and began it again
 
 
 def files_of(tiny: TinyJob) -> dict[Path, bytes]:

@@ -277,7 +277,7 @@ def test_a_token_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
-    refused(built_by_megatron(tmp_path / "web", []), "the corpus is empty: 1 shards, 0 tokens")
+    refused(built_by_megatron(tmp_path / "web", []), "the corpus is empty: 1 shard, 0 tokens")
 
 
 def test_opening_a_large_corpus_reads_little_of_it(tmp_path: Path) -> None:
