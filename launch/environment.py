@@ -39,6 +39,9 @@ class Place:
     local_rank: int
     world_size: int
     local_size: int
+    master_address: str = "127.0.0.1"
+    """Where rank 0 listens for the others."""
+    master_port: int = 0
 
 
 def place_in_world() -> Place:
@@ -80,14 +83,14 @@ def _place_of(variables: Mapping[str, str]) -> Place:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not variables.get(name):
             raise ValueError(f"{world}, but {name} is not set")
-    rank, local_rank, world_size, _ = (number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, local_rank, world_size, port = (number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
     counted = "LOCAL_SIZE" in variables or "LOCAL_WORLD_SIZE" in variables
     local_size = number("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if counted else 1
     if rank >= world_size or (counted and local_rank >= local_size):
         raise ValueError(
             f"{world} and RANK={rank}, LOCAL_SIZE={local_size} and LOCAL_RANK={local_rank}; ranks count from 0"
         )
-    return Place(rank, local_rank, world_size, local_size)
+    return Place(rank, local_rank, world_size, local_size, variables["MASTER_ADDR"], port)
 
 
 def node_name() -> str:

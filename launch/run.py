@@ -22,10 +22,10 @@ from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
 from launch.inference.cache_room import CacheTooLarge, free_memory
 from launch.inference.sample import check_sample_fits, sample_prompt, write_sample
+from launch.joining import NobodyMet, join_world
 from launch.monitoring.monitor import Monitor, SilentMonitor
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.throughput import Throughput
-from launch.quiet import leave_out_what_no_user_can_change
 from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunDirectoryError, lock_run, writing_into
 from launch.saving.checkpoint_names import CheckpointError
@@ -37,7 +37,6 @@ from launch.weights.initial_weights import load_initial_weights
 from launch.weights.stored_model import RUN_FILE, WeightsError
 from model.kernels import KernelUnavailable
 from parallel.mesh import ParallelMesh
-from parallel.zero import initialize_distributed
 
 _TOLD = (
     CacheTooLarge,
@@ -55,14 +54,16 @@ _ENTROPY_TOKENS = 1 << 24
 
 def run(job: JobConfig, place: Place, device: torch.device, device_note: str, stop: Callable[[], bool]) -> int:
     """Trains `job` on this rank; returns the exit status. `stop()` says whether this rank was asked to stop early."""
-    leave_out_what_no_user_can_change()
-    initialize_distributed(device.type)
     try:
+        join_world(device.type, place)
         job = _resolved(job)
         lock = _lock(job, place)
         health = Health.of(job, place)
         vote = StopVote(lambda: stop() or health.watchdog.wants_stop())
         complete = _train(job, place, device, device_note, health, vote)
+    except NobodyMet as error:  # each rank waited alone: rank 0 may know of nothing
+        report_failure(f"error: {error}", place, leads=not place.local_rank)
+        return 1
     except _UnreadableStep as error:
         report_failure(f"error: {error}", place, leads=error.leads)
         return 1

@@ -23,12 +23,11 @@ from launch.data.batches import MicroBatch
 from launch.data.corpora import corpora_on_all_ranks, validation_batches
 from launch.environment import Place
 from launch.feed import Cutter
-from launch.quiet import leave_out_what_no_user_can_change
+from launch.joining import join_world
 from launch.weights.initial_weights import read_weights
 from model.gpt import GPT
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
-from parallel.zero import initialize_distributed
 
 _RANGES = 7
 """Doubling from sequence_length / 64, as many ranges reach the end."""
@@ -47,8 +46,7 @@ def evaluate_weights(
     Raises WeightsError, CorpusError, KernelUnavailable.
     """
     assert job.model.init_from is not None
-    leave_out_what_no_user_can_change()
-    initialize_distributed(device.type)
+    join_world(device.type, place)
     result = evaluated(job, step, ParallelMesh.create(job.mesh_shape(place.world_size)), device, first_bucket)
     if place.rank == 0:
         path = output or Path(job.model.init_from) / f"evaluation-{Path(result['weights']).name}.json"

@@ -20,11 +20,10 @@ from launch.inference.cache_room import check_cache_fits, free_memory
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
 from launch.inference.sampling import Sampling
+from launch.joining import join_world
 from launch.leaving_reader import leaving_with_the_reader
 from launch.precision import DTYPES, Precision, resolve_precision
-from launch.quiet import leave_out_what_no_user_can_change
 from parallel.mesh import MeshShape, ParallelMesh
-from parallel.zero import initialize_distributed
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Request:
 
 def write_texts(request: Request, place: Place, device: torch.device) -> None:
     """Prints what follows each prompt. Collective: all ranks split the model. Raises ValueError, OSError."""
-    leave_out_what_no_user_can_change()
-    initialize_distributed(device.type)
+    join_world(device.type, place)
     mesh = ParallelMesh.create(MeshShape.fit(place.world_size, place.world_size, 1))
     dtype = DTYPES[resolve_precision(request.precision, device.type)]
     codec, ends = codec_of(request.folder), end_tokens(request.folder)

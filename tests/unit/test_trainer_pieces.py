@@ -110,7 +110,9 @@ def test_place_without_a_launcher_is_a_world_of_one(bare: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("local", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
 def test_place_as_the_launcher_says(bare: pytest.MonkeyPatch, local: str) -> None:
     os.environ.update(WORLD | {local: "4"})
-    assert place_in_world() == Place(rank=5, local_rank=1, world_size=8, local_size=4)
+    assert place_in_world() == Place(
+        rank=5, local_rank=1, world_size=8, local_size=4, master_address="node-1", master_port=29500
+    )
 
 
 @pytest.mark.parametrize(
