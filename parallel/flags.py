@@ -5,13 +5,16 @@ slot until the reader has read it. So only the owner raises it and only the read
 waits for its own copy alone.
 
 A GPU's front end sets and awaits flags in the order of a stream (CUDA's stream memory operations), as NCCL's
-collectives by copy engine do: waiting takes no kernel and holds no multiprocessor, and a CUDA graph can record it.
+collectives by copy engine do: waiting takes no kernel and holds no multiprocessor, and a CUDA graph can record it. What
+one method does is one call of the driver, described beforehand: such calls are a good part of what an exchange costs
+the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,51 +23,75 @@ _WAIT_FOR_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _AFTER_EARLIER_WRITES = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: behind a fence for the whole system
 
 
+class Operation(NamedTuple):
+    """Writes `value` to `address`, or waits until it is there."""
+
+    writes: bool
+    address: int
+    value: int
+
+
+class Batch:
+    """Operations that a stream does one after the other."""
+
+    def __init__(self, operations: Iterable[Operation]):
+        self.operations = tuple(operations)
+
+    def issue(self, stream: torch.cuda.Stream) -> None:
+        from cuda.bindings import driver  # comes with torch's CUDA builds only
+
+        (result,) = driver.cuStreamBatchMemOp(stream.cuda_stream, len(self.operations), self._described, 0)
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuStreamBatchMemOp failed: {result.name}")
+
+    @cached_property
+    def _described(self) -> list[Any]:
+        """As the driver wants them."""
+        from cuda.bindings import driver
+
+        kinds = driver.CUstreamBatchMemOpType
+        found = []
+        for writes, address, value in self.operations:
+            parameters = driver.CUstreamBatchMemOpParams()
+            described = parameters.writeValue if writes else parameters.waitValue
+            described.operation = (
+                kinds.CU_STREAM_MEM_OP_WRITE_VALUE_32 if writes else kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+            )
+            described.address, described.value = driver.CUdeviceptr(address), driver.cuuint32_t(value)
+            described.flags = _AFTER_EARLIER_WRITES if writes else _WAIT_FOR_EQUAL
+            found.append(parameters)
+        return found
+
+
 class Flags:
-    """One rank's view of all flags; each method works on the current stream.
+    """One rank's view of all flags of one slot; each batch is issued on the stream whose work it stands for.
 
     `pads` are the addresses of every rank's zeroed memory of 8 x slots x ranks bytes, readable by all: torch's signal
     pads, which have to be zero where no exchange is under way.
     """
 
-    def __init__(self, pads: Sequence[int], rank: int):
-        self.pads, self.rank = pads, rank
+    def __init__(self, pads: Sequence[int], rank: int, slot: int):
+        self.pads, self.rank, self.slot = pads, rank, slot
+        peers = [peer for peer in range(len(pads)) if peer != rank]
+        self.raise_all = Batch(operation for reader in peers for operation in self._set(_UP, rank, reader))
+        """Tells every reader that this rank's slot is filled."""
+        self.await_all_lowered = Batch(self._await(_DOWN, rank, reader) for reader in peers)
+        """Until every reader has read this rank's slot; not at all before the first time."""
+        self.await_raised = {owner: Batch([self._await(_UP, owner, rank)]) for owner in peers}
+        """Until the slot of an owner is filled."""
+        self.lower = {owner: Batch(self._set(_DOWN, owner, rank)) for owner in peers}
+        """Tells an owner that this rank has read its slot."""
 
-    def raise_(self, slot: int, reader: int) -> None:
-        """Tells `reader` that this rank's slot is filled."""
-        self._set(_UP, slot, self.rank, reader, other=reader)
-
-    def await_raised(self, slot: int, owner: int) -> None:
-        """Until the slot of `owner` is filled."""
-        self._await(_UP, slot, owner, self.rank)
-
-    def lower(self, slot: int, owner: int) -> None:
-        """Tells `owner` that this rank has read its slot."""
-        self._set(_DOWN, slot, owner, self.rank, other=owner)
-
-    def await_lowered(self, slot: int, reader: int) -> None:
-        """Until `reader` has read this rank's slot; not at all before the first time."""
-        self._await(_DOWN, slot, self.rank, reader)
-
-    def _set(self, value: int, slot: int, owner: int, reader: int, other: int) -> None:
+    def _set(self, value: int, owner: int, reader: int) -> list[Operation]:
         # One's own copy first: with the other copy set it is the other side's turn to change both.
-        for holder in (self.rank, other):
-            address = self._address(holder, slot, owner, reader)
-            _driver_call("cuStreamWriteValue32", address, value, _AFTER_EARLIER_WRITES)
+        other = reader if owner == self.rank else owner
+        return [Operation(True, self._address(holder, owner, reader), value) for holder in (self.rank, other)]
 
-    def _await(self, value: int, slot: int, owner: int, reader: int) -> None:
-        _driver_call("cuStreamWaitValue32", self._address(self.rank, slot, owner, reader), value, _WAIT_FOR_EQUAL)
+    def _await(self, value: int, owner: int, reader: int) -> Operation:
+        return Operation(False, self._address(self.rank, owner, reader), value)
 
-    def _address(self, holder: int, slot: int, owner: int, reader: int) -> int:
+    def _address(self, holder: int, owner: int, reader: int) -> int:
         """Of the copy that `holder`, the owner or the reader, has."""
         ranks = len(self.pads)
-        word = 2 * slot * ranks + reader if holder == owner else (2 * slot + 1) * ranks + owner
+        word = 2 * self.slot * ranks + reader if holder == owner else (2 * self.slot + 1) * ranks + owner
         return self.pads[holder] + 4 * word
-
-
-def _driver_call(name: str, address: int, value: int, how: int) -> None:
-    from cuda.bindings import driver  # comes with torch's CUDA builds only
-
-    result: tuple[Any, ...] = getattr(driver, name)(torch.cuda.current_stream().cuda_stream, address, value, how)
-    if result[0] != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name} failed: {result[0].name}")

@@ -118,7 +118,8 @@ class SymmetricTransport:
         """Each reader starts with another owner."""
         self._takes = torch.cuda.Stream(device, priority=-1)
         self._memory: PeerMemory  # with the flags, from the first slot on
-        self._flags: Flags
+        self._flags: list[Flags]
+        """By slot."""
         self._bytes = 0
         self._uses = 0
         self._recent: list[_Taken] = []
@@ -136,24 +137,23 @@ class SymmetricTransport:
         # here, and in `exchange`. (One waited for already is left alone: it may be from before the graph.)
         if len(self._recent) == self._SLOTS and not (earlier := self._recent.pop(0)).waited:
             earlier.wait()
-        for reader in self._peers:
-            self._flags.await_lowered(self._number, reader)
-        self._ready_to_take = torch.cuda.current_stream(self.device).record_event()
+        stream = torch.cuda.current_stream(self.device)
+        self._flags[self._number].await_all_lowered.issue(stream)
+        self._takes.wait_stream(stream)
         return self._slot_of(self.rank, tuple(shape), like.dtype)
 
     def exchange(self, slot: Tensor, rows: Rows, place: Place) -> Arrival:
-        for reader in self._peers:
-            self._flags.raise_(self._number, reader)
-        self._takes.wait_event(self._ready_to_take)
+        stream, flags = torch.cuda.current_stream(self.device), self._flags[self._number]
+        flags.raise_all.issue(stream)
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
-            self._takes.wait_stream(torch.cuda.current_stream(self.device))
+            self._takes.wait_stream(stream)
         with torch.cuda.stream(self._takes):
             for owner in self._peers:
-                self._flags.await_raised(self._number, owner)
+                flags.await_raised[owner].issue(self._takes)
                 theirs = self._slot_of(owner, slot.shape, slot.dtype)
                 place(owner, [theirs[taken] for taken in rows(owner, self.rank)])
-                self._flags.lower(self._number, owner)
+                flags.lower[owner].issue(self._takes)
             taken_all = _Taken(self._takes.record_event(), self.device)
         self._uses += 1
         self._recent.append(taken_all)
@@ -187,7 +187,7 @@ class SymmetricTransport:
         self._captured = False
         self._bytes = -(-size // 512) * 512
         self._memory = PeerMemory(self._SLOTS * self._bytes, self.device, self.group)
-        self._flags = Flags(self._memory.signal_pads, self.rank)
+        self._flags = [Flags(self._memory.signal_pads, self.rank, slot) for slot in range(self._SLOTS)]
 
 
 class _Taken:

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import flags, peer_memory, transport
+from parallel import peer_memory, transport
+from parallel.flags import Batch
 from parallel.transport import SymmetricTransport
 
 Operation = tuple[Any, ...]
@@ -81,8 +82,9 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
     (None: after the last)."""
     host = Host(rank, size)
 
-    def driver_call(name: str, address: int, value: int, how: int) -> None:
-        host.current.issue("write" if name == "cuStreamWriteValue32" else "wait", address, value)
+    def issue_batch(batch: Batch, stream: Stream) -> None:
+        for writes, address, value in batch.operations:
+            stream.issue("write" if writes else "wait", address, value)
 
     @contextmanager
     def use(stream: Stream) -> Iterator[None]:
@@ -104,7 +106,7 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SymmetricTransport, "_SLOTS", slots)
-        patch.setattr(flags, "_driver_call", driver_call)
+        patch.setattr(Batch, "issue", issue_batch)
         patch.setattr(transport, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
         patch.setattr(transport, "dist", SimpleNamespace(get_rank=lambda group: rank, barrier=lambda group: None))
         memory = SimpleNamespace(empty=lambda *_, **__: None, rendezvous=lambda *_: handle)
@@ -154,7 +156,7 @@ def test_memory_that_graphs_use_outlives_its_growth(capturing: bool, monkeypatch
         slot = SimpleNamespace(shape=SHAPE, dtype=torch.float32)
         return SimpleNamespace(signal_pad_ptrs=[0, 1000], get_buffer=lambda *_: slot)
 
-    monkeypatch.setattr(flags, "_driver_call", lambda *_: None)
+    monkeypatch.setattr(Batch, "issue", lambda *_: None)
     monkeypatch.setattr(transport, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, uint8=torch.uint8))
     monkeypatch.setattr(transport, "dist", SimpleNamespace(get_rank=lambda group: 0, barrier=lambda group: None))
     symmetric = SimpleNamespace(empty=lambda size, **_: torch.empty(size), rendezvous=rendezvous)
