@@ -29,6 +29,7 @@ Packing: TypeAlias = tuple[Documents, Documents] | None
 """Documents of the queries and of the keys, each pair aligned at its ends; None: one rectangle a batch row."""
 
 T = TypeVar("T")
+Perhaps = TypeVar("Perhaps", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class BandedKernel(AttentionKernel):
         rows, columns = block.queries, block.keys
         whole = _whole(out, q, rows)
         inside = _part(whole, rows)
-        result, lse = self._band_forward(q[:, rows], k[:, columns], v[:, columns], scale, block.band, None, inside)
+        trimmed = _part(q, rows), _part(k, columns), _part(v, columns)
+        result, lse = self._band_forward(*trimmed, scale, block.band, None, inside)
         if lse.shape[2] < queries:
             lse_inside, lse = lse, _empty_rows_lse(q)
             lse[:, :, rows] = lse_inside
@@ -134,8 +136,8 @@ class BandedKernel(AttentionKernel):
         if block is None:
             return _three(torch.zeros_like(x) if t is None else t.zero_() for x, t in zip(likes, targets, strict=True))
         rows, columns = block.queries, block.keys
-        lse = lse[:, :, rows].contiguous()
-        trimmed = dout[:, rows], q[:, rows], k[:, columns], v[:, columns], out[:, rows], lse
+        dout, q, out = _part(dout, rows), _part(q, rows), _part(out, rows)
+        trimmed = dout, q, _part(k, columns), _part(v, columns), out, lse[:, :, rows].contiguous()
         positions = rows, columns, columns
         wholes = _three(map(_whole, targets, likes, positions))
         into = _three(map(_part, wholes, positions))
@@ -216,8 +218,9 @@ def _whole(target: Tensor | None, like: Tensor, positions: slice) -> Tensor | No
     return torch.empty_like(like, memory_format=torch.contiguous_format) if target is None and trimmed else target
 
 
-def _part(whole: Tensor | None, positions: slice) -> Tensor | None:
-    return None if whole is None else whole[:, positions]
+def _part(whole: Perhaps, positions: slice) -> Perhaps:
+    """Of dim 1, and nothing of nothing. Views cost the host: all of a tensor is the tensor itself."""
+    return whole if whole is None or positions.stop - positions.start == whole.shape[1] else whole[:, positions]
 
 
 def _restored(result: Tensor, inside: Tensor | None, whole: Tensor | None, positions: slice) -> Tensor:
@@ -225,9 +228,9 @@ def _restored(result: Tensor, inside: Tensor | None, whole: Tensor | None, posit
     if whole is None:
         return result
     placed(result, inside)
-    for rest in (whole[:, : positions.start], whole[:, positions.stop :]):
-        if rest.shape[1]:
-            rest.zero_()
+    if inside is not whole:
+        whole[:, : positions.start].zero_()
+        whole[:, positions.stop :].zero_()
     return whole
 
 
