@@ -53,6 +53,8 @@ class _Job(NamedTuple):
     rows: _Rows
     buffer: Tensor
     """[M, 2, B, K, D]."""
+    sides: tuple[Tensor, Tensor]
+    """Its keys and values [B, M, K, D]."""
     arrival: Arrival | None
 
     def complete(self) -> None:
@@ -118,14 +120,12 @@ class ExchangeAttention(AttentionOperator):
             for job in jobs:
                 if remote:
                     job.complete()
-                keys, values = sides(job.buffer)
                 for call in job.rows.calls:
                     if call.remote != remote:
                         continue
                     _, part = self.kernel.forward(
                         _part(q, call.queries),
-                        _some(keys, call.keys),
-                        _some(values, call.keys),
+                        *_some(job.sides, call.keys),
                         self.scale,
                         call.mask,
                         out=_part(out, call.queries),
@@ -140,7 +140,7 @@ class ExchangeAttention(AttentionOperator):
         q, k, v, _, _, kept, documents = saved
         planned = self._rows(q, documents)
         if self.keep_gathered:
-            jobs = [_Job(rows, buffer, None) for rows, buffer in self._buffers(planned, k, kept)]
+            jobs = [_Job(rows, buffer, sides(buffer), None) for rows, buffer in self._buffers(planned, k, kept)]
         else:
             jobs = self._gather(planned, k, v, kept)
         dq, dk, dv = (
@@ -159,10 +159,9 @@ class ExchangeAttention(AttentionOperator):
             if len(under_way) == 2:  # their slots are still to be read, and a transport has few
                 collect_one()
             of_keys = KeyGradients(self.transport, rows.plan, buffer)
-            keys, values = sides(buffer)
             for call, *rest in (rows.calls[number:] for number in range(len(rows.calls))):
                 with of_keys.of(call.keys) as (dk_part, dv_part):
-                    self._backward_call(call, keys, values, dout, saved, (dq, dk_part, dv_part))
+                    self._backward_call(call, job.sides, dout, saved, (dq, dk_part, dv_part))
                 if call is rows.calls[0] and not any(later.remote for later in rest):
                     of_keys.send_home()  # what peers wait for is complete; the rest is computed meanwhile
             of_keys.send_home()
@@ -172,15 +171,14 @@ class ExchangeAttention(AttentionOperator):
         return dq, dk, dv
 
     def _backward_call(
-        self, call: _Call, keys: Tensor, values: Tensor, dout: Tensor, saved: Saved, targets: Gradients
+        self, call: _Call, keys: tuple[Tensor, Tensor], dout: Tensor, saved: Saved, targets: Gradients
     ) -> None:
         """Computes one call's gradients in their places: dk and dv are those of its keys alone."""
         lse = saved.lse if call.queries is None else saved.lse[call.queries[0], :, call.queries[1]]
         self.kernel.backward(
             _part(dout, call.queries),
             _part(saved.q, call.queries),
-            _some(keys, call.keys),
-            _some(values, call.keys),
+            *_some(keys, call.keys),
             _part(saved.out, call.queries),
             lse,
             self.scale,
@@ -213,13 +211,13 @@ class ExchangeAttention(AttentionOperator):
 
             def taken(owner: int, reader: int, plan: ExchangePlan = plan) -> list[slice]:
                 pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
-                return [slice(piece.owner_local, piece.owner_local + piece.length) for piece in pieces]
+                return [piece.local for piece in pieces]
 
             def place(owner: int, parts: list[Tensor], plan: ExchangePlan = plan, buffer: Tensor = buffer) -> None:
                 for piece, part in zip(plan.receives.get(owner, ()), parts, strict=True):
                     buffer[piece.at_receiver].copy_(part)
 
-            jobs.append(_Job(rows, buffer, self.transport.exchange(slot, taken, place)))
+            jobs.append(_Job(rows, buffer, sides(buffer), self.transport.exchange(slot, taken, place)))
         return jobs
 
     def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
@@ -285,6 +283,7 @@ def _part(tensor: Tensor, queries: tuple[slice, slice] | None) -> Tensor:
     return tensor if queries is None else tensor[queries]
 
 
-def _some(tensor: Tensor, keys: slice | None) -> Tensor:
-    """Of [B, M, K, D], some keys."""
-    return tensor if keys is None else tensor[:, keys]
+def _some(both: tuple[Tensor, Tensor], keys: slice | None) -> tuple[Tensor, Tensor]:
+    """Of keys and values [B, M, K, D], some."""
+    k, v = both
+    return both if keys is None else (k[:, keys], v[:, keys])

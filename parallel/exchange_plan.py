@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from parallel.sequence import Part, zigzag_parts
 
@@ -57,15 +58,20 @@ class Piece:
     owner_index: int
     owner_local: int
 
-    @property
+    @cached_property
     def at_owner(self) -> slice:
         """In the owner's buffer."""
         return slice(self.owner_index, self.owner_index + self.length)
 
-    @property
+    @cached_property
     def at_receiver(self) -> slice:
         """In the receiver's buffer."""
         return slice(self.receiver_index, self.receiver_index + self.length)
+
+    @cached_property
+    def local(self) -> slice:
+        """Among the owner's local tokens."""
+        return slice(self.owner_local, self.owner_local + self.length)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class ExchangePlan:
     calls: tuple[ExchangeCall, ...]
     """Those with remote keys first, and of these the one with more: its gradients have the longest way to go."""
 
-    @property
+    @cached_property
     def copied(self) -> tuple[slice, slice] | None:
         """Both places of fetched keys that lie twice: the second is filled from the first."""
         if self.twice is None:
@@ -113,12 +119,12 @@ class ExchangePlan:
         first, second = (slice(place.start, place.start + fetched) for place in self.twice)
         return (first, second) if fetched > 0 else None
 
-    @property
+    @cached_property
     def received_tokens(self) -> int:
         """Keys that travel to this rank in a forward pass."""
         return sum(piece.length for pieces in self.receives.values() for piece in pieces)
 
-    @property
+    @cached_property
     def sent_tokens(self) -> int:
         """Keys of this rank that travel to others, each as often as it does."""
         return sum(piece.length for pieces in self.sends.values() for piece in pieces)

@@ -53,7 +53,8 @@ class UlyssesAttention(AttentionOperator):
         lse, kept = q.new_empty(lse_shape, dtype=dtype), q.new_empty(kept_shape)
         there, back = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
         inputs, outputs = kept.split([there.numel, back.numel]) if self.keep else (q.new_empty(there.numel), kept)
-        wholes = there.by_group(inputs)
+        wholes, lse_by_group = there.by_group(inputs), back.lse_by_group(lse)
+        kept_outputs = back.by_group(outputs) if self.keep else []
         arrivals = there.gather(wholes)
         returning = []
         for group, arrival in enumerate(arrivals):
@@ -62,9 +63,9 @@ class UlyssesAttention(AttentionOperator):
             whole_q, whole_k, whole_v = there.split(wholes[group], group)
             _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=slot.transpose(0, 1))
             returning.append(back.send(slot, group))
-            back.lse_by_group(lse)[group].copy_(part)
+            lse_by_group[group].copy_(part)
             if self.keep:
-                back.by_group(outputs)[group].copy_(slot)
+                kept_outputs[group].copy_(slot)
         for arrival in returning:
             arrival.wait()
         return out, lse, kept
@@ -79,16 +80,16 @@ class UlyssesAttention(AttentionOperator):
         wholes = there.by_group(q.new_empty(there.numel))
         arrivals = there.gather(wholes)
         if self.keep:
-            kept_inputs, kept_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
-            inputs, outputs = kept.split([kept_inputs.numel, kept_outputs.numel])
+            of_inputs, of_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
+            inputs, outputs = kept.split([of_inputs.numel, of_outputs.numel])
+            kept_inputs, kept_outputs = of_inputs.by_group(inputs), of_outputs.by_group(outputs)
         lse_by_group = _Trade(self, (q,), k).lse_by_group(lse)
         returning = []
         for group, arrival in enumerate(arrivals):
             arrival.wait()
             whole_dout, *whole = there.split(wholes[group], group)
             if self.keep:
-                whole += kept_inputs.split(kept_inputs.by_group(inputs)[group], group)
-                whole += kept_outputs.split(kept_outputs.by_group(outputs)[group], group)
+                whole += of_inputs.split(kept_inputs[group], group) + of_outputs.split(kept_outputs[group], group)
             slot = back.slot(group)
             into_q, into_k, into_v = back.split(slot, group)
             whole_q, whole_k, whole_v, whole_out = whole
@@ -143,7 +144,7 @@ class _Trade:
 
     def split(self, whole: Tensor, group: int) -> list[Tensor]:
         """[T, B, w, D] as views [B, T, heads, D] of each tensor's part."""
-        return list(whole.transpose(0, 1).split([part.count for part in self.groups[group]], dim=2))
+        return _by_part(whole.transpose(0, 1), self.groups[group])
 
     def gather(self, wholes: Sequence[Tensor]) -> list[Arrival]:
         """Starts to bring all tokens of this rank's heads to `wholes` [T, B, w, D], by group."""
@@ -174,7 +175,6 @@ class _Trade:
     def send(self, slot: Tensor, group: int) -> Arrival:
         """Starts to bring the results in `slot` to the tensors of the ranks whose tokens they are."""
         parts, size, rank = self.groups[group], self.attention.size, self.attention.rank
-        counts = [part.count for part in parts]
 
         def rows(owner: int, reader: int) -> list[slice]:
             return self.attention.chunks(reader, self.length)
@@ -182,13 +182,19 @@ class _Trade:
         def place(owner: int, chunks: list[Tensor]) -> None:
             start = 0
             for chunk in chunks:
-                for part, source in zip(parts, chunk.split(counts, dim=2), strict=True):
-                    copy_rows(part.of(owner, size)[:, start : start + len(chunk)].transpose(0, 1), source)
-                start += len(chunk)
+                stop = start + chunk.shape[0]
+                for part, source in zip(parts, _by_part(chunk, parts), strict=True):
+                    copy_rows(part.of(owner, size)[:, start:stop].transpose(0, 1), source)
+                start = stop
 
         arrival = self.transport.exchange(slot, rows, place)
         unpack_heads(parts, slot, rows(rank, rank), rank, size)
         return arrival
+
+
+def _by_part(together: Tensor, parts: Sequence[Heads]) -> list[Tensor]:
+    """[.., .., w, D] as views of each part's heads."""
+    return list(together.split([part.count for part in parts], dim=2)) if len(parts) > 1 else [together]
 
 
 def group_sizes(heads: int, groups: int) -> list[int]:
