@@ -51,13 +51,14 @@ def pack_keys(
 
 def add_shares(dk: Tensor, dv: Tensor, shares: Sequence[Share]) -> None:
     """Writes the sums of `shares` into dk and dv [B, n, K, D]: added in fp32 (fp64 for fp64), in order, rounded once.
-    The first share covers all of 0 to n."""
+    They cover all of 0 to n together, or leave 0."""
     kernels = _kernels(dk, dv)
     if kernels is not None and len(shares) <= kernels.MOST_SHARES:
         kernels.add_shares(dk, dv, shares)
         return
-    total = shares[0][1].to(torch.promote_types(dk.dtype, torch.float32), copy=True)
-    for where, share in shares[1:]:
+    wide = torch.promote_types(dk.dtype, torch.float32)
+    total = torch.zeros(dk.shape[1], *shares[0][1].shape[1:], dtype=wide, device=dk.device)
+    for where, share in shares:
         total[where] += share
     dk.copy_(total[:, 0].transpose(0, 1))
     dv.copy_(total[:, 1].transpose(0, 1))

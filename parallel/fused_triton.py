@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from parallel.fused import Heads, Range, Share
 
-MOST_SHARES = 4
+MOST_SHARES = 8
 """That one launch of `add_shares` takes."""
 
 _ROWS = 16
@@ -72,6 +72,7 @@ def add_shares(dk: Tensor, dv: Tensor, shares: Sequence[Share]) -> None:
 def _add_shares(
     dk, dv, rows, batch, width, k_row, k_batch, v_row, v_batch,
     share0, start0, stop0, share1, start1, stop1, share2, start2, stop2, share3, start3, stop3,
+    share4, start4, stop4, share5, start5, stop5, share6, start6, stop6, share7, start7, stop7,
     SHARES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -80,13 +81,21 @@ def _add_shares(
     token, element = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     inside = (row < rows)[:, None] & (column < width)
     in_share = (((2 * token + which) * batch + element) * width)[:, None] + column
-    total = tl.load(share0 + in_share, mask=inside).to(tl.float32)
+    total = _part(share0, start0, stop0, token, in_share, inside, batch * width)
     if SHARES > 1:
         total += _part(share1, start1, stop1, token, in_share, inside, batch * width)
     if SHARES > 2:
         total += _part(share2, start2, stop2, token, in_share, inside, batch * width)
     if SHARES > 3:
         total += _part(share3, start3, stop3, token, in_share, inside, batch * width)
+    if SHARES > 4:
+        total += _part(share4, start4, stop4, token, in_share, inside, batch * width)
+    if SHARES > 5:
+        total += _part(share5, start5, stop5, token, in_share, inside, batch * width)
+    if SHARES > 6:
+        total += _part(share6, start6, stop6, token, in_share, inside, batch * width)
+    if SHARES > 7:
+        total += _part(share7, start7, stop7, token, in_share, inside, batch * width)
     if which == 0:
         tl.store(dk + (token * k_row + element * k_batch)[:, None] + column, total.to(dk.dtype.element_ty), mask=inside)
     else:

@@ -90,19 +90,18 @@ class KeyGradients:
         """Waits for the peers' shares and adds up dK and dV of this rank's own tokens [B, L, K, D]."""
         assert self.arrival is not None
         self.arrival.wait()
-        for local, index, length in self.plan.own:
-            keys, tokens = slice(index, index + length), slice(local, local + length)
-            mine = slice(0, length), self.slot[keys]
-            own_dk, own_dv = (dk, dv) if length == dk.shape[1] else (dk[:, tokens], dv[:, tokens])
-            add_shares(own_dk, own_dv, [mine, *_overlaps(keys, self.extra), *_overlaps(keys, self.incoming)])
+        everything = [(slice(0, len(self.slot)), self.slot), *self.extra, *self.incoming]
+        own = ((slice(index, index + length), local) for local, index, length in self.plan.own)
+        add_shares(dk, dv, [share for keys, local in own for share in _overlaps(keys, everything, local)])
 
 
-def _overlaps(keys: slice, shares: list[Share]) -> list[Share]:
-    """The parts of `shares` that fall on `keys`, each with its place relative to keys.start."""
+def _overlaps(keys: slice, shares: list[Share], place: int = 0) -> list[Share]:
+    """The parts of `shares` that fall on `keys`, each with its place where keys.start is at `place`."""
     found = []
     for where, share in shares:
         start, stop = max(keys.start, where.start), min(keys.stop, where.stop)
         if start < stop:
             whole, inside = stop - start == len(share), slice(start - where.start, stop - where.start)
-            found.append((slice(start - keys.start, stop - keys.start), share if whole else share[inside]))
+            moved = place - keys.start
+            found.append((slice(start + moved, stop + moved), share if whole else share[inside]))
     return found

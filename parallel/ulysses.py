@@ -180,11 +180,11 @@ class _Trade:
             return self.attention.chunks(reader, self.length)
 
         def place(owner: int, chunks: list[Tensor]) -> None:
-            start = 0
+            targets, start = [part.of(owner, size).transpose(0, 1) for part in parts], 0
             for chunk in chunks:
                 stop = start + chunk.shape[0]
-                for part, source in zip(parts, _by_part(chunk, parts), strict=True):
-                    copy_rows(part.of(owner, size)[:, start:stop].transpose(0, 1), source)
+                for target, source in zip(targets, _by_part(chunk, parts), strict=True):
+                    copy_rows(target[start:stop], source)
                 start = stop
 
         arrival = self.transport.exchange(slot, rows, place)

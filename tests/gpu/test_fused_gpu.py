@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -62,9 +63,13 @@ def test_pack_keys(shape: tuple[int, int, int, int]) -> None:
 def test_add_shares(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     batch, length, heads, head_dim = shape
     draw = random.Random(length)
-    for count in range(1, 7):
-        shares = [(slice(0, length), tensor(length, 2, batch, heads, head_dim, dtype=dtype))]
-        for _ in range(count - 1):
+    for count in range(1, 11):
+        cuts = [0, length] if count % 2 else [0, length // 3, length]  # one share for all positions, or two
+        shares = [
+            (slice(start, stop), tensor(stop - start, 2, batch, heads, head_dim, dtype=dtype))
+            for start, stop in pairwise(cuts)
+        ]
+        while len(shares) < count:
             start = draw.randrange(length)
             stop = draw.randrange(start + 1, length + 1)
             around = tensor(stop - start + 2, 2, batch, heads, head_dim, dtype=dtype)
