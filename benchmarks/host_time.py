@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -91,7 +92,8 @@ class Kernel(FlashAttn4Kernel):
     capabilities = replace(FlashAttn4Kernel.capabilities, device_types=("cpu",))
 
     @staticmethod
-    def load() -> tuple[Any, str]:
+    @cache
+    def load() -> tuple[ModuleType | None, str]:
         return PACKAGE, ""
 
 

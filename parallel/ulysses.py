@@ -79,11 +79,11 @@ class UlyssesAttention(AttentionOperator):
         there, back = _Trade(self, (dout,) if self.keep else (dout, q, k, v, out), k), _Trade(self, (dq, dk, dv), k)
         wholes = there.by_group(q.new_empty(there.numel))
         arrivals = there.gather(wholes)
+        of_inputs, of_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
+        lse_by_group = of_outputs.lse_by_group(lse)
         if self.keep:
-            of_inputs, of_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
             inputs, outputs = kept.split([of_inputs.numel, of_outputs.numel])
             kept_inputs, kept_outputs = of_inputs.by_group(inputs), of_outputs.by_group(outputs)
-        lse_by_group = _Trade(self, (q,), k).lse_by_group(lse)
         returning = []
         for group, arrival in enumerate(arrivals):
             arrival.wait()
@@ -134,12 +134,12 @@ class _Trade:
 
     def by_group(self, memory: Tensor) -> list[Tensor]:
         """`memory` [numel] as one tensor [T, B, w, D] for each group."""
-        parts = memory.split([math.prod(shape) for shape in self.shapes])
+        parts = memory.split_with_sizes([math.prod(shape) for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def lse_by_group(self, lse: Tensor) -> list[Tensor]:
         """`lse` [B L H] as one tensor [B, w, T] for each group."""
-        parts = lse.split([math.prod(shape[:3]) for shape in self.shapes])
+        parts = lse.split_with_sizes([math.prod(shape[:3]) for shape in self.shapes])
         return [part.view(batch, heads, -1) for part, (_, batch, heads, _) in zip(parts, self.shapes, strict=True)]
 
     def split(self, whole: Tensor, group: int) -> list[Tensor]:
@@ -194,7 +194,7 @@ class _Trade:
 
 def _by_part(together: Tensor, parts: Sequence[Heads]) -> list[Tensor]:
     """[.., .., w, D] as views of each part's heads."""
-    return list(together.split([part.count for part in parts], dim=2)) if len(parts) > 1 else [together]
+    return list(together.split_with_sizes([part.count for part in parts], 2)) if len(parts) > 1 else [together]
 
 
 def group_sizes(heads: int, groups: int) -> list[int]:
