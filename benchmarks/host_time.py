@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,10 +37,10 @@ from parallel.flags import Batch
 from parallel.transport import SymmetricTransport
 from parallel.ulysses import UlyssesAttention
 
-LOCAL_TOKENS, HEADS, KV_HEADS, HEAD_DIM = 256, 8, 4, 8
+LOCAL_TOKENS, HEADS, KV_HEADS, HEAD_DIM = 64, 8, 4, 8
 ROUND = 50
 """Repetitions between two looks at the clock."""
-DOCUMENTS = [0, 90, 130, 300, 410, 512]
+DOCUMENTS = [0, 22, 32, 76, 102, 128]
 KINDS = ("operators", "tensor ops", "streams and events", "driver calls", "launches", "kernels")
 
 counted: Counter[str] = Counter()
@@ -92,8 +91,7 @@ class Kernel(FlashAttn4Kernel):
     capabilities = replace(FlashAttn4Kernel.capabilities, device_types=("cpu",))
 
     @staticmethod
-    @cache
-    def load() -> tuple[ModuleType | None, str]:
+    def load() -> tuple[Any, str]:  # type: ignore[override]
         return PACKAGE, ""
 
 
