@@ -31,6 +31,7 @@ from launch.settings.job_file import read_job
 from launch.settings.rules import idle_keys, violations
 from launch.settings.violations import ConfigError, Violation
 from launch.settings.yaml_strict import write_yaml
+from launch.weights.stored_model import RUN_FILE
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
 
@@ -66,6 +67,12 @@ class JobConfig(Section):
     def from_yaml(cls, text: str) -> Self:
         """The inverse of `to_yaml`: every key is there, and no other file is read. Raises ConfigError."""
         return cls.model_validate(read_job(SECTIONS, text, "configuration", resolved=True))
+
+    @classmethod
+    def of_run(cls, directory: Path) -> Self:
+        """The job that a run directory keeps, resolved. Raises ConfigError and OSError."""
+        path = directory / RUN_FILE
+        return cls.model_validate(read_job(SECTIONS, path.read_text(encoding="utf-8"), str(path), resolved=True))
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `from_yaml` reads it back equal."""

@@ -156,7 +156,7 @@ def _longest_context(run: Path, source: dict[str, Any] | None) -> int:
     """Tokens: what the run trained on, or its source was made for, whichever is more."""
     lengths = [source["max_position_embeddings"]] if source and source.get("max_position_embeddings") else []
     if (run / RUN_FILE).is_file():
-        lengths.append(JobConfig.from_yaml((run / RUN_FILE).read_text()).training.sequence_length)
+        lengths.append(JobConfig.of_run(run).training.sequence_length)
     return max(lengths, default=2048)
 
 
@@ -173,7 +173,7 @@ def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:
         return "tokenizer copied"
     if not (run / RUN_FILE).is_file():
         return "its tokenizer is not known"
-    job = JobConfig.from_yaml((run / RUN_FILE).read_text())
+    job = JobConfig.of_run(run)
     if job.data.tokenizer != BYTES:
         tokenizer = Path(job.data.tokenizer).expanduser()
         if not tokenizer.is_file():

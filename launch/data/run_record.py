@@ -15,7 +15,6 @@ from launch.data.corpora import load_corpora, open_corpus, samplers, split
 from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import DataCursor
 from launch.data.data_log import WHOLE, read_paths
-from launch.weights.stored_model import RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class RunRecord:
     @classmethod
     def read(cls, directory: Path) -> RunRecord:
         """Raises CorpusError, ConfigError or OSError where the records or the corpora cannot be read."""
-        job = JobConfig.from_yaml((directory / RUN_FILE).read_text())
+        job = JobConfig.of_run(directory)
         cursor = DataCursor.from_record(json.loads((directory / "data" / "cursor.json").read_text()))
         corpora = load_corpora(job)
         for name, corpus in corpora.training.items():

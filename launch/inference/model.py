@@ -63,7 +63,7 @@ def codec_of(folder: Path) -> TextCodec:
     beside = folder / COMPANION_FOLDER / "tokenizer.json"
     configured = str(beside)
     if (folder / RUN_FILE).is_file():
-        configured = JobConfig.from_yaml((folder / RUN_FILE).read_text()).data.tokenizer
+        configured = JobConfig.of_run(folder).data.tokenizer
     try:
         return text_codec(configured)
     except CorpusError as error:

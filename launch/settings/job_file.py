@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from launch.settings.rules import violations
-from launch.settings.violations import ConfigError, Violation, section_violations, unknown_section
+from launch.settings.violations import ConfigError, Violation, kept_by_a_run, section_violations, unknown_section
 from launch.settings.yaml_strict import KeyPath, read_yaml
-from launch.weights.stored_model import WeightsError, stored_keys
+from launch.weights.stored_model import RUN_FILE, WeightsError, stored_keys, stored_model
 from model.config import SHAPE_KEYS
 
 
@@ -45,7 +45,7 @@ def read_job(
         raise ConfigError(source, found)
     found += _apply_overrides(raw, overrides, places)
     for name in [name for name in raw if name not in types]:
-        found.append(Violation((name,), unknown_section(name, types)))
+        found.append(Violation((name,), unknown_section(name, types), unknown=True))
 
     unreadable = [] if resolved else _take_keys_from_weights(raw.get("model"), found)
     sections: dict[str, BaseModel] = {}
@@ -59,6 +59,8 @@ def read_job(
         for fault in faults:
             broken.update(path[:2] for path in (fault.path, *fault.related))
     found += violations(sections, frozenset(broken), world_size)
+    if Path(source).name == RUN_FILE:
+        found = [kept_by_a_run(violation) for violation in found]
     if found:
         raise ConfigError(source, [_placed(violation, places, source) for violation in found])
     return sections
@@ -85,6 +87,7 @@ def _take_keys_from_weights(section: object, found: list[Violation]) -> list[Vio
         return []
     path, folder = ("model", "init_from"), section["init_from"]
     try:
+        stored_model(Path(folder))  # what is wrong there is not to be told as this file's
         stored = stored_keys(Path(folder))
     except WeightsError as error:
         return [Violation(path, str(error), folder)]

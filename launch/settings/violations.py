@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,6 +35,8 @@ class Violation:
     place: str = ""
     related: tuple[KeyPath, ...] = ()
     """Other keys whose values the fault may lie in."""
+    unknown: bool = False
+    """The key is none of this program's."""
 
     def __str__(self) -> str:
         name = dotted(self.path) if self.value is _UNSET else assigned(self.path, self.value)
@@ -61,6 +63,12 @@ def assigned(path: KeyPath, value: object) -> str:
     return f"{dotted(path)} = {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
+def kept_by_a_run(violation: Violation) -> Violation:
+    """The violation as it may be in a file that this program wrote when the run began: nobody mistyped."""
+    remedy = f"{violation.message} In the file of a run it is a key of another version of this program: remove the line"
+    return replace(violation, message=remedy) if violation.unknown else violation
+
+
 def nearest(word: str, choices: Sequence[str]) -> str:
     """The choice that looks most like `word`."""
     return difflib.get_close_matches(word, choices, n=1, cutoff=0.0)[0]
@@ -85,7 +93,8 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
     path = (name, *location)
     if kind == "extra_forbidden":
         owner = _owner(section, location)
-        return Violation(path, _unknown_key(str(location[-1]), name, location, owner, sections), detail["input"])
+        guess = _unknown_key(str(location[-1]), name, location, owner, sections)
+        return Violation(path, guess, detail["input"], unknown=True)
     if kind == "missing":
         info = _field(section, location)
         if info is not None and isinstance(location[-1], int):

@@ -20,7 +20,7 @@ from launch.saving.checkpoint_names import CheckpointError, newest_checkpoint
 from launch.saving.manifest import CheckpointFiles
 from launch.saving.storage import Storage, storage_at
 from launch.weights.safetensors_folder import SafetensorsFolder
-from launch.weights.stored_model import MODEL_FILE, RUN_FILE, WeightsError, check_shapes, parameter_shapes, stored_model
+from launch.weights.stored_model import MODEL_FILE, WeightsError, check_shapes, parameter_shapes, stored_model
 from parallel.state import LoadRectangles, Rectangle
 from parallel.torch_files import reader
 
@@ -69,7 +69,7 @@ def open_weights(folder: Path, step: int | None = None, *, verify: bool = False)
 
 def _checkpoints_of(run: Path) -> Storage:
     """Where a run's checkpoints are: beside its configuration, unless that names another place."""
-    job = JobConfig.from_yaml((run / RUN_FILE).read_text(encoding="utf-8"))
+    job = JobConfig.of_run(run)
     return storage_at(job.checkpoint_location if job.checkpoint.directory else str(run / "checkpoints"))
 
 

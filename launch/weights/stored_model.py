@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from launch.settings.violations import dotted, kept_by_a_run, section_violations
 from launch.settings.yaml_strict import read_yaml, write_yaml
 from model.attention import KernelAttention
 from model.config import JOB_KEYS, ModelConfig
@@ -61,7 +62,10 @@ def stored_model(folder: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(stored_keys(folder))
     except ValidationError as error:
-        raise WeightsError(f"the model section in {folder} is not valid: {error}") from error
+        file = folder / (MODEL_FILE if (folder / MODEL_FILE).is_file() else RUN_FILE)
+        faults = section_violations("model", ModelConfig, error, {"model": ModelConfig})
+        told = "; ".join(f"{dotted(fault.path)}: {fault.message}" for fault in map(kept_by_a_run, faults))
+        raise WeightsError(f"the model section of {file} is not valid: {told}") from error
 
 
 def write_model(folder: Path, model: ModelConfig) -> None:

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from launch.config import load_job
 from launch.convert import from_hf, main, to_hf
+from launch.data.run_record import RunRecord
+from launch.inference.model import codec_of
+from launch.settings.violations import ConfigError
+from launch.train import quickstart
 from launch.weights.hugging_face import UnsupportedModel
 from launch.weights.reader import open_weights
 from launch.weights.safetensors_folder import INDEX
@@ -111,6 +116,26 @@ def test_nothing_is_overwritten(sharded: Path, tmp_path: Path) -> None:
         from_hf(sharded, tmp_path / "out")
     with pytest.raises(WeightsError, match="exists already"):
         to_hf(tmp_path / "out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("parallel", r"config.yaml:\d+: parallel.gone = 3\n +unknown key; did you mean .*\? {remedy}"),
+        ("model", r"model section of .*config.yaml is not valid: model.gone: unknown key; .*\? {remedy}"),
+    ],
+)
+def test_a_key_of_another_version_is_named_with_its_file_and_remedy(section: str, said: str, tmp_path: Path) -> None:
+    """In a run's own configuration, whoever reads it."""
+    text = load_job(quickstart()).to_yaml()
+    (tmp_path / "config.yaml").write_text(text.replace(f"{section}:\n", f"{section}:\n  gone: 3\n", 1))
+    said = said.format(remedy="In the file of a run it is a key of another version of this program: remove the line")
+    readers: list[Callable[[Path], object]] = [codec_of, open_weights, RunRecord.read]
+    for read in readers:
+        with pytest.raises(ValueError, match=rf"config.yaml(.|\n)*{section}.gone(.|\n)* remove the line"):
+            read(tmp_path)
+    with pytest.raises(ConfigError, match=said):  # as run_eval.py does
+        load_job(tmp_path / "config.yaml", [f"model.init_from={tmp_path}"])
 
 
 def test_folders_of_another_kind_are_named(sharded: Path, tmp_path: Path) -> None:
