@@ -38,6 +38,8 @@ class Batch:
         self.operations = tuple(operations)
 
     def issue(self, stream: torch.cuda.Stream) -> None:
+        if not self.operations:  # of a rank alone
+            return
         from cuda.bindings import driver  # comes with torch's CUDA builds only
 
         (result,) = driver.cuStreamBatchMemOp(stream.cuda_stream, len(self.operations), self._described, 0)
