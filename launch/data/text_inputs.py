@@ -56,8 +56,8 @@ class Block:
     """Whole records, or for plain text a part of the file's one document."""
 
     kind: Kind
-    content: bytes | list[str | None]
-    """Lines of JSON, a stretch of text, or the column of a Parquet file."""
+    content: bytes | list[bytes | None]
+    """Lines of JSON, a stretch of text, or the column of a Parquet file: said to be UTF-8, which nobody has checked."""
     start: Start
     following: Start
     first: bool
@@ -232,7 +232,7 @@ def _parquet_blocks(stream: IO[bytes], start: Start, field: str) -> Iterator[Blo
             for texts in _parts(batch.column(0)):
                 at, row = Start(row, row), row + len(texts)
                 if row > start.position:
-                    yield Block("parquet", texts.to_pylist(), at, Start(row, row), True, True)
+                    yield Block("parquet", texts.cast(pa.large_binary()).to_pylist(), at, Start(row, row), True, True)
 
 
 def _parts(texts: pa.Array) -> Iterator[pa.Array]:

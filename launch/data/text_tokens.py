@@ -74,15 +74,15 @@ def _texts(block: Block, name: str, faults: list[Fault]) -> Iterator[str]:
         return
     lines = block.content.split(b"\n") if isinstance(block.content, bytes) else block.content
     for record, line in enumerate(lines, start=block.start.record + 1):
-        if isinstance(line, bytes) and not line.strip():
+        if block.kind == "jsonl" and not (line and line.strip()):
             continue
         try:
-            text = _field(line, name) if isinstance(line, bytes) else line
+            text = None if line is None else _field(line, name) if block.kind == "jsonl" else line.decode()
             if not isinstance(text, str):
                 raise ValueError(f"{name} is {json.dumps(text)[:40]}, not text")
             text.encode()  # lone surrogates, which JSON can write and no tokenizer reads
             yield text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second of JSON that is nested too deep
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             faults.append(Fault(record, f"{kind}{error}"))
 

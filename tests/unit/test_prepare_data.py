@@ -144,7 +144,7 @@ def test_rows_of_parquet_are_parted_by_their_bytes(tmp_path: Path) -> None:
     rows = ["a" * size if size % 3 else None for size in (1, 3000, 10, 0, 2500, 700, 800, 600, 5, 2000, 4000, 2)]
     pq.write_table(pa.table({"body": pa.array(rows, pa.string())}), tmp_path / "in.parquet", row_group_size=9)
     found = list(blocks(tmp_path / "in.parquet", "body"))
-    assert [text for block in found for text in block.content] == rows
+    assert [text for block in found for text in block.content] == [row and row.encode() for row in rows]
     assert len(found) > 5
     for block in found:
         assert sum(len(text or "") for text in block.content[:-1]) < text_inputs.BLOCK_BYTES  # type: ignore[misc]
@@ -218,6 +218,7 @@ def test_bad_records_are_counted_listed_and_left_out(
         40: (b'["text"]\n', "a list, not an object"),
         41: (b'{"text": "\xff"}\n', "UnicodeDecodeError"),
         50: (b'{"text": "\\ud800"}\n', "UnicodeEncodeError"),
+        51: (b"[" * 100_000 + b"\n", "RecursionError"),
     }
     for at, (line, _) in bad.items():
         lines.insert(at - 1, line)
@@ -229,7 +230,19 @@ def test_bad_records_are_counted_listed_and_left_out(
     (tmp_path / "named.jsonl.zst").write_bytes(whole)
     (tmp_path / "cut.zst").write_bytes(zstandard.compress(b"a cat" * 1000)[:-9])
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
-    names = ["in.jsonl", "short.jsonl.gz", "binary.txt", "latin.txt", "named.jsonl.zst", "cut.zst", "cut.parquet"]
+    rows = [b"a dog", None, b"\xff\xfe", "a c\u00e4t".encode()]
+    table = pa.table({"text": pa.array(rows, pa.binary()).view(pa.string())})  # says that it is text, and is not
+    pq.write_table(table, tmp_path / "latin.parquet")
+    names = [
+        "in.jsonl",
+        "short.jsonl.gz",
+        "binary.txt",
+        "latin.txt",
+        "named.jsonl.zst",
+        "cut.zst",
+        "cut.parquet",
+        "latin.parquet",
+    ]
     inputs = [tmp_path / name for name in names]
     prepare(tokenizer, tmp_path / "out", *inputs)
     listed = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
@@ -245,10 +258,14 @@ def test_bad_records_are_counted_listed_and_left_out(
     assert (
         "ends inside a zstd frame" in others["cut.zst"]["reason"] and "ArrowInvalid" in others["cut.parquet"]["reason"]
     )
+    assert [(entry["record"], entry["reason"].split(":")[0]) for entry in listed[-2:]] == [
+        (2, "text is null, not text"),
+        (3, "UnicodeDecodeError"),
+    ]
     tokens, count = contents(tmp_path / "out")
     readable = others["short.jsonl.gz"]["record"] - 1  # the whole lines before the end are kept
-    assert 40 < readable < 60 and count == len(good) + readable
-    assert tokens == expected(tokenizer, good + good[:readable])
+    assert 40 < readable < 60 and count == len(good) + readable + 2
+    assert tokens == expected(tokenizer, [*good, *good[:readable], "a dog", "a c\u00e4t"])
 
 
 def test_strict_stops_at_the_first_bad_record(
