@@ -111,6 +111,8 @@ def damage(storage: Storage, name: str, rank: int, world_size: int, *, contents:
                     crc32, size = zlib.crc32(block, crc32), size + len(block)
         except FileNotFoundError:
             return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read ({error})"
         if size != files[file]["bytes"]:
             return f"{file} has {size} bytes instead of {files[file]['bytes']}"
         if crc32 != files[file]["crc32"]:

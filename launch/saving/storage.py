@@ -67,7 +67,7 @@ class LocalStorage:
         return [path.name for path in self._directory.iterdir() if path.suffix != ".partial"]
 
     def begin(self, name: str) -> None:
-        for leftover in self._directory.glob("*.partial"):
+        for leftover in self._directory.glob("step-*.partial"):  # the directory may hold what is not ours
             shutil.rmtree(leftover)
         self._partial(name).mkdir(parents=True)
 

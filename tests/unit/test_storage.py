@@ -6,6 +6,7 @@ import errno
 import json
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 from unittest.mock import patch
 
 import fsspec
@@ -84,6 +85,36 @@ def test_what_a_killed_save_or_removal_left_goes_at_the_next_save(storage: Stora
         assert storage.names() == [OTHER], "a removal that stopped half way leaves no checkpoint"
         write(storage, "step-00000004")
         assert not any(NAME in path for path in Bucket.store)
+
+
+def test_what_others_keep_beside_the_checkpoints_stays(tmp_path: Path) -> None:
+    """Such as a model that launch/convert.py is writing there, under a name that ends alike."""
+    storage = LocalStorage(tmp_path)
+    (tmp_path / "exported.partial").mkdir()
+    (tmp_path / "exported.partial" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "archive.tar.partial").write_bytes(b"half")
+    write(storage, OTHER, complete=False)
+    write(storage, NAME)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive.tar.partial", "exported.partial", NAME]
+    assert (tmp_path / "exported.partial" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_file_that_the_disk_does_not_give_is_damage(tmp_path: Path) -> None:
+    """So that a resume names the newest sound checkpoint instead."""
+    storage = LocalStorage(tmp_path)
+    write(storage, NAME)
+
+    class Broken(LocalStorage):
+        def open(self, name: str, file: str) -> BinaryIO:
+            stream = open(tmp_path / name / file, "rb")  # noqa: SIM115 (the caller closes it)
+            if file == "__0_0.distcp":
+                stream.read = raises  # type: ignore[method-assign]
+            return stream
+
+    def raises(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    assert damage(Broken(tmp_path), NAME, 0, 1) == "__0_0.distcp cannot be read ([Errno 5] Input/output error)"
 
 
 def test_damage_is_named(storage: Storage) -> None:
