@@ -30,8 +30,10 @@ class Corpora:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training corpora; equal on every rank that reads the same, whatever the weights."""
+        """Equal on every rank that reads the same, whatever the weights. Of what the evaluation reads too: with more of
+        it than the others a rank would wait for them without end."""
         said = [f"{name} {self.training[name].fingerprint}" for name in sorted(self.training)]
+        said.append(f"validation {self.validation.fingerprint}")
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 

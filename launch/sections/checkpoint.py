@@ -8,14 +8,14 @@ from pydantic import Field
 
 from launch.saving.continuity import acceptable, acceptable_keys
 from launch.saving.storage import check_client
-from launch.sections.base import Section
+from launch.sections.base import Section, UserPath
 from launch.settings.rules import Job, idle, rule
 
 
 class CheckpointSection(Section):
     """Saving and resuming (docs/checkpoints.md)."""
 
-    directory: str | None = Field(default=None, min_length=1)
+    directory: UserPath | None = Field(default=None, min_length=1)
     """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name};
     {name} stands for job.name. null is checkpoints in the run directory."""
     save_interval: int = Field(default=0, ge=0)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launch.data.encoders import BYTES
-from launch.sections.base import Section
+from launch.sections.base import Section, UserPath
 from launch.settings.rules import Job, idle, rule
 
 
@@ -52,7 +52,7 @@ class DataSection(Section):
     64 sequences at a time, so that few are cut; nothing is padded either way."""
     document_mask: bool = False
     """A token sees only its own document, where several are packed in one sequence."""
-    cache_directory: str | None = None
+    cache_directory: UserPath | None = None
     """Where token files of texts are kept between runs; null is ~/.cache/ringzero."""
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from launch.sections.base import Section
+from launch.sections.base import Section, UserPath
 
 
 class JobSection(Section):
@@ -14,7 +14,7 @@ class JobSection(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run: letters, digits, dots, dashes and underscores."""
-    run_directory: str = Field(default="runs/{name}", min_length=1)
+    run_directory: UserPath = Field(default="runs/{name}", min_length=1)
     """Where checkpoints, events and the resolved configuration go, relative to the working directory; {name}
     stands for job.name."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -73,6 +73,17 @@ def test_defaults_and_derived_numbers(tmp_path: Path) -> None:
     assert load(tmp_path, "job.run_directory=/data/{name}-a").run_path == Path("/data/test-a")
 
 
+def test_home_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell sees these paths, and nobody wants a folder called ~, which is easily removed with too much beside."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["job.run_directory=~/runs/{name}", "data.cache_directory=~/cache", "checkpoint.directory=~/kept/{name}"]
+    job = load(tmp_path, *paths)
+    assert job.run_path == tmp_path / "runs" / job.job.name
+    assert job.data.cache_directory == f"{tmp_path}/cache"
+    assert job.checkpoint_location == f"{tmp_path}/kept/{job.job.name}"
+    assert load(tmp_path, "checkpoint.directory=memory://~/a").checkpoint_location == "memory://~/a"
+
+
 def test_the_first_limit_counts(tmp_path: Path) -> None:
     assert load(tmp_path, "training.max_tokens=513").total_steps == 2  # 512 tokens a step, the last one begun counts
     assert load(tmp_path, "training.max_tokens=1_000_000").total_steps == 10

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data.bigram import conditional_bigram_entropy
+from launch.data.corpora import Corpora
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.split import split_corpus
 from tests.unit.made_corpora import contents, corpus_of, edges
@@ -90,3 +91,13 @@ def test_bigram_entropy_by_hand() -> None:
     assert conditional_bigram_entropy([0, 0, 0, 1, 0]) == pytest.approx(-(2 * math.log(2 / 3) + math.log(1 / 3)) / 4)
     with pytest.raises(CorpusError, match="at least 2 tokens, not 1"):
         conditional_bigram_entropy([5])
+
+
+def test_ranks_that_read_other_texts_for_the_evaluation_are_told_apart() -> None:
+    """One would evaluate more batches than the others, and wait for them without end."""
+
+    def read(fingerprint: str) -> str:
+        held_out = Corpus.from_documents("validation", np.zeros(9, np.uint8), [9], fingerprint)
+        return Corpora({"a": corpus_of(7, 5)}, held_out).fingerprint
+
+    assert read("one") == read("one") != read("another")
