@@ -84,9 +84,13 @@ class TokenizerEncoder:
         return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
     def at_the_ends(self) -> tuple[list[int], list[int]]:
-        [full], [bare] = self.ids(["a"]), self.ids(["a"], special=False)
-        before = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-        return full[:before], full[before + len(bare) :]
+        # Around a text of which it writes something, which "a" need not be.
+        for text in ("a", *self._tokenizer.get_vocab()):
+            encoding = self._tokenizer.encode(text)
+            if 0 in (added := encoding.special_tokens_mask):
+                before, after = added.index(0), added[::-1].index(0)
+                return encoding.ids[:before], encoding.ids[len(added) - after :]
+        return [], []
 
     def token_id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
