@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path to write to: ~ is the home directory, as a shell would have it, and never a folder of that name."""
 
 

@@ -15,7 +15,7 @@ from launch.settings.rules import Job, idle, rule
 class CheckpointSection(Section):
     """Saving and resuming (docs/checkpoints.md)."""
 
-    directory: UserPath | None = Field(default=None, min_length=1)
+    directory: UserPath | None = None
     """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name};
     {name} stands for job.name. null is checkpoints in the run directory."""
     save_interval: int = Field(default=0, ge=0)

@@ -14,7 +14,7 @@ class JobSection(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run: letters, digits, dots, dashes and underscores."""
-    run_directory: UserPath = Field(default="runs/{name}", min_length=1)
+    run_directory: UserPath = "runs/{name}"
     """Where checkpoints, events and the resolved configuration go, relative to the working directory; {name}
     stands for job.name."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -37,7 +37,8 @@ class ParallelSection(Section):
     """What DeepSpeed shards over dp x cp: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""
     gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are summed over dp x cp; bf16 halves that traffic and rounds each sum."""
+    """In which gradients are summed over dp x cp; bf16 halves that traffic and rounds each sum. GPUs of one host send
+    them as they are at stage 3, and sum in fp32 either way."""
     overlap_communication: bool = True
     """ZeRO reduces gradients, and at stage 3 fetches parameters, beside computing."""
     offload_optimizer: Literal["none", "cpu"] = "none"
