@@ -209,7 +209,7 @@ def _run(options: argparse.Namespace) -> None:
             "torch": torch.__version__,
             "kernel": re.sub(r".*attention kernel (\w+):.*", r"\1", note),
             "settings": [*curve.settings, *options.set],
-            "corpus": corpora.fingerprint,
+            "corpus": corpora.training_fingerprint,
             "bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), 1 << 20))),
         }
         options.output.write_text(json.dumps(_read(options.output) | {options.curve: about | found}, indent=1) + "\n")

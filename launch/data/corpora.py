@@ -32,9 +32,16 @@ class Corpora:
     def fingerprint(self) -> str:
         """Equal on every rank that reads the same, whatever the weights. Of what the evaluation reads too: with more of
         it than the others a rank would wait for them without end."""
-        said = [f"{name} {self.training[name].fingerprint}" for name in sorted(self.training)]
-        said.append(f"validation {self.validation.fingerprint}")
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+        return _digest(self.training_fingerprint, f"validation {self.validation.fingerprint}")
+
+    @property
+    def training_fingerprint(self) -> str:
+        """Equal wherever the same is trained on, whatever the weights."""
+        return _digest(*(f"{name} {self.training[name].fingerprint}" for name in sorted(self.training)))
+
+
+def _digest(*lines: str) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def load_corpora(job: JobConfig) -> Corpora:
