@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
 from launch.leaving_reader import leaving_with_the_reader
 from launch.settings.violations import ConfigError
+from launch.user_path import user_path
 
 _SAMPLES = 1 << 16
 """Drawn at a time, which bounds the memory."""
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="audit_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=user_path, metavar="RUN")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--show", type=int, metavar="STEP")
     options = parser.parse_args(arguments)

@@ -25,6 +25,7 @@ import torch
 from launch.config import JobConfig
 from launch.data.encoders import BYTES, ByteEncoder, byte_tokenizer, tokenizer_for
 from launch.precision import DTYPES
+from launch.user_path import user_path
 from launch.weights.hugging_face import COMPANIONS, config_for, model_from, their_name
 from launch.weights.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
 from launch.weights.stored_model import (
@@ -175,7 +176,7 @@ def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:
         return "its tokenizer is not known"
     job = JobConfig.of_run(run)
     if job.data.tokenizer != BYTES:
-        tokenizer = Path(job.data.tokenizer).expanduser()
+        tokenizer = Path(job.data.tokenizer)
         if not tokenizer.is_file():
             return f"the tokenizer {tokenizer} is not there any more and was not copied"
         shutil.copyfile(tokenizer, out / "tokenizer.json")
@@ -201,11 +202,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     incoming = commands.add_parser("from-hf", help="a downloaded Hugging Face model -> weights for model.init_from")
-    incoming.add_argument("folder", type=Path, help="folder with config.json and *.safetensors")
-    incoming.add_argument("out", type=Path, help="folder to write; must not exist")
+    incoming.add_argument("folder", type=user_path, help="folder with config.json and *.safetensors")
+    incoming.add_argument("out", type=user_path, help="folder to write; must not exist")
     outgoing = commands.add_parser("to-hf", help="a run or a converted model -> a folder for transformers")
-    outgoing.add_argument("run", type=Path, help="run directory, or a folder that from-hf wrote")
-    outgoing.add_argument("out", type=Path, help="folder to write; must not exist")
+    outgoing.add_argument("run", type=user_path, help="run directory, or a folder that from-hf wrote")
+    outgoing.add_argument("out", type=user_path, help="folder to write; must not exist")
     outgoing.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
     outgoing.add_argument("--dtype", choices=list(DTYPES), help="round to this type (default: as stored)")
     return parser.parse_args(arguments)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.inference.sampling import Sampling
+from launch.user_path import user_path
 from launch.weights.stored_model import stored_model
 
 
@@ -65,10 +66,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="run directory, or a converted model")
+    parser.add_argument("--run", type=user_path, required=True, help="run directory, or a converted model")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
     parser.add_argument("--prompt", action="append", default=[], help="text to go on from; repeat it for a batch")
-    parser.add_argument("--prompt_file", type=Path, action="append", default=[], help="file with such a text")
+    parser.add_argument("--prompt_file", type=user_path, action="append", default=[], help="file with such a text")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=Sampling.temperature)
     parser.add_argument("--top_k", type=int, default=Sampling.top_k)

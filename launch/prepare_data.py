@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,7 @@ from launch.data.indexed_writer import IndexedWriter, reopened
 from launch.data.sources import matching_files
 from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
+from launch.user_path import user_path
 
 _SAVE_SECONDS = 5.0
 
@@ -69,7 +71,7 @@ class Preparation:
 
     def __init__(self, options: argparse.Namespace, files: list[Path]) -> None:
         """Raises CorpusError where the tokenizer or PREFIX does not fit this command."""
-        self.options, self.files, self.prefix = options, files, Path(options.output)
+        self.options, self.files, self.prefix = options, files, options.output
         self.encoder = encoder_of(options.tokenizer)
         if options.end_of_document is not None:
             self.encoder.token_id(options.end_of_document)
@@ -224,9 +226,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE")
-    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--input", nargs="+", type=expanduser, required=True, metavar="FILE")
+    parser.add_argument("--tokenizer", type=expanduser, required=True, metavar="FILE")
+    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX")
     parser.add_argument("--field", default="text", metavar="NAME")
     parser.add_argument("--end_of_document", metavar="TOKEN")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.config import load_job
 from launch.environment import DeviceUnavailable, choose_device, end_process, place_in_world, report_failure
 from launch.settings.violations import ConfigError
+from launch.user_path import user_path
 from launch.weights.stored_model import RUN_FILE
 
 
@@ -52,11 +52,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run_eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="run directory, or a converted model")
+    parser.add_argument("--run", type=user_path, required=True, help="run directory, or a converted model")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
-    parser.add_argument("--config", type=Path, help="YAML file of another job (default: the run's own)")
+    parser.add_argument("--config", type=user_path, help="YAML file of another job (default: the run's own)")
     parser.add_argument("--first_bucket", type=int, help="tokens of the first range of positions")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=user_path, help="JSON file to write")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
     options = parser.parse_intermixed_args(arguments)

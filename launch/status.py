@@ -15,12 +15,13 @@ from typing import Any
 from launch.health.health_folder import HealthFolder
 from launch.leaving_reader import leaving_with_the_reader
 from launch.slurm.submission import LATEST, Submission, newest_submission
+from launch.user_path import user_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 where there is no such run."""
     parser = argparse.ArgumentParser(prog="status.py", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=user_path, help="run directory")
     options = parser.parse_args(arguments)
     try:
         submission = newest_submission(options.run)

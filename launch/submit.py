@@ -26,6 +26,7 @@ from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
 from launch.slurm.submission import CONFIG, SCRIPT, Submission, point_latest
+from launch.user_path import user_path
 
 _LAUNCH = Path(__file__).resolve().parent
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        job = checked(Path(options.config), options.overrides)
+        job = checked(options.config, options.overrides)
         folder = _new_folder(job)
         script = _script(job, folder)
     except (ConfigError, ValueError) as error:
@@ -173,7 +174,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="submit.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("config", help="YAML file of the job")
+    parser.add_argument("config", type=user_path, help="YAML file of the job")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
     parser.add_argument("--dry-run", action="store_true", help="print the job script and stop")
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="jobs that follow each other (default: 1)")

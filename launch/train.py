@@ -24,12 +24,13 @@ from launch.leaving_reader import leaving_with_the_reader
 from launch.precision import check_precision
 from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
+from launch.user_path import user_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
-    path = Path(options.config) if options.config else quickstart()
+    path = options.config or quickstart()
     if options.check:
         return _check(path, options.overrides, options.world_size)
     place = place_in_world()
@@ -71,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--config", help="YAML file of the job (default: the quickstart)")
+    parser.add_argument("--config", type=user_path, help="YAML file of the job (default: the quickstart)")
     parser.add_argument("--check", action="store_true", help="validate the job and print its layout, then stop")
     parser.add_argument("--world_size", type=int, help="number of processes, for --check")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")

@@ -101,12 +101,12 @@ def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.bl
     `key` is where errors say that the path stands. Raises CorpusError.
     """
     prefixes = [path]
-    if glob.has_magic(path) and not os.path.exists(os.path.expanduser(path) + ".idx"):
-        found = glob.glob(os.path.expanduser(path) + ".bin") + glob.glob(os.path.expanduser(path) + ".idx")
+    if glob.has_magic(path) and not os.path.exists(path + ".idx"):
+        found = glob.glob(path + ".bin") + glob.glob(path + ".idx")
         prefixes = sorted({name[: -len(".bin")] for name in found})
         if not prefixes:
             raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
-    corpus = Corpus.of_shards(path, [open_indexed(Path(prefix).expanduser(), vocab_size) for prefix in prefixes])
+    corpus = Corpus.of_shards(path, [open_indexed(Path(prefix), vocab_size) for prefix in prefixes])
     if not len(corpus):
         raise CorpusError(
             f"{path}: the corpus is empty: {counted(len(prefixes), 'shard')}, 0 tokens; leave it out of {key}"

@@ -103,7 +103,7 @@ def read_tokenizer(path: str) -> tuple[Any, str]:
     """The tokenizer at a path, and its file's text. Raises CorpusError."""
     remedy = f"give {BYTES} or the path of a tokenizer.json"
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"the tokenizer {path!r} cannot be read ({error}); {remedy}") from error
     try:

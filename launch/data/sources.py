@@ -120,8 +120,7 @@ def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
 
 def matching_files(pattern: str) -> list[str]:
     """The file of that name, brackets and all, else those that the glob gives (`**` recurses), by name."""
-    path = os.path.expanduser(pattern)
-    return [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    return [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 def _stat(path: Path, label: str) -> TextFile:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Annotated
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""A path to write to: ~ is the home directory, as a shell would have it, and never a folder of that name."""
+from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):

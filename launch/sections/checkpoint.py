@@ -8,8 +8,9 @@ from pydantic import Field
 
 from launch.saving.continuity import acceptable, acceptable_keys
 from launch.saving.storage import check_client
-from launch.sections.base import Section, UserPath
+from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
+from launch.user_path import UserPath
 
 
 class CheckpointSection(Section):

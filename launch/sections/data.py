@@ -8,14 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launch.data.encoders import BYTES
-from launch.sections.base import Section, UserPath
+from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
+from launch.user_path import UserPath
 
 
 class BlendedCorpus(Section):
     """One corpus of the blend."""
 
-    path: str = Field(min_length=1)
+    path: UserPath
     """Path of its .bin and .idx without either ending, relative to the working directory; a glob joins several shards
     in the order of their names."""
     weight: float = Field(default=1.0, ge=0)
@@ -36,15 +37,15 @@ class DataSection(Section):
     source: Literal["python_stdlib", "files", "indexed"]
     """python_stdlib reads the running interpreter's own library; files reads what data.files names; indexed reads the
     token files of data.blend."""
-    files: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    files: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
     """Glob patterns of the text files, relative to the working directory; only with source: files."""
     blend: Annotated[tuple[BlendedCorpus, ...], Field(strict=False)] = ()
     """Corpora in Megatron's indexed format, with weights; only with source: indexed."""
-    tokenizer: str = Field(default=BYTES, min_length=1)
+    tokenizer: UserPath = BYTES
     """bytes, or the path of a Hugging Face tokenizer.json. With source: indexed it serves prompts and samples only."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of each corpus held out for evaluation; whole documents go to one side or the other."""
-    validation_paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    validation_paths: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
     """Corpora of their own for evaluation, written like the path of a blend; then nothing is held out. Only with
     source: indexed."""
     packing: Literal["split", "best_fit"] = "split"

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from launch.sections.base import Section, UserPath
+from launch.sections.base import Section
+from launch.user_path import UserPath
 
 
 class JobSection(Section):

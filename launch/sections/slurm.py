@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
+from launch.user_path import UserPath
 
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 """What stands on one `#SBATCH` line without blanks."""
@@ -62,7 +63,7 @@ class SlurmSection(Section):
     """More `#SBATCH` lines, such as --mail-type=END."""
     srun_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     """More options of srun, one each, such as --container-image=image.sqsh."""
-    template: str | None = Field(default=None, min_length=1)
+    template: UserPath | None = None
     """File to render in place of the built-in job script; it holds {directives}, {setup} and {command}."""
     stop_seconds: int = Field(default=120, ge=1)
     """How long before the time limit the job is told to save and make room."""

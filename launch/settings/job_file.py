@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -85,7 +86,8 @@ def _take_keys_from_weights(section: object, found: list[Violation]) -> list[Vio
     section's own keys that do not fit them. Returns the fault where nothing can be read there."""
     if not isinstance(section, dict) or not isinstance(section.get("init_from"), str):
         return []
-    path, folder = ("model", "init_from"), section["init_from"]
+    path, folder = ("model", "init_from"), expanduser(section["init_from"])
+    section["init_from"] = folder  # the model's own type knows nothing of users and their homes
     try:
         stored_model(Path(folder))  # what is wrong there is not to be told as this file's
         stored = stored_keys(Path(folder))

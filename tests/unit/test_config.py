@@ -84,6 +84,20 @@ def test_home_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.Monke
     assert load(tmp_path, "checkpoint.directory=memory://~/a").checkpoint_location == "memory://~/a"
 
 
+def test_home_is_read_from_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, home = converted(tmp_path), str(tmp_path)
+    corpora = ["data.source=indexed", "data.blend=[{path: ~/a}, {path: ~/b-*}]", "data.validation_paths=[~/c]"]
+    files = ["data.tokenizer=~/tokenizer.json", "slurm.template=~/job.sh"]
+    job = load(tmp_path, *corpora, *files, text=BARE.replace("FOLDER", "~/converted"))
+    assert job.model == stored_model(folder).model_copy(update={"init_from": str(folder)})
+    assert [corpus.path for corpus in job.data.blend] == [f"{home}/a", f"{home}/b-*"]
+    assert job.data.validation_paths == (f"{home}/c",)
+    assert (job.data.tokenizer, job.slurm.template) == (f"{home}/tokenizer.json", f"{home}/job.sh")
+    texts = load(tmp_path, "data.source=files", "data.files=[~/*.txt, here/~]")
+    assert texts.data.files == (f"{home}/*.txt", "here/~")
+
+
 def test_the_first_limit_counts(tmp_path: Path) -> None:
     assert load(tmp_path, "training.max_tokens=513").total_steps == 2  # 512 tokens a step, the last one begun counts
     assert load(tmp_path, "training.max_tokens=1_000_000").total_steps == 10

@@ -124,12 +124,14 @@ def test_every_kind_gives_the_librarys_own_tokens(tmp_path: Path, tokenizer: Pat
     assert left == ["out.bin", "out.idx", "out.summary.json"]
 
 
-def test_bytes_need_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_need_no_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     long = "".join(text + "\n" for text in texts(80))
     (tmp_path / "1.txt").write_text(long)
     (tmp_path / "2.jsonl").write_bytes(jsonl(texts(30, 1)))
-    inputs = [str(tmp_path / name) for name in ("1.txt", "2.jsonl")]
-    command = ["--input", *inputs, "--tokenizer", "bytes", "--workers", "1", "--output", str(tmp_path / "out")]
+    command = ["--input", "~/1.txt", "~/2.jsonl", "--tokenizer", "bytes", "--workers", "1", "--output", "~/out"]
     assert prepare_data.main([*command, "--end_of_document", "|"]) == 0
     documents = [long, *filter(None, texts(30, 1))]
     corpus = open_corpus(str(tmp_path / "out"), 256)
