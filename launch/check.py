@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.context import ContextPlan, context_plan
-from launch.counted import counted
 from launch.memory.footprint import footprint, local_tokens
 from launch.memory.formulas import (
     EXCHANGE_FORMULA,
@@ -18,6 +17,7 @@ from launch.memory.formulas import (
 )
 from launch.memory.parameters import count_parameters
 from launch.memory.recompute_plan import RecomputePlan, recompute_plan
+from launch.plurals import counted
 from launch.precision import BYTES
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape

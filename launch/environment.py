@@ -18,9 +18,9 @@ from typing import NoReturn
 
 import torch
 
-from launch.counted import counted
 from launch.health.processes import die_with_parent
 from launch.health.pulse import PULSES, Pulses
+from launch.plurals import counted
 from launch.slurm.world import world_of_step
 
 _FIRST_WORD_SECONDS = 20.0

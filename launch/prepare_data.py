@@ -32,7 +32,6 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from launch.atomic_text import write_atomically
-from launch.counted import counted
 from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
@@ -40,6 +39,7 @@ from launch.data.indexed_writer import IndexedWriter, reopened
 from launch.data.sources import matching_files
 from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
+from launch.plurals import counted
 from launch.user_path import user_path
 
 _SAVE_SECONDS = 5.0

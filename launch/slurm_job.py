@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.counted import counted
 from launch.health.health_folder import HealthFolder
+from launch.plurals import counted
 from launch.slurm.submission import Submission, point_latest, ready
 from launch.slurm.world import meeting_port
 

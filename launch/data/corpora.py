@@ -12,13 +12,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.config import JobConfig
-from launch.counted import counted
 from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.indexed import open_indexed
 from launch.data.sources import load_text
 from launch.data.split import split_corpus
+from launch.plurals import counted
 
 
 @dataclass(frozen=True)

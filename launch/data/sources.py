@@ -15,11 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from launch.counted import counted
 from launch.data.corpus import Corpus, CorpusError, Shard, Tokens
 from launch.data.encoders import BYTES, ByteEncoder, Encoder, encoder_of
 from launch.data.indexed import fingerprint
 from launch.data.token_cache import cached_shard
+from launch.plurals import counted
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ What could go wrong with it is looked at before the first step.
 from __future__ import annotations
 
 from launch.config import JobConfig
-from launch.counted import counted
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.text_codec import text_codec
 from launch.inference.cache_room import check_cache_fits
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device
 from launch.inference.sampling import Sampling
+from launch.plurals import counted
 from launch.precision import DTYPES
 from model.gpt import GPT
 from parallel.mesh import ParallelMesh

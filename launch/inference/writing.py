@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from launch.counted import counted
 from launch.data.text_codec import TextCodec
 from launch.environment import Place
 from launch.inference.cache_room import check_cache_fits, free_memory
@@ -22,6 +21,7 @@ from launch.inference.model import attention_on_one_device, codec_of, end_tokens
 from launch.inference.sampling import Sampling
 from launch.joining import join_world
 from launch.leaving_reader import leaving_with_the_reader
+from launch.plurals import counted
 from launch.precision import DTYPES, Precision, resolve_precision
 from parallel.mesh import MeshShape, ParallelMesh
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from launch.counted import counted
+from launch.plurals import counted
 from launch.settings.field_text import describe_default, describe_field, nested_model, yaml_scalar
 from launch.settings.yaml_strict import KeyPath
 
