@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.data.batches import SequenceSampler
 from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples
 from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
-from launch.leaving_reader import leaving_with_the_reader
 from launch.plurals import counted
 from launch.settings.violations import ConfigError
 from launch.user_path import user_path
@@ -172,6 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with leaving_with_the_reader():
+    with exit_on_broken_pipe():
         status = main()
     sys.exit(status)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.config import SECTIONS
-from launch.leaving_reader import leaving_with_the_reader
 from launch.settings.field_text import describe_default, describe_field, nested_model
 
 _INTRODUCTION = """\
@@ -56,5 +56,5 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with leaving_with_the_reader():
+    with exit_on_broken_pipe():
         print(reference(), end="")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.health.health_folder import HealthFolder
-from launch.leaving_reader import leaving_with_the_reader
 from launch.slurm.submission import LATEST, Submission, newest_submission
 from launch.user_path import user_path
 
@@ -91,6 +91,6 @@ def _last_logged(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with leaving_with_the_reader():
+    with exit_on_broken_pipe():
         status = main()
     sys.exit(status)

@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
-from launch.leaving_reader import leaving_with_the_reader
 from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
@@ -185,6 +185,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with leaving_with_the_reader():
+    with exit_on_broken_pipe():
         status = main()
     sys.exit(status)

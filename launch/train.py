@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import choose_device, end_process, place_in_world, report_failure
-from launch.leaving_reader import leaving_with_the_reader
 from launch.precision import check_precision
 from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
     """Prints the job's layout, or what is wrong with it; returns the exit status."""
     try:
-        with leaving_with_the_reader():
+        with exit_on_broken_pipe():
             if world_size is None:
                 world_size, reason = planned_world_size(load_job(path, overrides))
                 print(f"--world_size is not given: {reason}")

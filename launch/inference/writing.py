@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.data.text_codec import TextCodec
 from launch.environment import Place
 from launch.inference.cache_room import check_cache_fits, free_memory
@@ -20,7 +21,6 @@ from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
 from launch.inference.sampling import Sampling
 from launch.joining import join_world
-from launch.leaving_reader import leaving_with_the_reader
 from launch.plurals import counted
 from launch.precision import DTYPES, Precision, resolve_precision
 from parallel.mesh import MeshShape, ParallelMesh
@@ -76,7 +76,7 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     )
     seconds = time.perf_counter() - start
     if place.rank == 0:
-        with leaving_with_the_reader():
+        with exit_on_broken_pipe():
             for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
                 _print(request, number, prompt, tokens, codec, ends)
         count = sum(map(len, written))

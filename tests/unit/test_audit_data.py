@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from launch import audit_data
+from launch.broken_pipe import exit_on_broken_pipe
 from launch.config import JobConfig
 from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from launch.data.cursor import BlendedSamples, DataCursor
 from launch.data.data_log import DataLog
 from launch.data.indexed_writer import IndexedWriter
 from launch.data.run_record import RunRecord
-from launch.leaving_reader import leaving_with_the_reader
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +136,7 @@ def test_a_command_whose_reader_leaves_ends_without_a_word(command: list[str], t
     with os.fdopen(write, "w") as nobody:
         ended = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, text=True)
     assert (ended.stderr, ended.returncode) == ("", -signal.SIGPIPE)
-    with leaving_with_the_reader():
+    with exit_on_broken_pipe():
         assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN, "a run's sockets may not end it"
 

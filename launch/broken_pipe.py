@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def leaving_with_the_reader() -> Iterator[None]:
+def exit_on_broken_pipe() -> Iterator[None]:
     """In this block a pipe that nobody reads any more ends the process without a word, as it ends other commands.
 
     Only around what writes to no socket and no other process: their end must not be this one's. Main thread only.
