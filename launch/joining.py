@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch.distributed import DistNetworkError, DistStoreError
 
 from launch.environment import Place, node_name
-from launch.quiet import leave_out_what_no_user_can_change
+from launch.warning_filters import ignore_warnings_of_dependencies
 from parallel.zero import initialize_distributed
 
 _SAID_AFTER_SECONDS = 10.0
@@ -29,7 +29,7 @@ class NobodyMet(ValueError):
 
 def join_world(device_type: str, place: Place) -> None:
     """Meets the other ranks. Raises NobodyMet."""
-    leave_out_what_no_user_can_change()
+    ignore_warnings_of_dependencies()
     _wait_for_name(place)
     here = f"rank {place.rank} on {node_name()}"
     where = f"{place.master_address}:{place.master_port} (MASTER_ADDR:MASTER_PORT)"

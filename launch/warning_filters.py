@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def leave_out_what_no_user_can_change() -> None:
+def ignore_warnings_of_dependencies() -> None:
     """DeepSpeed's notes on itself, and torch's warnings of former names of collectives, by which DeepSpeed calls two,
     and we those that torch 2.11 is to know too."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from launch.build import build_engine
-from launch.quiet import leave_out_what_no_user_can_change
+from launch.warning_filters import ignore_warnings_of_dependencies
 from parallel.mesh import ParallelMesh
 from tests.distributed.harness import run_distributed
 from tests.distributed.two_rank_jobs import LENGTH, job_of, one_step
 
 
 def build_and_step() -> None:
-    leave_out_what_no_user_can_change()
+    ignore_warnings_of_dependencies()
     for stage in (0, 1, 3):
         job = job_of(2, 1, stage, "bf16")
         engine, _ = build_engine(job, ParallelMesh.create(job.mesh_shape(dist.get_world_size())), torch.device("cpu"))
