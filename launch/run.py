@@ -22,10 +22,10 @@ from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
 from launch.inference.cache_room import CacheTooLarge, free_memory
 from launch.inference.sample import check_sample_fits, sample_prompt, write_sample
-from launch.joining import NobodyMet, join_world
 from launch.monitoring.monitor import Monitor, SilentMonitor
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.throughput import Throughput
+from launch.rendezvous import NobodyMet, join_world
 from launch.resuming import beginning, checkpoints_of, cursor_of, resume
 from launch.run_lock import RunDirectoryError, lock_run, writing_into
 from launch.saving.checkpoint_names import CheckpointError

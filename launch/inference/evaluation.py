@@ -23,7 +23,7 @@ from launch.data.batches import MicroBatch
 from launch.data.corpora import corpora_on_all_ranks, validation_batches
 from launch.environment import Place
 from launch.feed import Cutter
-from launch.joining import join_world
+from launch.rendezvous import join_world
 from launch.weights.initial_weights import read_weights
 from model.gpt import GPT
 from model.kernels.linear_cross_entropy import IGNORED_LABEL

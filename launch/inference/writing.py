@@ -20,9 +20,9 @@ from launch.inference.cache_room import check_cache_fits, free_memory
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
 from launch.inference.sampling import Sampling
-from launch.joining import join_world
 from launch.plurals import counted
 from launch.precision import DTYPES, Precision, resolve_precision
+from launch.rendezvous import join_world
 from parallel.mesh import MeshShape, ParallelMesh
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from torch.distributed import DistNetworkError
 
-from launch import joining
+from launch import rendezvous
 from launch.environment import Place
-from launch.joining import NobodyMet, join_world
+from launch.rendezvous import NobodyMet, join_world
 
 SECOND = Place(4, 0, 8, 4, "node-1.cluster", 29500)
 
@@ -32,8 +32,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(joining, "time", clock)
-    monkeypatch.setattr(joining, "initialize_distributed", lambda _: None)
+    monkeypatch.setattr(rendezvous, "time", clock)
+    monkeypatch.setattr(rendezvous, "initialize_distributed", lambda _: None)
     return clock
 
 
@@ -73,7 +73,7 @@ def test_a_name_that_stays_unknown_ends_the_rank(clock: Clock, monkeypatch: pyte
 def test_a_rank_that_meets_nobody_says_where_it_waits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said, warn = threading.Event(), joining._warn
+    said, warn = threading.Event(), rendezvous._warn
 
     def warned(text: str, place: Place) -> None:
         warn(text, place)
@@ -84,9 +84,9 @@ def test_a_rank_that_meets_nobody_says_where_it_waits(
         raise DistNetworkError("the client socket has timed out")
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
-    monkeypatch.setattr(joining, "_ALONE_SECONDS", 0.01)
-    monkeypatch.setattr(joining, "_warn", warned)
-    monkeypatch.setattr(joining, "initialize_distributed", alone)
+    monkeypatch.setattr(rendezvous, "_ALONE_SECONDS", 0.01)
+    monkeypatch.setattr(rendezvous, "_warn", warned)
+    monkeypatch.setattr(rendezvous, "initialize_distributed", alone)
     with pytest.raises(NobodyMet, match=r"rank 4 on .* at node-1.cluster:29500 .*timed out; see that all 8"):
         join_world("cpu", SECOND)
     assert "s for the other ranks at node-1.cluster:29500 (MASTER_ADDR" in capsys.readouterr().err
