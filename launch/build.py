@@ -21,10 +21,10 @@ from model.attention import AttentionFunction, KernelAttention
 from model.gpt import GPT
 from model.kernels import AttentionKernel, AttentionOperator, KernelOperator, KernelUnavailable, select_kernel
 from parallel.activation_offload import ActivationOffload
+from parallel.cuda_graphs import RecordedAttention
 from parallel.exchange import ExchangeAttention
 from parallel.materialize import materialize
 from parallel.mesh import ParallelMesh
-from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
 from parallel.tensor import TensorShard, apply_tensor_parallel, check_head_divisibility, sum_partial_gradients
 from parallel.transport import SymmetricTransport, Transport, make_transport

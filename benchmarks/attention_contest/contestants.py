@@ -19,9 +19,9 @@ from attention_contest.rows import HEAD_DIM, ONE_GPU, Row
 from launch.config import JobConfig
 from launch.context import context_plan
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
+from parallel.cuda_graphs import RecordedAttention
 from parallel.exchange import ExchangeAttention
 from parallel.mesh import MeshShape, ParallelMesh
-from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
 from parallel.sequence import Part, balanced_parts, causal_parts, zigzag_parts
 from parallel.transport import SymmetricTransport, Transport, make_transport

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
+from parallel.cuda_graphs import RecordedAttention
 from parallel.exchange import ExchangeAttention
-from parallel.recorded import RecordedAttention
 from parallel.ring import RingAttention
 from parallel.sequence import balanced_parts, causal_parts, zigzag_parts
 from parallel.transport import MessageTransport, SymmetricTransport, make_transport

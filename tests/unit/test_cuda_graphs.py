@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from model.kernels import KERNELS, AttentionOperator, KernelOperator
 from model.kernels.operator import Saved
-from parallel import recorded
-from parallel.recorded import RecordedAttention
+from parallel import cuda_graphs
+from parallel.cuda_graphs import RecordedAttention
 
 SHAPES = (1, 64, 4, 16), (1, 64, 2, 16), (1, 64, 2, 16)
 
 
 class Recording:
-    """`parallel.recorded._Recording` without CUDA."""
+    """`parallel.cuda_graphs._Recording` without CUDA."""
 
     made = 0
 
@@ -43,7 +43,7 @@ class Recording:
 
 @pytest.fixture
 def attend(monkeypatch: pytest.MonkeyPatch) -> RecordedAttention:
-    monkeypatch.setattr(recorded, "_Recording", Recording)
+    monkeypatch.setattr(cuda_graphs, "_Recording", Recording)
     Recording.made = 0
     plain, other = (KernelOperator(KERNELS["math"], scale=0.25) for _ in range(2))
     return RecordedAttention(plain, other)
