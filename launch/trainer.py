@@ -15,8 +15,8 @@ from launch.config import JobConfig
 from launch.data.batches import Batches
 from launch.data.prefetch import Prefetcher
 from launch.feed import HostBatch
-from launch.health.pace import STEP, Pace
 from launch.health.stragglers import Stragglers
+from launch.health.time_limits import STEP, Pace
 from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.timing import StepClock
 from launch.monitoring.tracing import DATA, StepTracer

@@ -14,7 +14,7 @@ from traceback import walk_stack
 from typing import Any
 
 from launch.health.flight_recorder import Flight
-from launch.health.pace import Activity
+from launch.health.time_limits import Activity
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 _ROOT = str(Path(__file__).resolve().parents[2])

@@ -15,9 +15,9 @@ from launch.config import JobConfig
 from launch.environment import Place, node_name, node_pulses, start_name, under_slurm
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
-from launch.health.pace import Pace
 from launch.health.probes import Links, outliers, probe, summary
 from launch.health.stragglers import Stragglers
+from launch.health.time_limits import Pace
 from launch.health.watchdog import Patience, Watchdog
 
 

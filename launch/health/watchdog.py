@@ -30,9 +30,9 @@ from launch.exit_status import HUNG
 from launch.health.flight_recorder import read_flight
 from launch.health.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health.health_folder import HealthFolder
-from launch.health.pace import Activity, Pace
 from launch.health.processes import ranks_beside
 from launch.health.pulse import Pulse
+from launch.health.time_limits import Activity, Pace
 
 _STILL_FRESH = 120.0
 """Seconds between clocks and alarms within which a report belongs to the hang at hand."""

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from launch.exit_status import HUNG
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
-from launch.health.pace import STEP, Limits, Pace
 from launch.health.processes import process_state
+from launch.health.time_limits import STEP, Limits, Pace
 from launch.health.watchdog import Patience, Watchdog
 from tests.distributed.harness import run_distributed
 
@@ -127,7 +127,7 @@ from pathlib import Path
 from launch.environment import node_pulses, place_in_world
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
-from launch.health.pace import STEP, Limits, Pace
+from launch.health.time_limits import STEP, Limits, Pace
 from launch.health.processes import process_state
 from launch.health.watchdog import Patience, Watchdog
 

@@ -18,11 +18,11 @@ import pytest
 from launch.health.flight_recorder import Flight, flight_of
 from launch.health.hang_report import Member, RankReport, missing_ranks, verdict
 from launch.health.health_folder import HealthFolder
-from launch.health.pace import STEP, Activity, Limits, Pace
 from launch.health.probes import Rates, outliers, pairings, summary
 from launch.health.processes import children
 from launch.health.pulse import NodeWatch, Pulse, Pulses
 from launch.health.stragglers import slowest
+from launch.health.time_limits import STEP, Activity, Limits, Pace
 
 MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
 TRAIN_STEP = "launch/stepper.py:66 Stepper.train"
@@ -171,7 +171,7 @@ def test_reports_read_back() -> None:
 
 def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0.0, 30.0)
-    monkeypatch.setattr("launch.health.pace.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("launch.health.time_limits.time.monotonic", lambda: next(now))
     pace = Pace(Limits(factor=10.0, minimum_seconds=120.0, first_seconds=1800.0))
     assert pace.limit("start") == (1800.0, "health.first_step_seconds")
     for step in range(1, 6):
