@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import torch
 
+from launch.health.node_watch import PULSES, Pulses
 from launch.health.processes import die_with_parent
-from launch.health.pulse import PULSES, Pulses
 from launch.plurals import counted
 from launch.slurm.world import world_of_step
 

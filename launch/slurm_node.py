@@ -24,8 +24,8 @@ from pathlib import Path
 
 from launch.exit_status import HUNG, STOPPED
 from launch.health.health_folder import HealthFolder
+from launch.health.node_watch import PULSES, NodeWatch, Pulses
 from launch.health.processes import children, die_with_parent, ranks_beside
-from launch.health.pulse import PULSES, NodeWatch, Pulses
 from launch.slurm.submission import ready
 
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)

@@ -10,7 +10,7 @@ between the others would need connections that nobody uses in weeks.
     health.hang_grace_seconds later         unless the step has ended meanwhile, all of them end with HUNG
 
 From the alarm on the run is asked to stop: if what was missing comes back, it saves and ends as for a signal. Where no
-rank can run, or the file system hangs, the node speaks for its ranks (`launch/health/pulse.py`).
+rank can run, or the file system hangs, the node speaks for its ranks (`launch/health/node_watch.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from launch.exit_status import HUNG
 from launch.health.flight_recorder import read_flight
 from launch.health.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health.health_folder import HealthFolder
+from launch.health.node_watch import Pulse
 from launch.health.processes import ranks_beside
-from launch.health.pulse import Pulse
 from launch.health.time_limits import Activity, Pace
 
 _STILL_FRESH = 120.0

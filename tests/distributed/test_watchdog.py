@@ -143,8 +143,8 @@ time.sleep(1000)
 NODE = """
 import sys
 from launch import slurm_node
-from launch.health import pulse
-pulse._TICK, pulse._LATE = 0.1, 2.0
+from launch.health import node_watch
+node_watch._TICK, node_watch._LATE = 0.1, 2.0
 sys.exit(slurm_node.main())
 """
 

@@ -18,9 +18,9 @@ import pytest
 from launch.health.flight_recorder import Flight, flight_of
 from launch.health.hang_report import Member, RankReport, missing_ranks, verdict
 from launch.health.health_folder import HealthFolder
+from launch.health.node_watch import NodeWatch, Pulse, Pulses
 from launch.health.probes import Rates, outliers, pairings, summary
 from launch.health.processes import children
-from launch.health.pulse import NodeWatch, Pulse, Pulses
 from launch.health.stragglers import slowest
 from launch.health.time_limits import STEP, Activity, Limits, Pace
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm_node
-from launch.health.pulse import PULSES
+from launch.health.node_watch import PULSES
 from launch.slurm.world import first_host, meeting_port, tasks_per_node, world_of_step
 
 LAUNCHER = """
