@@ -24,7 +24,7 @@ from launch.config import JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.environment import choose_device, place_in_world
-from launch.saving import continuity
+from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Retention
 from launch.saving.storage import storage_at
@@ -90,7 +90,7 @@ def main() -> None:
             checkpoints = Checkpoints(
                 storage_at(str(Path(folder) / str(asynchronous))),
                 Retention(keep_last=1),
-                settings=continuity.settings(wanted),
+                settings=resume_checks.settings(wanted),
                 asynchronous=asynchronous,
             )
             stalls, wholes, steps = [], [], []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from launch.config import JobConfig
 from launch.data.corpora import Corpora, fresh_cursor
 from launch.data.cursor import DataCursor
-from launch.saving import continuity
+from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress, Resumed, Retention
@@ -21,7 +21,7 @@ def checkpoints_of(job: JobConfig) -> Checkpoints:
     return Checkpoints(
         storage_at(job.checkpoint_location),
         Retention(wanted.keep_last, wanted.keep_every),
-        settings=continuity.settings(job),
+        settings=resume_checks.settings(job),
         asynchronous=wanted.asynchronous,
         accept_changes=wanted.accept_changes,
     )

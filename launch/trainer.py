@@ -23,7 +23,7 @@ from launch.monitoring.tracing import DATA, StepTracer
 from launch.outcome import StepOutcome
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
-from launch.saving.continuity import LAST_LOSSES, unlike_recent
+from launch.saving.resume_checks import LAST_LOSSES, unlike_recent
 from launch.stepper import Stepper
 from parallel.peer_memory import peer_memory_allocated
 

@@ -24,12 +24,12 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.data.batches import Batches
-from launch.saving import continuity
+from launch.saving import resume_checks
 from launch.saving.checkpoint_names import CheckpointError, complete_steps, step_name
 from launch.saving.checkpoint_records import Progress, Resumed, Retention, Saved
-from launch.saving.continuity import Settings
 from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
 from launch.saving.ranks import Ranks, in_words
+from launch.saving.resume_checks import Settings
 from launch.saving.storage import Storage
 from parallel.state import load_state, save_state
 from parallel.zero import ZeroEngine
@@ -117,7 +117,7 @@ class Checkpoints:
             snapshot.wait()
             save_state(files, snapshot.fragments, shards, ranks.group)
             parts = ranks.everywhere(
-                lambda: (files.sums, continuity.next_batches(batches, step, ranks.rank, ranks.world_size))
+                lambda: (files.sums, resume_checks.next_batches(batches, step, ranks.rank, ranks.world_size))
             )
             manifest = {
                 "format": FORMAT,
@@ -218,20 +218,20 @@ class Checkpoints:
 
     def check_batches(self, resumed: Resumed, batches: Batches) -> None:
         """Raises CheckpointError, naming the first difference, unless the run goes on with the data it would have."""
-        if continuity.DATA in self.accept_changes:
+        if resume_checks.DATA in self.accept_changes:
             return
         step, ranks = resumed.progress.step, self._training
-        parts = ranks.everywhere(lambda: continuity.next_batches(batches, step, ranks.rank, ranks.world_size))
-        other = continuity.other_batch(resumed.batches, {at: one for part in parts for at, one in part.items()})
+        parts = ranks.everywhere(lambda: resume_checks.next_batches(batches, step, ranks.rank, ranks.world_size))
+        other = resume_checks.other_batch(resumed.batches, {at: one for part in parts for at, one in part.items()})
         if other:
             raise CheckpointError(
                 f"checkpoint {resumed.path} would go on with other data: {other}; restore what data and seed were, or, "
-                f"if the change is meant, name {continuity.DATA} in checkpoint.accept_changes"
+                f"if the change is meant, name {resume_checks.DATA} in checkpoint.accept_changes"
             )
 
     def _check_same_run(self, path: str, manifest: dict[str, Any]) -> list[str]:
         """What differs and may. Raises CheckpointError with what differs and must not."""
-        refused, told = continuity.differences(manifest["settings"], self.settings, self.accept_changes)
+        refused, told = resume_checks.differences(manifest["settings"], self.settings, self.accept_changes)
         if refused:
             kind = "model" if refused[0].startswith("model.") else "run"
             raise CheckpointError(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launch.saving.continuity import acceptable, acceptable_keys
+from launch.saving.resume_checks import acceptable, acceptable_keys
 from launch.saving.storage import check_client
 from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule

@@ -23,7 +23,7 @@ from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
-from launch.saving import continuity
+from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress, Retention
@@ -121,7 +121,7 @@ class Rank:
             self.engine, _ = build_engine(job, self.mesh, torch.device("cpu"))
         if layout.precision == "fp16":
             self.engine.loss_scaler_state = {"cur_scale": 1024.0}  # the first one overflows
-        self.settings = continuity.settings(job)
+        self.settings = resume_checks.settings(job)
         tokens = np.random.default_rng(3).integers(0, VOCABULARY, 2000).astype(np.uint8)
         self.batches = Batches(
             SequenceSampler(Corpus.from_documents("training", tokens, [len(tokens)], "0"), LENGTH, seed=0),

@@ -268,7 +268,7 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(tmp_path: Path, a
         (1, "torch.distributed.checkpoint.filesystem.FileSystemWriter.prepare_local_plan"),
         (0, "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish"),
         (1, "os.fsync"),
-        (1, "launch.saving.continuity.batch_hash"),
+        (1, "launch.saving.resume_checks.batch_hash"),
         (0, "launch.saving.storage.LocalStorage.written_size"),
         (0, "launch.saving.storage.LocalStorage.complete"),
     ]

@@ -20,7 +20,7 @@ from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Retention
-from launch.saving.continuity import settings
+from launch.saving.resume_checks import settings
 from launch.saving.storage import storage_at
 from launch.weights.initial_weights import _parts, load_initial_weights
 from launch.weights.reader import Part, open_weights

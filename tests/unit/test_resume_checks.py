@@ -11,7 +11,7 @@ from launch.config import SECTIONS, JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.saving.checkpoint_records import Retention
-from launch.saving.continuity import (
+from launch.saving.resume_checks import (
     NEXT_BATCHES,
     acceptable,
     batch_hash,
