@@ -19,7 +19,7 @@ from pathlib import Path
 
 from documents import markdown, renewed
 from launch.config import JobConfig, load_job
-from launch.context import context_plan
+from launch.context_plan import context_plan
 from launch.memory.formulas import estimate_activations, estimate_states, working_copies
 from launch.memory.parameters import count_parameters
 from launch.precision import BYTES, Precision

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from launch.config import JobConfig
-from launch.context import ContextPlan, context_plan
+from launch.context_plan import ContextPlan, context_plan
 from launch.memory.recompute_plan import recompute_plan
 from launch.precision import BYTES, DTYPES
 from model.attention import AttentionFunction, KernelAttention

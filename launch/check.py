@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.config import JobConfig
-from launch.context import ContextPlan, context_plan
+from launch.context_plan import ContextPlan, context_plan
 from launch.memory.footprint import footprint, local_tokens
 from launch.memory.formulas import (
     EXCHANGE_FORMULA,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launch.config import JobConfig
-from launch.context import context_plan
+from launch.context_plan import context_plan
 from launch.data.batches import MicroBatch
 from launch.precision import BYTES
 from model.kernels import Documents

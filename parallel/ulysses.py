@@ -116,7 +116,7 @@ class _Trade:
     def __init__(self, attention: UlyssesAttention, tensors: Sequence[Tensor], k: Tensor):
         self.attention, self.transport = attention, attention.transport
         self.batch, self.length, kv_heads, head_dim = k.shape
-        assert kv_heads % attention.size == 0, "launch.context trades heads over as many ranks as divide them"
+        assert kv_heads % attention.size == 0, "launch.context_plan trades heads over as many ranks as divide them"
         sizes = group_sizes(kv_heads // attention.size, attention.head_groups)
         repeats = [tensor.shape[2] // kv_heads for tensor in tensors]
         self.groups = [

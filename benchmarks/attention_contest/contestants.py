@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attention_contest.rows import HEAD_DIM, ONE_GPU, Row
 from launch.config import JobConfig
-from launch.context import context_plan
+from launch.context_plan import context_plan
 from model.kernels import KERNELS, AttentionOperator, Documents, KernelOperator
 from parallel.cuda_graphs import RecordedAttention
 from parallel.exchange import ExchangeAttention

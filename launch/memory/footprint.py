@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.config import JobConfig
-from launch.context import context_plan
+from launch.context_plan import context_plan
 from launch.memory.formulas import Activations, States, estimate_activations, estimate_states, working_copies
 from launch.memory.parameters import count_parameters
 from launch.precision import BYTES

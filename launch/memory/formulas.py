@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.context import ContextPlan
+from launch.context_plan import ContextPlan
 from launch.precision import BYTES, Precision
 from model.config import ModelConfig
 from model.kernels.linear_cross_entropy import chunk_tokens

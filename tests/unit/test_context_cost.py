@@ -13,8 +13,8 @@ from attention_contest import results as book
 from attention_contest.contestants import auto_name, heads_name
 from attention_contest.rows import Row
 from launch.config import JobConfig
-from launch.context import ContextPlan, context_plan
 from launch.context_cost import Work, causal_pairs
+from launch.context_plan import ContextPlan, context_plan
 from parallel.mesh import MeshShape
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
