@@ -71,6 +71,8 @@ def test_the_table_of_files_is_whole() -> None:
     files = {path.relative_to(ROOT) for path in FILES if path.name != "__init__.py"}
     missing = {str(path) for path in files if f"`{path}`" not in table and f"`{path.parent}/`" not in table}
     assert not missing, f"docs/architecture.md says nothing of {missing}"
+    crammed = [row for row in table.splitlines() if row.startswith("| `") and row.split("|")[1].count("`") > 6]
+    assert not crammed, f"at most three files to a row, so that a name leads to its idea: {crammed}"
 
 
 def test_the_walk_sees_what_it_forbids() -> None:
