@@ -55,7 +55,7 @@ _ENTROPY_TOKENS = 1 << 24
 def run(job: JobConfig, place: Place, device: torch.device, device_note: str, stop: Callable[[], bool]) -> int:
     """Trains `job` on this rank; returns the exit status. `stop()` says whether this rank was asked to stop early."""
     try:
-        join_world(device.type, place)
+        join_world(device.type, place, stop)
         job = _resolved(job)
         lock = _lock(job, place)
         health = Health.of(job, place)

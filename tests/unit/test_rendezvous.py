@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +15,10 @@ from torch.distributed import DistNetworkError
 
 from launch import rendezvous
 from launch.environment import Place
+from launch.exit_status import STOPPED
 from launch.rendezvous import NobodyMet, join_world
 
+ROOT = Path(__file__).resolve().parents[2]
 SECOND = Place(4, 0, 8, 4, "node-1.cluster", 29500)
 
 
@@ -90,3 +96,38 @@ def test_a_rank_that_meets_nobody_says_where_it_waits(
     with pytest.raises(NobodyMet, match=r"rank 4 on .* at node-1.cluster:29500 .*timed out; see that all 8"):
         join_world("cpu", SECOND)
     assert "s for the other ranks at node-1.cluster:29500 (MASTER_ADDR" in capsys.readouterr().err
+
+
+def test_a_rank_that_waits_for_nobody_ends_when_it_is_asked_to_stop() -> None:
+    """In a name server's answer that does not come, and in torch's own wait for the other ranks."""
+    code = """
+        import os, signal, socket, time
+        from launch import rendezvous
+        from launch.environment import Place
+        from launch.stopping import StopRequests
+
+        def begun(call):
+            def called(*arguments):
+                os.write(tell, b"x")
+                return call(*arguments)
+            return called
+
+        rendezvous._LAST_SECONDS = 0.1
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for asks in (signal.SIGTERM, signal.SIGUSR2):
+            ready, tell = os.pipe()
+            if not (rank := os.fork()):
+                if asks == signal.SIGTERM:
+                    socket.getaddrinfo = begun(lambda *_: time.sleep(600))
+                rendezvous.initialize_distributed = begun(rendezvous.initialize_distributed)
+                rendezvous.join_world("cpu", Place(0, 0, 2, 1), StopRequests(Place(0, 0, 2, 1)))
+            os.read(ready, 1)
+            os.kill(rank, asks)
+            print("status", os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]), flush=True)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.count(f"status {STOPPED}\n") == 2, ended.stdout + ended.stderr
+    assert ended.stderr.count("was asked to stop, and ends: it had met nobody yet") == 2
