@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,7 +76,8 @@ class Preparation:
         self.encoder = encoder_of(options.tokenizer)
         if options.end_of_document is not None:
             self.encoder.token_id(options.end_of_document)
-        inputs = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in files]
+        self._versions = [_version(path) for path in files]
+        inputs = [(str(path.resolve()), *version) for path, version in zip(files, self._versions, strict=True)]
         told = [self.encoder.identity, options.field, options.end_of_document, inputs]
         self.job = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         self.state_file = beside(self.prefix, "state.json.partial")
@@ -107,7 +109,7 @@ class Preparation:
 
     def _write(self) -> None:
         saved = self._saved()
-        options, sizes = self.options, [path.stat().st_size for path in self.files]
+        options, sizes = self.options, [size for size, _ in self._versions]
         writer = IndexedWriter(self.prefix, self.encoder.dtype, saved["writer"])
         with (
             reopened(beside(self.prefix, "rejected.jsonl"), saved["rejected_bytes"]) as listing,
@@ -138,8 +140,7 @@ class Preparation:
 
     def _nothing(self) -> str:
         """What to say of inputs without a document; another command may begin afresh."""
-        for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
-            beside(self.prefix, leftover).unlink(missing_ok=True)
+        self._forget()
         said = (
             f"{self.prefix}: no document in {counted(len(self.files), 'file')}: "
             f"{counted(self.rejected, 'record is', 'records are')} bad and the rest empty"
@@ -148,21 +149,52 @@ class Preparation:
             said += f" ({beside(self.prefix, 'rejected.jsonl')} says why)"
         return f"{said}; correct --input, or --field ({self.options.field})"
 
+    def _forget(self) -> None:
+        """Of what was written so far nothing is gone on from."""
+        for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
+            beside(self.prefix, leftover).unlink(missing_ok=True)
+
     def _read(self, place: InputPlace) -> Iterator[tuple[_Item, Block | None]]:
         for file, path in enumerate(self.files[place.file :], start=place.file):
             start = Start(place.position, place.record) if file == place.file else Start()
-            following, size = start, path.stat().st_size
-            fault = None
+            following, fault = start, None
             try:
                 reason = fault_of_text(path) if kind_of(path) == "text" and not start.position else None
                 if reason is not None:
                     raise BadInput(reason)
                 for block in blocks(path, self.options.field, start):
+                    self._check_unchanged(file)
                     following = block.following
                     yield _Item(InputPlace(file, following.position, following.record), file, block.read), block
             except BadInput as error:
+                self._check_unchanged(file)
+                if kind_of(path) == "text" and following.position:  # half a document can be neither kept nor listed
+                    raise CorpusError(
+                        f"{path}: whole when it was looked through, but broke off after {following.position} bytes of "
+                        f"text when it was read again ({error}); the same command goes on from there: see to the "
+                        "disk or file server first, or leave the file out"
+                    ) from error
                 fault = Fault(following.record + 1, str(error))
-            yield _Item(InputPlace(file + 1), file, size, fault), None
+            self._check_unchanged(file)
+            yield _Item(InputPlace(file + 1), file, self._versions[file][0], fault), None
+
+    def _check_unchanged(self, file: int) -> None:
+        """Raises CorpusError where a file is not what it was when the command began: half a corpus would be of one
+        version, half of another."""
+        path, before = self.files[file], self._versions[file]
+        try:
+            now = _version(path)
+        except OSError as error:
+            found = f"cannot be found any more ({error.strerror})"
+        else:
+            if now == before:
+                return
+            found = f"has {_told(now)}"
+        self._forget()
+        raise CorpusError(
+            f"{path}: changed while it was read: it had {_told(before)}, and {found}; "
+            "run the command again, which begins afresh, when nobody writes to the inputs"
+        )
 
     def _reject(self, path: Path, faults: list[Fault], listing: BinaryIO) -> None:
         for fault in faults:
@@ -209,6 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """(bytes, time of the last change in ns). Raises OSError."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _told(version: tuple[int, int]) -> str:
+    return f"{version[0]} bytes of {datetime.fromtimestamp(version[1] / 1e9)}"
 
 
 def _files(patterns: Sequence[str]) -> list[Path]:

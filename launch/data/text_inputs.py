@@ -119,7 +119,8 @@ def _text_blocks(stream: IO[bytes], start: Start) -> Iterator[Block]:
     while content:
         end = len(content)
         if end >= 2 * BLOCK_BYTES and not content.endswith(b"\n"):
-            end = next(i for i in range(end - 1, end - 5, -1) if content[i] & 0xC0 != 0x80)  # a character begins here
+            begins = (i for i in range(end - 1, end - 5, -1) if content[i] & 0xC0 != 0x80)  # where a character does
+            end = next(begins, end)  # none does in what is no text; that is told by who decodes it
         after = _stretch(stream, content[end:])
         following = Start(at.position + end, at.record + (not after))
         yield Block("text", content[:end], at, following, at.position == 0, not after)

@@ -400,6 +400,72 @@ def test_what_was_written_after_the_last_save_is_made_again(
         assert (tmp_path / f"full.{suffix}").read_bytes() == (tmp_path / f"calm.{suffix}").read_bytes(), suffix
 
 
+def test_a_text_that_breaks_off_in_its_second_reading_ends_the_command_which_goes_on_later(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text is read once to see that it is one, and once for its tokens; there a file server may fail."""
+    long = "".join(text + "\n" for text in texts(80))
+    (tmp_path / "1.txt").write_text(long)
+    (tmp_path / "2.txt").write_text("a mat")
+    prepare(tokenizer, tmp_path / "calm", tmp_path / "1.txt", tmp_path / "2.txt")
+
+    def three_blocks(path: Path, *arguments: Any) -> Iterator[Block]:
+        for number, block in enumerate(blocks(path, *arguments)):
+            if number == 3:
+                raise BadInput("OSError: [Errno 116] Stale file handle")
+            yield block
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_SAVE_SECONDS", 0.0)
+        patch.setattr(prepare_data, "blocks", three_blocks)
+        prepare(tokenizer, tmp_path / "out", tmp_path / "1.txt", tmp_path / "2.txt", status=1)
+    said = capsys.readouterr().err
+    assert "1.txt: whole when it was looked through, but broke off after " in said and "Stale file handle" in said
+    assert "the same command goes on from there" in said
+    prepare(tokenizer, tmp_path / "out", tmp_path / "1.txt", tmp_path / "2.txt")
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"out.{suffix}").read_bytes() == (tmp_path / f"calm.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("txt", "is another"), ("txt.gz", "is cut"), ("jsonl", "grows"), ("jsonl", "is gone")]
+)
+def test_an_input_that_changes_while_it_is_read_ends_the_command_which_begins_again(
+    kind: str,
+    change: str,
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What had been read would be half of one version and half of another, and nothing would tell."""
+    path, pack = tmp_path / f"in.{kind}", gzip.compress if kind.endswith("gz") else bytes
+    encode = jsonl if kind == "jsonl" else lambda documents: "".join(text + "\n" for text in documents).encode()
+    first, second = pack(encode(texts(80))), pack(encode(texts(80, 1)))
+    path.write_bytes(first)
+
+    def changed(file: Path, *arguments: Any) -> Iterator[Block]:
+        for number, block in enumerate(blocks(file, *arguments)):
+            if number == 1 and change == "is gone":
+                file.unlink()
+            elif number == 1:
+                file.write_bytes(
+                    {"grows": first + second, "is cut": first[:3000], "is another": b"\xff" * 9000}[change]
+                )
+            yield block
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_SAVE_SECONDS", 0.0)
+        patch.setattr(prepare_data, "blocks", changed)
+        prepare(tokenizer, tmp_path / "out", path, status=1)
+    assert f"in.{kind}: changed while it was read" in capsys.readouterr().err
+    path.write_bytes(second)
+    prepare(tokenizer, tmp_path / "out", path)
+    prepare(tokenizer, tmp_path / "calm", path)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"out.{suffix}").read_bytes() == (tmp_path / f"calm.{suffix}").read_bytes()
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(BadInput, match="ArrowInvalid"):
