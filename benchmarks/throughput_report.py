@@ -28,21 +28,24 @@ def over_anchor(results: Results, row: Row) -> float | None:
 
 
 def comparison(results: Results) -> str:
-    """Markdown: our best row of each kind over the best of each peer, through the anchors of their runs.
+    """Markdown: our best row of each kind over the best of each peer, through the anchors of their runs; a row that
+    several runs measured counts with the median of its ratios."""
+    lines = []
+    for rows in _anchored_alike(results):
+        runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
+        lines += [(str(rows[0]["layers"]), *line, runs) for line in _contests(_best(results, rows))]
+    return markdown(["layers", "ours, best", "theirs, best", "ours / theirs", "runs"], lines)
 
-    Runs whose anchor row has the same name and settings are taken together: a row that several of them measured counts
-    with the median of its ratios.
-    """
+
+def _anchored_alike(results: Results) -> list[list[Row]]:
+    """Rows that can be compared, deepest models first: those of one run, and of runs whose anchors have the same name
+    and settings."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.values():
         if over_anchor(results, row) is not None:
             anchor = anchor_of(results, row)
             groups.setdefault((row["layers"], anchor["row"], *anchor["settings"]), []).append(row)
-    lines = []
-    for (layers, *_), rows in sorted(groups.items(), reverse=True):
-        runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
-        lines += [(str(layers), *line, runs) for line in _contests(_best(results, rows))]
-    return markdown(["layers", "ours, best", "theirs, best", "ours / theirs", "runs"], lines)
+    return [rows for _, rows in sorted(groups.items(), reverse=True)]
 
 
 _Kind = tuple[int, str, int, int]
@@ -118,35 +121,48 @@ def write_document(results: Results, folder: Path) -> None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Bars: each row of the deepest model over the anchor of its run, short and long sequences apart."""
+    """Bars: each row of the deepest model over the anchor of its run. A panel holds one sequence length, and runs whose
+    anchors are alike; of a row that several of them measured the median."""
     from matplotlib import pyplot
 
-    anchored = [row for row in results.values() if over_anchor(results, row) is not None]
-    deepest = max(row["layers"] for row in anchored)
-    by_length: dict[int, dict[str, tuple[Row, float]]] = {}
-    for row in anchored:
-        ratio = over_anchor(results, row)
-        if row["layers"] == deepest and ratio is not None:
-            by_length.setdefault(row["sequence_length"], {})[row["row"]] = (row, ratio)
-    lengths = sorted(by_length)
-    figure, panels = pyplot.subplots(
-        len(lengths),
+    drawn = panels(results)
+    figure, axes = pyplot.subplots(
+        len(drawn),
         1,
-        figsize=(8, 1.2 + 0.35 * sum(map(len, by_length.values()))),
-        height_ratios=[len(by_length[length]) + 1 for length in lengths],
+        figsize=(8, 1.2 + 0.35 * sum(len(bars) + 1 for bars in drawn.values())),
+        height_ratios=[len(bars) + 1 for bars in drawn.values()],
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for (panel,), length in zip(panels, lengths, strict=True):
-        shown = sorted(by_length[length].values(), key=lambda pair: pair[1])
-        bars = panel.barh(
-            [row["row"] for row, _ in shown],
-            [ratio for _, ratio in shown],
-            color=[_COLOURS[row["system"]] for row, _ in shown],
-        )
-        panel.bar_label(bars, [f"{row['tokens_per_second_per_device']:,.0f}" for row, _ in shown], padding=2)
-        panel.margins(x=0.12)
-        panel.set_title(f"{length:,} tokens, {deepest} layers", loc="left")
-    panels[-1][0].set_xlabel("over the first row of the same run; at the bars, tokens/s/GPU")
+    for (axis,), (title, bars) in zip(axes, drawn.items(), strict=True):
+        names, ratios, systems = zip(*sorted(bars, key=lambda bar: bar[1]), strict=True)
+        boxes = axis.barh(names, ratios, color=[_COLOURS[system] for system in systems])
+        axis.bar_label(boxes, [f"{ratio:.3f}" for ratio in ratios], padding=2)
+        axis.margins(x=0.12)
+        axis.set_title(title, loc="left", fontsize="medium")
+    axes[-1][0].set_xlabel("tokens/s/GPU over the first row of the same run")
     figure.savefig(path, metadata={"Date": None})
+
+
+def panels(results: Results) -> dict[str, list[tuple[str, float, str]]]:
+    """Title -> (row, median ratio, system)."""
+    groups = _anchored_alike(results)
+    found: dict[str, list[tuple[str, float, str]]] = {}
+    for rows in groups:
+        if rows[0]["layers"] < groups[0][0]["layers"]:
+            continue
+        for length in sorted({row["sequence_length"] for row in rows}):
+            of_length = [row for row in rows if row["sequence_length"] == length]
+            runs = dict.fromkeys(row["run"] for row in of_length)
+            title = f"{length:,} tokens, {rows[0]['layers']} layers, run{'s' * (len(runs) > 1)} {', '.join(runs)}"
+            found[title] = [
+                (name, _median_ratio(results, of_length, name), system)
+                for name, system in {row["row"]: row["system"] for row in of_length}.items()
+            ]
+    return found
+
+
+def _median_ratio(results: Results, rows: list[Row], name: str) -> float:
+    ratios = [over_anchor(results, row) for row in rows if row["row"] == name]
+    return statistics.median(ratio for ratio in ratios if ratio is not None)

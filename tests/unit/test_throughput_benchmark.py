@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from throughput_report import comparison, over_anchor, table
+from throughput_report import comparison, over_anchor, panels, table
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -100,3 +100,14 @@ def test_our_best_is_compared_with_their_best_through_the_anchors() -> None:
         "| 32 | ours, tp | theirs | 1.125 | a, b |",
         "| 32 | ours, tp | ours | 0.900 | a, b |",
     ]
+    assert panels(results) == {
+        "8,192 tokens, 32 layers, run c": [("another anchor", 1.0, "ringzero"), ("theirs", 0.5, "torchtitan")],
+        "8,192 tokens, 32 layers, run d": [("anchor", 1.0, "ringzero"), ("theirs", 0.8, "torchtitan")],
+        "8,192 tokens, 32 layers, runs a, b": [
+            ("anchor", 1.0, "ringzero"),
+            ("ours", 1.1, "ringzero"),
+            ("ours, tp", 0.99, "ringzero"),
+            ("theirs", 0.88, "torchtitan"),
+            ("theirs, slower", 0.5, "torchtitan"),
+        ],
+    }
