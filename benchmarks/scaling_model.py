@@ -3,8 +3,8 @@
     python benchmarks/scaling_model.py            # print the tables
     python benchmarks/scaling_model.py --write    # renew them in the document
 
-Parts: docs/machine.json (`trace_figures.py` or `machine_figures.py`); how context parallelism shares attention:
-docs/ring_attention.json. Measured steps: docs/throughput.json. Nothing is fitted to them.
+Parts: docs/machine.json (`trace_figures.py`); how context parallelism shares attention: docs/ring_attention.json.
+Measured steps: docs/throughput.json. Nothing is fitted to them.
 """
 
 from __future__ import annotations
@@ -126,9 +126,6 @@ def figures_table(machine: Machine) -> str:
         ("reduce", "reducing a block's gradients, received"),
     ):
         rows.append([title, f"{found[f'{name}_bytes_per_second'] / 1e9:,.0f} GB/s", ""])
-    kept = found["products_share_beside_gathering"]
-    if kept < 1:
-        rows.append(["products beside gathering keep", f"{kept:.1%} of their speed", ""])
     return markdown(["part, one GPU", "measured", "that is"], rows)
 
 

@@ -29,7 +29,7 @@ ACCUMULATION_BYTES = 12
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU's figures (`machine_figures.py`), and the network that was not measured."""
+    """One GPU's figures (`trace_figures.py`), and the network that was not measured."""
 
     figures: dict[str, Any]
     attention_share: dict[int, float]
@@ -70,7 +70,7 @@ class Step:
     head: float
     gradients: float
     communication: float
-    """What computing does not hide, and what it loses while it hides the rest."""
+    """What computing does not hide."""
     optimizer: float
 
     @property
@@ -144,13 +144,12 @@ def elementwise_bytes(model: ModelConfig) -> float:
 def communication(job: JobConfig, machine: Machine, gpus: int, passes: tuple[float, float]) -> float:
     """What a block's communication adds to its computing, forward and backward together.
 
-    While links are busy, products keep the measured share of their speed; what takes longer than computing waits.
+    What takes no longer than computing costs nothing more: the figures of computing were taken beside communication.
     """
     block = block_parameters(job.model)
     gather = gathering(job, machine, gpus, block)
-    lost = 1 - machine.figures["products_share_beside_gathering"]
     busy = [gather, gather + reduction(job, machine, gpus, block)]
-    return sum(max(lost * links, links - compute) for links, compute in zip(busy, passes, strict=True))
+    return sum(max(0.0, links - compute) for links, compute in zip(busy, passes, strict=True))
 
 
 def gathering(job: JobConfig, machine: Machine, gpus: int, parameters: int) -> float:

@@ -3,9 +3,8 @@
     python benchmarks/trace_figures.py TRACE --set KEY=VALUE ... --output docs/machine.json
 
 TRACE is one compiled ZeRO-3 step of the 8B shape as `profile.steps` or torch's profiler writes it (Chrome format);
-`--set` is its job, in the words of `train_throughput.py`. `machine_figures.py` measures the same figures one at a time.
-In a step they already contain what communication beside them costs, so that no further loss is counted
-(`products_share_beside_gathering` is 1), and a collective's time holds what a rank waited for the other.
+`--set` is its job, in the words of `train_throughput.py`. The figures contain what communication beside them costs, and
+a collective's time what a rank waited for the other.
 
 - products: the model's operations over the time of all matrix products, head included;
 - attention: its kernels, forward and backward;
@@ -61,7 +60,7 @@ def durations(trace: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def figures(trace: dict[str, Any], job: JobConfig) -> dict[str, Any]:
-    """The figures of `machine_figures.py`; times are of one sequence. Raises ValueError for another kind of step."""
+    """The figures that `step_time.py` takes; times are of one sequence. Raises ValueError for another kind of step."""
     model, training, times = job.model, job.training, durations(trace)
     ranks = trace["distributedInfo"]["world_size"]
     accumulation, length = job.accumulation_steps(ranks), training.sequence_length
@@ -88,7 +87,6 @@ def figures(trace: dict[str, Any], job: JobConfig) -> dict[str, Any]:
         "adamw_bytes_per_second": ADAMW_BYTES * whole / sum(times["adamw"]),
         "gather_bytes_per_second": BF16 * block / _of_blocks(times["gather"]),
         "reduce_bytes_per_second": FP32 * block / _of_blocks(times["reduce"]),
-        "products_share_beside_gathering": 1.0,
         "gpus": ranks,
         "gpu": trace["deviceProperties"][0]["name"],
     }
