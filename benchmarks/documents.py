@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -26,3 +28,16 @@ def renewed(page: str, parts: Mapping[str, str]) -> str:
         before, after = page.split(begin)[0], page.split(end)[1]
         page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
     return page
+
+
+def renew(page: Path, parts: Mapping[str, str]) -> None:
+    """Writes `renewed` in place of the page. Raises ValueError, OSError."""
+    page.write_text(renewed(page.read_text(), parts))
+
+
+def print_or_renew(page: Path, parts: Mapping[str, str]) -> None:
+    """The command line of a script that measures nothing: prints `parts`, or with --write renews the page."""
+    if sys.argv[1:] == ["--write"]:
+        renew(page, parts)
+    else:
+        print(*parts.values(), sep="\n\n")

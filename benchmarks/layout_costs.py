@@ -13,11 +13,10 @@ rank.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from documents import markdown, renewed
+from documents import markdown, print_or_renew
 from launch.config import JobConfig, load_job
 from launch.context_plan import context_plan
 from launch.memory.formulas import estimate_activations, estimate_states, working_copies
@@ -172,7 +171,4 @@ def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precis
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), {MARK: table()}))
-    else:
-        print(table())
+    print_or_renew(DOCUMENT, {MARK: table()})

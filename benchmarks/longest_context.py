@@ -16,7 +16,6 @@ so small that CPUs can train them are tried, as a trial of this script. `--table
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -30,12 +29,12 @@ import torch.distributed as dist
 
 import ringzero_row
 from attempt_limits import limits_here
-from documents import markdown, renewed
+from documents import markdown, renew
 from launch.config import JobConfig
 from launch.memory.recompute_plan import planned_footprint
 from launch.monitoring.throughput import Throughput
 from parallel.peer_memory import peer_memory_allocated
-from row_process import torchrun
+from row_process import Results, load, save, torchrun
 from workload import device_of, job_of, random_batches, timed_steps
 
 LENGTHS = [2**exponent for exponent in range(20, 12, -1)]
@@ -59,8 +58,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "all of these in host memory": _FULL + _TILES + _ACTIVATIONS + _OPTIMIZER,
 }
 """Name: overrides of the configuration."""
-
-Results = dict[str, dict[str, Any]]
 
 
 def search(
@@ -167,9 +164,9 @@ def main() -> None:
             parser.error(f"there are no GPUs here; {refusal}")
         for feature in features:
             _search(feature, options)
-    text = table(_read(options.output))
+    text = table(load(options.output))
     if options.document:
-        options.document.write_text(renewed(options.document.read_text(), {MARK: text}))
+        renew(options.document, {MARK: text})
     print(text)
 
 
@@ -203,7 +200,7 @@ def _search(feature: str, options: argparse.Namespace) -> None:
 
 def _attempt(feature: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """What an attempt gave, now or when it was made."""
-    held = _read(options.output).get(_key(options, feature, length), {})
+    held = load(options.output).get(_key(options, feature, length), {})
     if held and not options.again and not held.get("failed", "").startswith("not tried"):
         return held
     print(f"   {length:,} tokens", flush=True)
@@ -217,7 +214,7 @@ def _attempt(feature: str, length: int, options: argparse.Namespace) -> dict[str
     if reason:
         print(f"   {reason}; see {log}", flush=True)
         _add(options, feature, length, {"failed": reason})
-    return _read(options.output)[_key(options, feature, length)]
+    return load(options.output)[_key(options, feature, length)]
 
 
 def _add(options: argparse.Namespace, feature: str, length: int, found: dict[str, Any]) -> None:
@@ -228,16 +225,11 @@ def _add(options: argparse.Namespace, feature: str, length: int, found: dict[str
     about = {"gpus": options.gpus, "features": feature, "layers": options.layers, "tokens": length}
     about |= {"settings": [*FEATURES[feature], *options.set], "estimated_gib": whole.peak / 2**30}
     about |= {"estimated_host_gib": options.gpus * (whole.states.host + whole.activations.host) / 2**30}
-    results = _read(options.output) | {_key(options, feature, length): about | found}
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    save(load(options.output) | {_key(options, feature, length): about | found}, options.output)
 
 
 def _key(options: argparse.Namespace, feature: str, length: int) -> str:
     return f"{options.gpus} / {feature} / {options.layers} / {length}"
-
-
-def _read(path: Path) -> Results:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

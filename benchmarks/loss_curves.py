@@ -15,17 +15,13 @@ Curves run one after the other through torchrun; one that the output holds is le
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +30,7 @@ from documents import markdown
 from launch.config import load_job
 from launch.data.bigram import conditional_bigram_entropy
 from launch.data.corpora import fresh_cursor, load_corpora, training_batches
+from row_process import Results, load, save, torchrun
 from workload import device_of, timed_steps
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -97,6 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--curves", default="", help="regular expression on the names of curves")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes the job of every curve")
+    parser.add_argument("--timeout", type=float, default=590, help="seconds that one curve may take")
     parser.add_argument("--again", action="store_true", help="run curves anew that the output file holds")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
     parser.add_argument("--document", type=Path, metavar="FOLDER")
@@ -107,25 +105,25 @@ def main() -> None:
         _run(options)
         return
     if options.merge:
-        results = {name: curve for path in [options.output, *options.merge] for name, curve in _read(path).items()}
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        results = {name: curve for path in [options.output, *options.merge] for name, curve in load(path).items()}
+        save(results, options.output)
     elif not (options.document or options.table):
         for name, curve in CURVES.items():
-            if re.search(options.curves, name) and (options.again or name not in _read(options.output)):
+            if re.search(options.curves, name) and (options.again or name not in load(options.output)):
                 _start(name, curve.processes, options)
-    results = _read(options.output)
+    results = load(options.output)
     print(table(results))
     if options.document:
         (options.document / "loss_curves.md").write_text(page(results))
         plot(results, options.document / "loss_curves.svg")
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: Results) -> str:
     """All of docs/loss_curves.md."""
     return f"{PAGE}\n{table(results)}\n"
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Markdown: each curve beside the baseline. Raises ValueError where curves read different corpora."""
     if len({curve["corpus"] for curve in results.values()}) > 1:
         raise ValueError("these curves read different corpora; run them with one Python interpreter's library")
@@ -148,17 +146,17 @@ def table(results: dict[str, Any]) -> str:
     return f"{markdown(columns, lines)}\n\n{remarks}"
 
 
-def differences(results: dict[str, Any], name: str) -> list[float]:
+def differences(results: Results, name: str) -> list[float]:
     """Step by step, from the baseline."""
     pairs = zip(results[name]["losses"], results[BASELINE]["losses"], strict=True)
     return [loss - reference for loss, reference in pairs]
 
 
-def _rms(results: dict[str, Any], name: str) -> float:
+def _rms(results: Results, name: str) -> float:
     return math.sqrt(statistics.mean(difference**2 for difference in differences(results, name)))
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """Curves above, differences from the baseline below with the noise as a band."""
     from matplotlib import pyplot
 
@@ -183,12 +181,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def _start(name: str, processes: int, options: argparse.Namespace) -> None:
     """Starts one curve; its process writes the result."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [__file__, "--curve", name, "--output", str(options.output)]
+    arguments = ["--curve", name, "--output", str(options.output), *(["--set", *options.set] if options.set else [])]
     print(f"-- {name}", flush=True)
-    finished = subprocess.run([*command, *(["--set", *options.set] if options.set else [])])
-    if finished.returncode:
-        print(f"{name} ended with exit status {finished.returncode}", flush=True)
+    log = options.output.with_suffix(f".{re.sub('[^a-z0-9]+', '-', name.lower())}.log")
+    if reason := torchrun(__file__, arguments, processes, log, options.timeout):
+        print(f"{reason}; see {log}", flush=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -212,12 +209,8 @@ def _run(options: argparse.Namespace) -> None:
             "corpus": corpora.training_fingerprint,
             "bigram_entropy": conditional_bigram_entropy(validation.read(0, min(len(validation), 1 << 20))),
         }
-        options.output.write_text(json.dumps(_read(options.output) | {options.curve: about | found}, indent=1) + "\n")
+        save(load(options.output) | {options.curve: about | found}, options.output)
     torch.distributed.destroy_process_group()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from attention_contest import results as book
 from attention_contest.report import all_tables, bars_table, entry_table, grid_table, plot
 from attention_contest.rows import ANCHOR, ONE_GPU, Row, all_rows, bars
-from documents import renewed
+from documents import renew
 
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
 PACKAGES = ["flash-attn", "flash-attn-4", "ring-flash-attn", "yunchang", "triton"]
@@ -152,8 +152,7 @@ def write_report(results: book.Results) -> None:
     """docs/ring_attention_table.md and .svg, and the summaries inside docs/ring_attention.md."""
     (DOCUMENTS / "ring_attention_table.md").write_text(full_table(results))
     plot(results, DOCUMENTS / "ring_attention.svg")
-    page = DOCUMENTS / "ring_attention.md"
-    page.write_text(renewed(page.read_text(), summaries(results)))
+    renew(DOCUMENTS / "ring_attention.md", summaries(results))
 
 
 def full_table(results: book.Results) -> str:

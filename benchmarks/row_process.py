@@ -1,17 +1,38 @@
-"""One measurement in fresh processes, with a time limit: what went wrong with it is a result, not an end."""
+"""One measurement in fresh processes, with a time limit: what went wrong with it is a result, not an end. And the file
+that results are kept in."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+Results = dict[str, dict[str, Any]]
+"""What a file of results holds: of each measurement, by its name, what was found or why it failed."""
+
+
+def load(path: Path) -> Results:
+    """Nothing yet, if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(results: Results, path: Path) -> None:
+    """Replaces the file."""
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def torchrun(
-    script: str, arguments: Sequence[str], processes: int, log: Path, timeout: float, environment: Mapping[str, str]
+    script: str,
+    arguments: Sequence[str],
+    processes: int,
+    log: Path,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
 ) -> str | None:
     """Runs `script` in `processes` processes of this node, all output to `log`, and prints its "step ..." lines.
 
@@ -23,7 +44,7 @@ def torchrun(
             [*command, script, *arguments],
             stdout=written,
             stderr=subprocess.STDOUT,
-            env=os.environ | environment,
+            env=os.environ | (environment or {}),
         )
         try:
             status: int | str = process.wait(timeout)

@@ -10,20 +10,18 @@ Measured steps: docs/throughput.json. Nothing is fitted to them.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attention_contest.results import finished, load, runs_of, share_of_ideal
 from attention_contest.rows import ONE_GPU, Row
-from documents import markdown, renewed
+from documents import markdown, print_or_renew
 from launch.config import load_job
 from step_time import Machine, Step, head_flops, product_flops, step_of
 from workload import CONFIG, job_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-DOCUMENT = DOCS / "scaling.md"
 
 
 def load_machine() -> Machine:
@@ -141,13 +139,5 @@ def tables() -> dict[str, str]:
     return {f"scaling_model.py: {name}": table for name, table in made.items()}
 
 
-def main() -> None:
-    """Prints the tables, or with --write renews the document."""
-    if sys.argv[1:] == ["--write"]:
-        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), tables()))
-    else:
-        print(*tables().values(), sep="\n\n")
-
-
 if __name__ == "__main__":
-    main()
+    print_or_renew(DOCS / "scaling.md", tables())

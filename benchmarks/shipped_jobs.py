@@ -6,12 +6,11 @@ python benchmarks/shipped_jobs.py --write    # renew it in the document
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from itertools import groupby
 from pathlib import Path
 
-from documents import markdown, renewed
+from documents import markdown, print_or_renew
 from launch.config import JobConfig, load_job
 from launch.memory.footprint import footprint
 from launch.memory.recompute_plan import recompute_plan
@@ -60,7 +59,4 @@ def _row(name: str, gpus: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), {MARK: table()}))
-    else:
-        print(table())
+    print_or_renew(DOCUMENT, {MARK: table()})

@@ -6,10 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from documents import markdown, renewed
+from documents import markdown, renew
+from row_process import Results
 
 Row = dict[str, Any]
-Results = dict[str, Row]
 MARK = "train_throughput.py"
 _COLOURS = {"ringzero": "tab:blue", "torchtitan": "tab:orange", "huggingface": "tab:green"}
 _COLUMNS = ["row", "layers", "tokens/s/GPU", "over the first", "MFU, causal", "MFU, full", "peak GiB"]
@@ -115,8 +115,7 @@ def tables(results: Results) -> str:
 
 def write_document(results: Results, folder: Path) -> None:
     """Renews the tables in `folder`/throughput.md and the plot beside it."""
-    page = folder / "throughput.md"
-    page.write_text(renewed(page.read_text(), {MARK: tables(results)}))
+    renew(folder / "throughput.md", {MARK: tables(results)})
     plot(results, folder / "throughput.svg")
 
 

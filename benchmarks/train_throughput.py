@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
 import time
@@ -33,7 +32,7 @@ import torch
 
 import ringzero_row
 from launch.config import JobConfig
-from row_process import torchrun
+from row_process import Results, load, save, torchrun
 from throughput_report import comparison, table, write_document
 from workload import device_of, job_of
 
@@ -91,11 +90,8 @@ ROWS: dict[str, Row] = {
     "Hugging Face 8k, full, flash-attn 2": _hugging_face(_FULL, "model.attention_backend=flash_attn_2"),
     "Hugging Face 8k, no recomputation": _hugging_face(_NONE),
 }
-_ENVIRONMENT = {
-    # Its own start script sets this, and so does ours (`launch.environment`).
-    "torchtitan": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
-    "ringzero": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
-}
+_EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""torchtitan's own start script sets this, and so does ours (`launch.environment`)."""
 
 
 def measure(row: Row, job: JobConfig, steps: int) -> dict[str, Any]:
@@ -124,20 +120,20 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = _read(options.output)
+    results = load(options.output)
     if options.row:
         _measure_row(options)
     elif options.merge or options.document or options.table:
         for other in options.merge:
-            results |= _read(other)
+            results |= load(other)
         if options.merge:
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            save(results, options.output)
         if options.document:
             write_document(results, options.document)
         print(table(results), comparison(results), sep="\n\n")
     else:
         _drive(options, results)
-        results = _read(options.output)
+        results = load(options.output)
         print(table(results), comparison(results), sep="\n\n")
 
 
@@ -153,7 +149,7 @@ def _measure_row(options: argparse.Namespace) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _drive(options: argparse.Namespace, results: dict[str, Any]) -> None:
+def _drive(options: argparse.Namespace, results: Results) -> None:
     """Measures the rows that are asked for and not held yet, the run's anchor first."""
     held = {row["row"] for row in results.values() if row["layers"] == options.layers}
     wanted = [row for row in ROWS if re.search(options.rows, row) and (options.again or row not in held)]
@@ -169,7 +165,7 @@ def _start(row: str, options: argparse.Namespace) -> None:
     arguments = ["--row", row, "--output", str(options.output), "--layers", str(options.layers)]
     arguments += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
     print(f"-- {row}, {options.layers} layers", flush=True)
-    log, environment = options.output.with_suffix(".log"), _ENVIRONMENT.get(ROWS[row].system, {})
+    log, environment = options.output.with_suffix(".log"), _EXPANDABLE if ROWS[row].system != "huggingface" else None
     reason = torchrun(__file__, arguments, torch.cuda.device_count() or 2, log, options.timeout, environment)
     if reason:
         kept = log.with_suffix(f".{re.sub('[^a-z0-9]+', '-', row.lower())}.log")
@@ -182,8 +178,7 @@ def _add(options: argparse.Namespace, row: str, found: dict[str, Any]) -> None:
     """Writes a row into the output file."""
     about = {"row": row, "run": _run_id(), "system": ROWS[row].system, "settings": [*options.set, *ROWS[row].settings]}
     about["measured"] = datetime.now(UTC).isoformat(timespec="seconds")
-    results = _read(options.output) | {_key(options, row): about | found}
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    save(load(options.output) | {_key(options, row): about | found}, options.output)
 
 
 def _key(options: argparse.Namespace, row: str) -> str:
@@ -193,10 +188,6 @@ def _key(options: argparse.Namespace, row: str) -> str:
 def _run_id() -> str:
     """One start of one machine: its GPUs and their clocks do not change within it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":
