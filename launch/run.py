@@ -22,7 +22,7 @@ from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
 from launch.inference.cache_room import CacheTooLarge, free_memory
 from launch.inference.sample import check_sample_fits, sample_prompt, write_sample
-from launch.monitoring.monitor import Monitor, SilentMonitor
+from launch.monitoring.monitor import Monitor
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.throughput import Throughput
 from launch.rendezvous import NobodyMet, join_world
@@ -195,7 +195,7 @@ def _data_log(
 
 def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:
     if place.rank:
-        return SilentMonitor()
+        return Monitor()
     with writing_into(job.run_path):
         (job.run_path / RUN_FILE).write_text(job.to_yaml())
     return RunMonitor(

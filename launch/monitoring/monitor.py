@@ -1,10 +1,9 @@
-"""What the trainer tells, whoever listens: rank 0 has a `launch.monitoring.run_monitor`, the others a SilentMonitor."""
+"""What the trainer tells, whoever listens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy.typing as npt
 
@@ -34,13 +33,14 @@ class StepRecord:
     """More training scalars by name, as the loss scale."""
 
 
-class Monitor(Protocol):
-    """What the trainer calls on every rank."""
+class Monitor:
+    """What the trainer calls on every rank. Rank 0 has a `launch.monitoring.run_monitor`; this one says nothing."""
 
     def advance(self, step: int) -> None:
         """Step `step` is done: moves the bar, needs no value from the device."""
 
-    def log_step(self, record: StepRecord) -> None: ...
+    def log_step(self, record: StepRecord) -> None:
+        """What a step gave, since the record before."""
 
     def log_validation(self, step: int, loss: float, extra: Mapping[str, float]) -> None:
         """The validation loss after `step` updates, and scalars to stand beside it."""
@@ -56,28 +56,3 @@ class Monitor(Protocol):
 
     def close(self) -> None:
         """Flushes everything; may be called twice."""
-
-
-class SilentMonitor:
-    """Every rank but the first."""
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def log_step(self, record: StepRecord) -> None:
-        pass
-
-    def log_validation(self, step: int, loss: float, extra: Mapping[str, float]) -> None:
-        pass
-
-    def log_histograms(self, step: int, values: Mapping[str, npt.ArrayLike]) -> None:
-        pass
-
-    def text(self, tag: str, text: str) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

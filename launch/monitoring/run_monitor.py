@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from launch.monitoring.monitor import StepRecord
+from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.step_lines import StepLines
 from launch.monitoring.throughput import Throughput
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class RunMonitor:
+class RunMonitor(Monitor):
     """Writes under run_directory: metrics.jsonl, and TensorBoard events in tensorboard/.
 
     A sink that fails to write (a full disk) is given up with one message: monitoring never stops a training.
