@@ -1,4 +1,4 @@
-"""From texts to token ids, for corpora: a Hugging Face tokenizer, or the bytes themselves."""
+"""From texts to token ids and back: a Hugging Face tokenizer, or the bytes themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BYTES = "bytes"
 
 
 class Encoder(Protocol):
-    """What makes token ids of texts."""
+    """What makes token ids of texts, and texts of token ids."""
 
     dtype: np.dtype
     """Of the tokens in a corpus."""
@@ -38,6 +38,12 @@ class Encoder(Protocol):
 
     def token_id(self, token: str) -> int:
         """Raises CorpusError where there is no such token."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text that is to be gone on with: with the special tokens before it, without those after it."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of these tokens; special ones are not shown."""
 
 
 class ByteEncoder:
@@ -62,6 +68,13 @@ class ByteEncoder:
                 f"{token!r} is no byte, and with the tokenizer {BYTES} a token is one; name one character"
             )
         return token.encode()[0]
+
+    def prompt(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Bytes that form no character are shown as the replacement character."""
+        return bytes(token for token in tokens if token < self.vocab_size).decode(errors="replace")
 
 
 class TokenizerEncoder:
@@ -97,6 +110,18 @@ class TokenizerEncoder:
         if found is None:
             raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
         return int(found)
+
+    def prompt(self, text: str) -> list[int]:
+        encoded = self._tokenizer.encode(text)
+        ids = list(encoded.ids)
+        for special in reversed(encoded.special_tokens_mask):
+            if not special or len(ids) == 1:
+                break
+            ids.pop()
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
 
 
 def read_tokenizer(path: str) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ import torch
 
 from launch.config import JobConfig
 from launch.data.corpus import CorpusError
-from launch.data.text_codec import TextCodec, text_codec
+from launch.data.encoders import Encoder, encoder_of
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, RUN_FILE, WeightsError, stored_model
 from model.attention import AttentionFunction, KernelAttention
@@ -58,17 +58,17 @@ def load_model(folder: Path, step: int | None, mesh: ParallelMesh, device: torch
     return model.eval().requires_grad_(False)
 
 
-def codec_of(folder: Path) -> TextCodec:
-    """Between text and the tokens that the weights in `folder` were trained on. Raises WeightsError."""
+def tokenizer_of(folder: Path) -> Encoder:
+    """That of the tokens that the weights in `folder` were trained on. Raises WeightsError."""
     beside = folder / COMPANION_FOLDER / "tokenizer.json"
     configured = str(beside)
     if (folder / RUN_FILE).is_file():
         configured = JobConfig.of_run(folder).data.tokenizer
     try:
-        return text_codec(configured)
+        return encoder_of(configured)
     except CorpusError as error:
         if beside.is_file() and configured != str(beside):
-            return text_codec(str(beside))
+            return encoder_of(str(beside))
         raise WeightsError(f"{error}; put the tokenizer there that the model in {folder} was trained with") from error
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.data.corpus import Corpus, CorpusError
-from launch.data.text_codec import text_codec
+from launch.data.encoders import encoder_of
 from launch.inference.cache_room import check_cache_fits
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device
@@ -24,7 +24,7 @@ def sample_prompt(job: JobConfig, validation: Corpus) -> list[int]:
     writes no sample. Raises CorpusError."""
     if job.training.sample_tokens == 0:
         return []
-    prompt = text_codec(job.data.tokenizer).encode(job.training.sample_prompt) or validation.read(0, 1).tolist()
+    prompt = encoder_of(job.data.tokenizer).prompt(job.training.sample_prompt) or validation.read(0, 1).tolist()
     if max(prompt) >= job.model.vocab_size:
         raise CorpusError(
             f"training.sample_prompt has token id {max(prompt)} (data.tokenizer: {job.data.tokenizer}), beyond "
@@ -49,7 +49,7 @@ def check_sample_fits(job: JobConfig, prompt: list[int], mesh: ParallelMesh, dev
 
 def write_sample(job: JobConfig, prompt: list[int], mesh: ParallelMesh, engine: ZeroEngine) -> str:
     """What the trained model writes after the prompt. Collective."""
-    codec, length = text_codec(job.data.tokenizer), job.training.sequence_length
+    tokenizer, length = encoder_of(job.data.tokenizer), job.training.sequence_length
     dtype = DTYPES[job.resolve_precision(engine.device.type)]
     model = engine.model
     assert isinstance(model, GPT)
@@ -66,4 +66,4 @@ def write_sample(job: JobConfig, prompt: list[int], mesh: ParallelMesh, engine: 
         multiple_of=mesh.tp_size if job.sequence_parallel else 1,
     )
     engine.train()
-    return f"sample ({counted(len(written), 'token')}):\n{codec.decode(prompt + written)}"
+    return f"sample ({counted(len(written), 'token')}):\n{tokenizer.decode(prompt + written)}"

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from launch.broken_pipe import exit_on_broken_pipe
-from launch.data.text_codec import TextCodec
+from launch.data.encoders import Encoder
 from launch.environment import Place
 from launch.inference.cache_room import check_cache_fits, free_memory
 from launch.inference.generation import generate
-from launch.inference.model import attention_on_one_device, codec_of, end_tokens, load_model
+from launch.inference.model import attention_on_one_device, end_tokens, load_model, tokenizer_of
 from launch.inference.sampling import Sampling
 from launch.plurals import counted
 from launch.precision import DTYPES, Precision, resolve_precision
@@ -46,8 +46,8 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     join_world(device.type, place)
     mesh = ParallelMesh.create(MeshShape.fit(place.world_size, place.world_size, 1))
     dtype = DTYPES[resolve_precision(request.precision, device.type)]
-    codec, ends = codec_of(request.folder), end_tokens(request.folder)
-    prompts = [codec.encode(prompt) for prompt in request.prompts]
+    tokenizer, ends = tokenizer_of(request.folder), end_tokens(request.folder)
+    prompts = [tokenizer.prompt(prompt) for prompt in request.prompts]
     model = load_model(request.folder, request.step, mesh, device, dtype)
     _check_prompts(prompts, model.config.vocab_size)
     check_cache_fits(
@@ -61,7 +61,7 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     )
 
     def finished(row: int, tokens: list[int]) -> bool:
-        return tokens[-1] in ends or _first_stop(codec.decode(tokens), request.stops) is not None
+        return tokens[-1] in ends or _first_stop(tokenizer.decode(tokens), request.stops) is not None
 
     start = time.perf_counter()
     written = generate(
@@ -78,7 +78,7 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     if place.rank == 0:
         with exit_on_broken_pipe():
             for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
-                _print(request, number, prompt, tokens, codec, ends)
+                _print(request, number, prompt, tokens, tokenizer, ends)
         count = sum(map(len, written))
         print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     dist.barrier()
@@ -102,10 +102,10 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def _print(
-    request: Request, number: int, prompt: str, tokens: list[int], codec: TextCodec, ends: frozenset[int]
+    request: Request, number: int, prompt: str, tokens: list[int], tokenizer: Encoder, ends: frozenset[int]
 ) -> None:
     ended = "end token" if tokens[-1] in ends else "length"
-    text = codec.decode(tokens[:-1] if tokens[-1] in ends else tokens)
+    text = tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens)
     stop = _first_stop(text, request.stops)
     if stop is not None:
         text, ended = text[:stop], "stop"

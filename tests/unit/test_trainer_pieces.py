@@ -14,7 +14,7 @@ import tokenizers
 import torch
 
 from launch.data.batches import MicroBatch
-from launch.data.text_codec import text_codec
+from launch.data.encoders import encoder_of
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
@@ -186,12 +186,12 @@ def test_a_failure_is_told_once_a_node_and_by_rank_0_first(
 
 
 def test_bytes_go_out_and_come_back() -> None:
-    codec = text_codec("bytes")
+    tokenizer = encoder_of("bytes")
     text = "def naïve(): return '∑'\n"
-    assert codec.encode(text) == list(text.encode()) and codec.decode(codec.encode(text)) == text
-    assert codec.decode([0x61, 0xE2, 0x88]) == "a\ufffd"  # a character cut short
-    assert codec.decode([0x61, 300, 0x62]) == "ab"  # rows of the vocabulary beyond the bytes
-    assert codec.encode("") == []
+    assert tokenizer.prompt(text) == list(text.encode()) and tokenizer.decode(tokenizer.prompt(text)) == text
+    assert tokenizer.decode([0x61, 0xE2, 0x88]) == "a\ufffd"  # a character cut short
+    assert tokenizer.decode([0x61, 300, 0x62]) == "ab"  # rows of the vocabulary beyond the bytes
+    assert tokenizer.prompt("") == []
 
 
 def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
         single="[BOS] $A [BOS]", special_tokens=[("[BOS]", 0)]
     )
     words.save(str(tmp_path / "tokenizer.json"))
-    codec = text_codec(str(tmp_path / "tokenizer.json"))
-    assert codec.encode("two one") == [0, 2, 1], "and does not end as one"
-    assert codec.encode("") == [0]
-    assert codec.decode([0, 2, 1]) == "two one"
+    tokenizer = encoder_of(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.prompt("two one") == [0, 2, 1], "and does not end as one"
+    assert tokenizer.prompt("") == [0]
+    assert tokenizer.decode([0, 2, 1]) == "two one"
 
 
 # -- what came of a step ---------------------------------------------------------------------------------------------
