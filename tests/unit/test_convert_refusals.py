@@ -15,7 +15,7 @@ from torch import Tensor
 from launch.config import load_job
 from launch.convert import from_hf, main, to_hf
 from launch.data.run_record import RunRecord
-from launch.inference.model import codec_of
+from launch.inference.model import tokenizer_of
 from launch.settings.violations import ConfigError
 from launch.train import quickstart
 from launch.weights.hugging_face import UnsupportedModel
@@ -130,7 +130,7 @@ def test_a_key_of_another_version_is_named_with_its_file_and_remedy(section: str
     text = load_job(quickstart()).to_yaml()
     (tmp_path / "config.yaml").write_text(text.replace(f"{section}:\n", f"{section}:\n  gone: 3\n", 1))
     said = said.format(remedy="In the file of a run it is a key of another version of this program: remove the line")
-    readers: list[Callable[[Path], object]] = [codec_of, open_weights, RunRecord.read]
+    readers: list[Callable[[Path], object]] = [tokenizer_of, open_weights, RunRecord.read]
     for read in readers:
         with pytest.raises(ValueError, match=rf"config.yaml(.|\n)*{section}.gone(.|\n)* remove the line"):
             read(tmp_path)

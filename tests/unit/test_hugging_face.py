@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
-from launch.inference.model import codec_of
+from launch.inference.model import tokenizer_of
 from launch.weights.hugging_face import UnsupportedModel, config_for, model_from
 from launch.weights.initial_weights import _unused_tokenizer
 from launch.weights.safetensors_folder import SINGLE, ShardWriter
@@ -103,9 +103,9 @@ def test_bytes_go_to_transformers_and_come_back(tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert theirs.encode(text) == list(text.encode()) and theirs.decode(list(text.encode())) == text
     assert from_hf(tmp_path / "theirs", tmp_path / "ours").endswith("data.tokenizer=bytes")
-    codec, halved = codec_of(tmp_path / "ours"), [*text.encode(), 0xE9, 0x20, 0xFF, 299]
-    assert codec.encode(text) == list(text.encode())
-    assert codec.decode(halved) == codec_of(run).decode(halved) == f"{text}\ufffd \ufffd"
+    tokenizer, halved = tokenizer_of(tmp_path / "ours"), [*text.encode(), 0xE9, 0x20, 0xFF, 299]
+    assert tokenizer.prompt(text) == list(text.encode())
+    assert tokenizer.decode(halved) == tokenizer_of(run).decode(halved) == f"{text}\ufffd \ufffd"
     assert sorted(theirs.convert_tokens_to_ids(list(theirs.get_vocab()))) == list(range(256))
     assert _unused_tokenizer(job, tmp_path / "ours") == ""
     indexed = BYTE_JOB.replace("source: python_stdlib", "source: indexed, blend: [{path: unknown}]")
