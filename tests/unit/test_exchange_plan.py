@@ -59,6 +59,7 @@ def filled_buffers(plans: list[ExchangePlan], problem: Problem) -> list[np.ndarr
             assert pieces == plans[peer].sends[rank], "receiver and sender must plan the same pieces in the same order"
             for piece in pieces:
                 sent = buffers[peer][piece.owner_index : piece.owner_index + piece.length]
+                assert (positions_of(peer, problem)[piece.local] == sent).all()
                 into = slice(piece.receiver_index, piece.receiver_index + piece.length)
                 assert (buffers[rank][into] == -1).all(), "a place is filled twice"
                 buffers[rank][into] = sent
@@ -123,7 +124,12 @@ def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     total = np.zeros((length, length), dtype=int)
     for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
         assert (buffer >= 0).all(), "a place of the buffer stays empty"
-        count = covered(plan, buffer, positions_of(rank, problem), length, window)
+        mine = positions_of(rank, problem)
+        for call in plan.calls:
+            assert call.remote == (not np.isin(buffer[call.k_start : call.k_stop], mine).all())
+        keys = [(call.k_stop - call.k_start) * call.remote for call in plan.calls]
+        assert keys == sorted(keys, reverse=True), "what travels farthest comes first"
+        count = covered(plan, buffer, mine, length, window)
         np.add.at(total, (slice(None), buffer), count)
     assert (total == dense_mask(length, window, problem.boundaries)).all()
 
@@ -139,7 +145,7 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
         heard.append(covered(plan, buffer, positions_of(rank, problem), problem.length, problem.window))
         if plan.twice is not None:
             first, second = plan.twice
-            assert (buffer[first] == buffer[second]).all()
+            assert first.start < first.stop and (buffer[first] == buffer[second]).all()
             heard[rank][:, first] += heard[rank][:, second]
     total = np.zeros((problem.length, problem.length), dtype=int)
     for rank, plan in enumerate(plans):
@@ -155,11 +161,15 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
 @given(problems())
 @example(Problem(3, 12, None, None, [[(0, 4)], [(4, 7), (11, 12)], [(7, 11)]], joined=True))  # seven keys: too many
 def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
-    room = buffer_room(problem.length, problem.size, problem.joined)
-    for plan in plans_of(problem):
-        assert max(plan.buffer_length, plan.largest_buffer) <= room
+    plans = plans_of(problem)
+    largest = max(plan.buffer_length for plan in plans)
+    assert largest <= problem.length + problem.joined * problem.length // problem.size
+    for plan in plans:
+        assert plan.largest_buffer == largest
         if not problem.joined:
             assert plan.twice is None
+            if problem.boundaries is None:  # such calls go to kernels that know no variable lengths, too
+                assert all(call.query_bounds is None and call.key_bounds is None for call in plan.calls)
         elif problem.parts == zigzag_parts(problem.length, problem.size):
             assert len(plan.calls) == 1
 
@@ -199,7 +209,9 @@ def test_bytes_follow_the_documents_and_the_window() -> None:
 
 
 def test_the_last_rank_makes_one_call() -> None:
-    assert [len(exchange_plan(64, 4, rank).calls) for rank in range(4)] == [2, 2, 2, 1]
+    plans = [exchange_plan(64, 4, rank) for rank in range(4)]
+    assert [len(plan.calls) for plan in plans] == [2, 2, 2, 1]
+    assert max(plan.buffer_length for plan in plans) == buffer_room(64, 4, joined=False)
 
 
 def test_one_call_for_both_chunks() -> None:
@@ -225,6 +237,7 @@ def test_short_calls_are_joined() -> None:
         plans = [exchange_plan(2 * tokens, 2, rank, parts=parts, joined=True) for rank in (0, 1)]
         assert parts != zigzag_parts(2 * tokens, 2) and [len(plan.calls) for plan in plans] == [1, 1]
     assert not any(one_call_is_faster(heads, tokens) for heads, tokens in ((32, 8192), (32, 16384), (8, 16384)))
+    assert one_call_is_faster(16, 8192) and not one_call_is_faster(1, 8194)  # "longer ones however few the heads"
 
 
 def test_chunks_whose_documents_keep_their_keys_apart_share_a_call() -> None:

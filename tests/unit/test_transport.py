@@ -26,6 +26,8 @@ from parallel.transport import SymmetricTransport
 Operation = tuple[Any, ...]
 LIKE = torch.empty(0, dtype=torch.float32)
 SHAPE = (4,)
+PAD = 1000
+"""Bytes from one rank's flags to the next's."""
 
 
 class Stream:
@@ -84,6 +86,8 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
 
     def issue_batch(batch: Batch, stream: Stream) -> None:
         for writes, address, value in batch.operations:
+            pad, inside = divmod(address, PAD)
+            assert 0 <= pad < size and inside in range(0, 8 * slots * size, 4), "no flag of any rank's memory"
             stream.issue("write" if writes else "wait", address, value)
 
     @contextmanager
@@ -101,7 +105,7 @@ def issue(rank: int, size: int, waits: list[int | None], slots: int = 4, capturi
         empty_cache=lambda: None,
     )
     handle = SimpleNamespace(
-        signal_pad_ptrs=[1000 * pad for pad in range(size)],
+        signal_pad_ptrs=[PAD * rank for rank in range(size)],
         get_buffer=lambda owner, shape, dtype, start: Memory(owner, start * dtype.itemsize // 512),
     )
     with pytest.MonkeyPatch.context() as patch:
