@@ -46,7 +46,7 @@ def ring_plan(
     `boundaries` are one row's document boundaries, 0 = b0 < b1 < ... < S, in positions of the full sequence.
     """
     size, local_length = context_parallel_size, sequence_length // context_parallel_size
-    if window is None and boundaries is None and size > 1:
+    if window is None and boundaries is None:
         return _plain_causal(local_length, size, cp_rank)
     bounds = [0, sequence_length] if boundaries is None else list(boundaries)
     chunk = sequence_length // (2 * size) if size > 1 else sequence_length
@@ -95,7 +95,7 @@ def _block(q_first: int, k_first: int, chunk: int, window: int | None, bounds: l
     if window is not None:
         k_start = max(k_start, q_first - window + 1)
         q_stop = min(q_stop, k_stop - 1 + window)
-        if k_start >= k_stop or q_stop <= q_first:
+        if k_start >= k_stop:
             return None
         if q_stop - 1 - k_start < window:
             window = None  # every pair left is inside the window

@@ -30,7 +30,7 @@ Part = list[tuple[int, int]]
 _STEPS = 128
 """So finely a balanced cut is chosen, in parts of a rank's tokens."""
 _TILE = 128
-"""Kernels compute tiles: a token costs about as much as this many pairs whatever it sees."""
+"""Tokens of the tiles that kernels compute."""
 _SECOND_CHUNK, _SECOND_CHUNK_TOKENS = 10_000, 8192
 """Pairs that a rank's second chunk costs beside its own, for each token of a chunk, up to so many, and divided by the
 query heads: about 0.6 of a tile of 128 keys on each of an H200's 132 multiprocessors, which idle while a kernel, or a
@@ -154,7 +154,8 @@ def _cut_off(boundaries: Sequence[int], window: int | None) -> Callable[[int], i
 
 
 def _work(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]:
-    """A function: the work of all queries before a position."""
+    """A function: the work of all queries before a position, in pairs of query and key. What a token costs whatever it
+    sees is left out: every rank has as many."""
 
     def pairs(tokens: int) -> int:
         reach = min(tokens, window or tokens)
@@ -163,8 +164,8 @@ def _work(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]
     before = [0, *accumulate(pairs(end - start) for start, end in pairwise(boundaries))]
 
     def work(position: int) -> int:
-        number = min(bisect_right(boundaries, position), len(boundaries) - 1) - 1
-        return before[number] + pairs(position - boundaries[number]) + _TILE * position
+        number = bisect_right(boundaries, position) - 1
+        return before[number] + pairs(position - boundaries[number])
 
     return work
 

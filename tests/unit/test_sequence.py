@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +13,7 @@ from parallel.sequence import (
     balanced_parts,
     causal_parts,
     check_sequence_length,
+    check_sequence_parallel,
     chunk_starts,
     document_rows,
     shard_sequence,
@@ -99,11 +102,43 @@ def test_documents_balance(size: int, window: int | None) -> None:
     assert sorted(np.concatenate(list(map(tokens_of, parts))).tolist()) == list(range(length))
     assert {len(tokens_of(part)) for part in parts} == {length // size}
     assert all(1 <= len(part) <= 2 for part in parts)
-    if size == 2:
-        every = [[[(0, left), (1024 + left, 2048)], [(left, 1024 + left)]] for left in range(0, 1025, 16)]
-        costs = [cost_of(cut, boundaries, window or length) for cut in every]
-        assert cost_of(parts, boundaries, window or length) <= 1.01 * min(costs)
-        assert cost_of(zigzag_parts(length, size), boundaries, window or length) > 1.1 * min(costs)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("boundaries", [[0, 37, 38, 380, 700, 1123, 2048], [0, 37, 2048]])
+def test_no_cut_in_two_costs_much_less(boundaries: list[int], window: int | None) -> None:
+    """Whether there are ends of documents to cut at, or none where it helps."""
+    every = [[[(0, left), (1024 + left, 2048)], [(left, 1024 + left)]] for left in range(0, 1025, 16)]
+    costs = [cost_of(cut, boundaries, window or 2048) for cut in every]
+    assert cost_of(balanced_parts(2048, 2, boundaries, window), boundaries, window or 2048) <= 1.01 * min(costs)
+    if len(boundaries) > 3:
+        assert cost_of(zigzag_parts(2048, 2), boundaries, window or 2048) > 1.1 * min(costs)
+
+
+def test_long_documents_are_not_cut_where_short_ones_can_be() -> None:
+    """Of three ranks: 12 tokens to a document up to the middle, 1,001 behind it."""
+    length = 8192
+    middle = 3 * length // 2
+    boundaries = [*range(0, middle, 12), *range(middle, 3 * length, 1001), 3 * length]
+    for part in balanced_parts(3 * length, 3, boundaries):
+        for start, _ in part:
+            assert start - max(bound for bound in boundaries if bound <= start) < 12
+
+
+def test_lengths_whose_parts_do_not_cut_for_sequence_parallelism() -> None:
+    """The lengths offered are the next ones that both checks let pass."""
+    for ranks in ((1, 3), (1, 4), (2, 3), (4, 2)):
+        bad = 3 * 4 * 24 + 1
+        with pytest.raises(ValueError, match="sequence_parallel; nearest valid lengths: ") as caught:
+            check_sequence_parallel(bad, *ranks)
+        offered = [int(number) for number in re.findall(r"lengths: (\d+), (\d+);", str(caught.value))[0]]
+        valid = [tokens for tokens in range(2, 2 * bad) if tokens % math.prod(ranks) == 0 and cuts(tokens, ranks[0])]
+        assert offered == [max(one for one in valid if one < bad), min(one for one in valid if one > bad)]
+        check_sequence_parallel(offered[0], *ranks)
+
+
+def cuts(length: int, size: int) -> bool:
+    return size == 1 or length % (2 * size) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -126,6 +161,25 @@ def test_the_last_rank_makes_up_for_the_others_second_chunks(length: int, heads:
     parts = causal_parts(2 * length, 2, heads)
     assert cost(parts) <= min(map(cost, every)) + 1
     assert parts in every or parts == [[(length, 2 * length)], [(0, length)]]
+
+
+@pytest.mark.parametrize("heads", [8, 32])
+def test_three_ranks_share_the_work_as_well_as_any_cut_by_tiles(heads: int) -> None:
+    length = 1024
+
+    def pieces(low: int, high: int, left: int) -> list[tuple[int, int]]:
+        return [(low, low + left), (high - length + left, high)]
+
+    def busiest(parts: list[list[tuple[int, int]]]) -> float:
+        second = [10_000 * (length // 2) / heads * (len(part) == 2 and part[0][1] < part[1][0]) for part in parts]
+        return max((tokens_of(part) + 1).sum() + more for part, more in zip(parts, second, strict=True))
+
+    every = [
+        [pieces(0, 3072, one), pieces(one, 2048 + one, two), [(one + two, 1024 + one + two)]]
+        for one in range(0, length, 128)
+        for two in range(0, length, 128)
+    ]
+    assert busiest(causal_parts(3 * length, 3, heads)) == min(map(busiest, every))
 
 
 def test_measured_shapes_are_cut_by_a_tile_or_two() -> None:
