@@ -22,6 +22,7 @@ from launch.config import JobConfig, load_job
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.monitoring.throughput import Throughput
+from model.attention import attention_of_blocks
 from model.gpt import GPT
 from parallel.materialize import fill
 from parallel.peer_memory import peer_memory_allocated
@@ -76,7 +77,7 @@ class FirstWeights:
 
     def __init__(self, job: JobConfig) -> None:
         with torch.device("meta"):
-            self._ours = GPT(job.model, attend=lambda q, k, v, documents: q)
+            self._ours = GPT(job.model, attention_of_blocks(job.model, lambda window: lambda q, k, v, documents: q))
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._ours.named_parameters()}
         self._seed = job.job.seed
 

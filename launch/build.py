@@ -17,7 +17,7 @@ from launch.config import JobConfig
 from launch.context_plan import ContextPlan, context_plan
 from launch.memory.recompute_plan import recompute_plan
 from launch.precision import BYTES, DTYPES
-from model.attention import AttentionFunction, KernelAttention
+from model.attention import AttentionFunction, attention_of_blocks, kernel_attention
 from model.gpt import GPT
 from model.kernels import AttentionKernel, AttentionOperator, KernelOperator, KernelUnavailable, select_kernel
 from parallel.activation_offload import ActivationOffload
@@ -50,8 +50,8 @@ def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroS
     )
 
 
-def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[AttentionFunction, str]:
-    """The attention seam for this mesh, and a sentence saying which kernel serves it and why."""
+def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[list[AttentionFunction], str]:
+    """Each block's side of the attention seam for this mesh, and a sentence saying which kernel serves it and why."""
     config = job.model
     kernel, reason = select_kernel(
         config.attention_backend,
@@ -64,61 +64,59 @@ def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) ->
         deterministic=job.training.deterministic,
     )
     if mesh.cp_size == 1:
-        return KernelAttention(kernel, config, deterministic=job.training.deterministic), reason
+        return kernel_attention(kernel, config, deterministic=job.training.deterministic), reason
     plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
     assert plan is not None
-    attend, transport_note = context_attention(
-        plan,
-        mesh,
-        kernel,
-        device,
-        scale=config.head_dim**-0.5,
-        window=config.sliding_window,
-        deterministic=job.training.deterministic,
-        recorded=job.parallel.context_parallel_graphs,
-    )
-    return attend, f"{reason}; {plan.mode}, {transport_note}: {plan.reason}"
+    attention, transport_note = context_attention(job, plan, mesh, kernel, device)
+    return attention, f"{reason}; {plan.mode}, {transport_note}: {plan.reason}"
 
 
 def context_attention(
-    plan: ContextPlan,
-    mesh: ParallelMesh,
-    kernel: AttentionKernel,
-    device: torch.device,
-    *,
-    scale: float,
-    window: int | None,
-    deterministic: bool,
-    recorded: bool,
-) -> tuple[AttentionOperator, str]:
-    """The operator that `plan` describes, and how its ranks reach each other. Collective over the mesh."""
+    job: JobConfig, plan: ContextPlan, mesh: ParallelMesh, kernel: AttentionKernel, device: torch.device
+) -> tuple[list[AttentionFunction], str]:
+    """Each block's operator as `plan` describes it, and how its ranks reach each other. Collective over the mesh."""
+    config, recorded = job.model, job.parallel.context_parallel_graphs
     by_heads, by_keys = mesh.split_context(plan.by_heads, device)
-    settings: dict[str, Any] = {"scale": scale, "window": window, "deterministic": deterministic}
 
-    def operator() -> tuple[AttentionOperator, Transport]:
+    def transports() -> tuple[Transport, Transport]:
+        """For keys and for heads. All blocks share them: they attend one after the other."""
+        of_keys = make_transport(by_keys, device)
+        return of_keys, make_transport(by_heads, device) if plan.by_heads > 1 else of_keys
+
+    def operator(window: int | None, of_keys: Transport, of_heads: Transport) -> AttentionOperator:
         attend: AttentionOperator
-        transport = make_transport(by_keys, device)
+        settings: dict[str, Any] = {
+            "scale": config.head_dim**-0.5,
+            "window": window,
+            "deterministic": job.training.deterministic,
+        }
         if plan.by_keys == 1:
             attend = KernelOperator(kernel, **settings)
         elif plan.keys == "ring":
             attend = RingAttention(by_keys, kernel, **settings)
         else:
             attend = ExchangeAttention(
-                transport, kernel, balanced=plan.balanced, keep_gathered=plan.keep_gathered, **settings
+                of_keys,
+                kernel,
+                balanced=plan.balanced,
+                cut_by_window=config.widest_window == window,
+                keep_gathered=plan.keep_gathered,
+                **settings,
             )
-        if plan.by_heads > 1:
-            transport = make_transport(by_heads, device)
-            attend = UlyssesAttention(transport, attend, head_groups=plan.head_groups)
-        return attend, transport
+        return UlyssesAttention(of_heads, attend, head_groups=plan.head_groups) if plan.by_heads > 1 else attend
 
-    attend, transport = operator()
+    plain = transports()
+    name = plain[1].name
     if not recorded:
-        return attend, transport.name
-    if not isinstance(transport, SymmetricTransport):
+        return attention_of_blocks(config, lambda window: operator(window, *plain)), name
+    if not isinstance(plain[1], SymmetricTransport):
         raise KernelUnavailable(
             "parallel.context_parallel_graphs needs GPUs of one host that can read each other's memory; set it to false"
         )
-    return RecordedAttention(attend, operator()[0]), f"{transport.name}, in CUDA graphs"
+    in_graphs = transports()
+    return attention_of_blocks(
+        config, lambda window: RecordedAttention(operator(window, *plain), operator(window, *in_graphs))
+    ), f"{name}, in CUDA graphs"
 
 
 def device_memory(device: torch.device) -> int:
@@ -144,14 +142,14 @@ def build_model(
     config, settings = job.model, zero_settings(job, mesh, device.type)
     check_head_divisibility(config.num_attention_heads, config.num_key_value_heads, mesh.tp_size)
     mesh.warm_up(device)
-    attend, note = build_attention(job, mesh, device)
+    attention, note = build_attention(job, mesh, device)
     plan = recompute_plan(job, mesh.shape, device.type, device_memory(device))
     if job.training.activation_checkpointing == "auto":
         note += f"; recomputation: {plan}"
     with torch.device("meta"):
         model = GPT(
             config,
-            attend,
+            attention,
             recompute=plan.policies,
             mlp_tile_tokens=job.training.mlp_tile_tokens,
             store=None if job.training.offload_activations == "none" else ActivationOffload(device),

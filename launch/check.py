@@ -189,7 +189,8 @@ def _attention_note(job: JobConfig, mesh: MeshShape, device: str) -> str:
     kernel = "auto: the fastest that the nodes have, named when the job starts" if backend == "auto" else backend
     extras = []
     if job.model.sliding_window is not None:
-        extras.append(f"window {job.model.sliding_window:,}")
+        full = len(set(job.model.full_attention_layers))
+        extras.append(f"window {job.model.sliding_window:,}" + (f", none in {counted(full, 'block')}" if full else ""))
     if job.data.document_mask:
         extras.append("documents apart")
     context = context_plan(job, mesh, BYTES[job.resolve_precision(device)])

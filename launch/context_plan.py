@@ -71,8 +71,8 @@ class ContextPlan:
 def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> ContextPlan | None:
     """None without context parallelism.
 
-    `auto` takes the split that costs least (`context_cost`). Documents are not known here: they only make exchanges
-    cheaper.
+    All blocks attend alike, as suits those with the widest window. `auto` takes the split that costs least
+    (`context_cost`). Documents are not known here: they only make exchanges cheaper.
     """
     size, configured = mesh.context_parallel_size, job.parallel.context_parallel_mode
     if size == 1:
@@ -83,11 +83,25 @@ def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> Cont
         splits = splits[-1:]
     elif configured != "auto":
         splits = [1]
-    plans = [_plan(job, mesh, bytes_per_number, by_heads) for by_heads in splits]
+    plans = [_plan(job, mesh, bytes_per_number, by_heads, job.model.widest_window) for by_heads in splits]
     chosen = min(plans, key=lambda plan: plan.milliseconds)
     if plans[0].milliseconds <= (1 + _TIE) * chosen.milliseconds:
         chosen = plans[0]
     return replace(chosen, reason=_why(chosen, plans)) if configured == "auto" else chosen
+
+
+def plans_of_blocks(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> list[ContextPlan | None]:
+    """For each block `context_plan`, with what its own window leaves of the keys."""
+    plan = context_plan(job, mesh, bytes_per_number)
+    if plan is None:
+        return [None] * job.model.num_hidden_layers
+    by_window = {
+        window: plan
+        if window == job.model.widest_window
+        else _plan(job, mesh, bytes_per_number, plan.by_heads, window, plan.keys)
+        for window in set(job.model.windows)
+    }
+    return [by_window[window] for window in job.model.windows]
 
 
 def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
@@ -103,8 +117,16 @@ def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
     return reason
 
 
-def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> ContextPlan:
-    length, rows, window = job.training.sequence_length, job.training.micro_batch_size, job.model.sliding_window
+def _plan(
+    job: JobConfig,
+    mesh: MeshShape,
+    width: int,
+    by_heads: int,
+    window: int | None,
+    keys: Literal["exchange", "ring"] | None = None,
+) -> ContextPlan:
+    """`keys`: how they travel; None is as configured, or as their buffer fits."""
+    length, rows = job.training.sequence_length, job.training.micro_batch_size
     configured, head_dim = job.parallel.context_parallel_mode, job.model.head_dim
     by_keys = mesh.context_parallel_size // by_heads
     query_heads = job.model.num_attention_heads // mesh.tensor_parallel_size
@@ -116,12 +138,10 @@ def _plan(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> Context
     own, pair = rows * length // by_keys, 2 * kv_heads // by_heads * head_dim * width
     joined = (rows == 1 or job.data.document_mask) and one_call_is_faster(query_heads // by_heads, length // by_keys)
     exchanges = [exchange_plan(length, by_keys, rank, window) for rank in range(by_keys)]
-    fetched = rows * max(plan.buffer_length for plan in exchanges)
-    if joined and by_keys > 1:
-        fetched = rows * buffer_room(length, by_keys, joined)
-    keys: Literal["exchange", "ring"] = "exchange"
-    if configured == "ring" or (configured != "exchange" and fetched * pair > _EXCHANGE_BYTES):
-        keys = "ring"
+    fetched = rows * buffer_room(length, by_keys, window, joined and by_keys > 1)
+    if keys is None:
+        too_large = configured != "exchange" and fetched * pair > _EXCHANGE_BYTES
+        keys = "ring" if configured == "ring" or too_large else "exchange"
     calls, messages, traffic, exposed, merged = 2, 0, 0, 0, 0
     if by_keys > 1 and keys == "exchange":  # there, home again, and there once more if they were not kept
         messages = 2 if by_keys == 2 and by_heads == 1 and spare_memory else 3

@@ -65,14 +65,14 @@ class Cutter:
     """So that ranks have equal work; else in zigzag order."""
     window: int | None = None
     query_heads: int = 1
-    """Of one rank. Like the window, they decide what is equal."""
+    """Of one rank. Like the window (of the blocks that see most), they decide what is equal."""
 
     @classmethod
     def of(cls, job: JobConfig, mesh: ParallelMesh, device: torch.device) -> Cutter:
         plan = context_plan(job, mesh.shape, BYTES[job.resolve_precision(device.type)])
         balanced = plan is not None and plan.balanced
         heads = job.model.num_attention_heads // mesh.shape.tensor_parallel_size
-        return cls(mesh.cp_size, mesh.cp_rank, device.type == "cuda", balanced, job.model.sliding_window, heads)
+        return cls(mesh.cp_size, mesh.cp_rank, device.type == "cuda", balanced, job.model.widest_window, heads)
 
     def cut(self, batch: MicroBatch) -> HostBatch:
         """This rank's part of `batch`."""

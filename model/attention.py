@@ -19,11 +19,22 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Documents | None"], Tenso
 """(q [B, S, H, D], k and v [B, S, K, D], documents) -> [B, S, H, D]: causal self-attention, windowed if configured."""
 
 
-class KernelAttention(KernelOperator):
-    """The seam's plain side: the whole sequence on one device."""
+def attention_of_blocks(
+    config: ModelConfig, attention: Callable[[int | None], AttentionFunction]
+) -> list[AttentionFunction]:
+    """The function of each block: `attention(window)`, called once for every window that blocks have."""
+    made = {window: attention(window) for window in dict.fromkeys(config.windows)}
+    return [made[window] for window in config.windows]
 
-    def __init__(self, kernel: AttentionKernel, config: ModelConfig, *, deterministic: bool = False):
-        super().__init__(kernel, scale=config.head_dim**-0.5, window=config.sliding_window, deterministic=deterministic)
+
+def kernel_attention(
+    kernel: AttentionKernel, config: ModelConfig, *, deterministic: bool = False
+) -> list[AttentionFunction]:
+    """The seam's plain side, for each block: the whole sequence on one device."""
+    scale = config.head_dim**-0.5
+    return attention_of_blocks(
+        config, lambda window: KernelOperator(kernel, scale=scale, window=window, deterministic=deterministic)
+    )
 
 
 class Attention(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -107,6 +107,9 @@ class ModelConfig(BaseModel):
     the output's too."""
     sliding_window: int | None = Field(default=None, gt=0)
     """A token sees itself and the sliding_window - 1 tokens before it; omit for full causal attention."""
+    full_attention_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    """Blocks, counted from 0, in which a token sees all tokens before it in spite of sliding_window: every sixth block
+    of 18 (as in Gemma 3) is [5, 11, 17]."""
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of every initial matrix; those that write to the residual stream are scaled by
     1 / sqrt(2 * num_hidden_layers) (GPT-2, section 2.3). Weights of init_from stay what they are."""
@@ -141,6 +144,27 @@ class ModelConfig(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         return self
+
+    @model_validator(mode="after")
+    def _full_attention_is_of_blocks_that_exist(self) -> Self:
+        beyond = [number for number in self.full_attention_layers if number >= self.num_hidden_layers]
+        if beyond:
+            raise ValueError(
+                f"full_attention_layers names block {beyond[0]}, but with num_hidden_layers ({self.num_hidden_layers}) "
+                f"the last is {self.num_hidden_layers - 1}: blocks are counted from 0"
+            )
+        return self
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How many tokens a token sees in each block, itself among them; None: all up to itself."""
+        full = set(self.full_attention_layers)
+        return [None if number in full else self.sliding_window for number in range(self.num_hidden_layers)]
+
+    @property
+    def widest_window(self) -> int | None:
+        """How many tokens a token sees in the blocks where it sees most; None: all up to itself."""
+        return None if self.full_attention_layers else self.sliding_window
 
 
 SHAPE_KEYS = (

@@ -81,19 +81,20 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        attend: AttentionFunction,
+        attention: Sequence[AttentionFunction],
         *,
         recompute: Recompute | Sequence[Recompute] = "none",
         mlp_tile_tokens: int | None = None,
         store: Store | None = None,
     ):
-        """`recompute`: one policy for all blocks, or one for each."""
+        """`attention`: how each block attends. `recompute`: one policy for all blocks, or one for each."""
         super().__init__()
         self.config = config
         policies = [recompute] * config.num_hidden_layers if isinstance(recompute, str) else recompute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, attend, recompute=policy, mlp_tile_tokens=mlp_tile_tokens, store=store) for policy in policies
+            Block(config, attend, recompute=policy, mlp_tile_tokens=mlp_tile_tokens, store=store)
+            for attend, policy in zip(attention, policies, strict=True)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)

@@ -39,15 +39,16 @@ class KVCache:
         self,
         lengths: Sequence[int],
         capacity: int,
-        attend: AttentionFunction,
+        attention: Sequence[AttentionFunction],
         *,
         scale: float,
         window: int | None,
         device: torch.device,
     ):
-        """`lengths`: tokens of each prompt, of at most `capacity`; `attend` serves the prompts, windowed by itself."""
+        """`lengths`: tokens of each prompt, of at most `capacity`. `attention` serves the prompts, block by block, and
+        has the model's windows. `window` bounds what a later token sees where the model's own window is wider."""
         assert min(lengths) > 0 and max(lengths) <= capacity, (lengths, capacity)
-        self.capacity, self.attend, self.scale, self.window = capacity, attend, scale, window
+        self.capacity, self.attention, self.scale, self.window = capacity, attention, scale, window
         self.rows = torch.arange(len(lengths), device=device)
         self.lengths = torch.tensor(lengths, device=device)
         self.shortest, self.longest = min(lengths), max(lengths)
@@ -69,8 +70,9 @@ class KVCache:
         before = [attention.attend for attention in attentions]
         hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: (self._last(inputs[0]), *inputs[1:]))
         try:
-            for attention in attentions:
-                attention.attend = _CachedAttention(self)
+            for attention, attend, own in zip(attentions, self.attention, model.config.windows, strict=True):
+                window = min((bound for bound in (own, self.window) if bound is not None), default=None)
+                attention.attend = _CachedAttention(self, attend, window)
             yield
         finally:
             hook.remove()
@@ -84,25 +86,26 @@ class KVCache:
         self.prompts_seen = True
         return hidden[self.rows, self.lengths - 1].unsqueeze(1)
 
-    def seen(self) -> tuple[slice, Tensor]:
+    def seen(self, window: int | None) -> tuple[slice, Tensor]:
         """The part of the buffers that the next token of any row may see, and which of it each row does: [B, 1, 1, T].
 
-        Row b's next token stands at position lengths[b] and sees that position and those before it, back to its window.
+        Row b's next token stands at position lengths[b] and sees that position and those before it, back to `window`.
         """
-        first = 0 if self.window is None else max(0, self.shortest + 1 - self.window)
+        first = 0 if window is None else max(0, self.shortest + 1 - window)
         columns = torch.arange(first, self.longest + 1, device=self.lengths.device)
         behind = self.position_ids - columns
         visible = behind >= 0
-        if self.window is not None:
-            visible &= behind < self.window
+        if window is not None:
+            visible &= behind < window
         return slice(first, self.longest + 1), visible[:, None, None]
 
 
 class _CachedAttention:
     """One layer's buffers [B, C, K, D], as many heads as the layer has on this device."""
 
-    def __init__(self, cache: KVCache):
-        self.cache = cache
+    def __init__(self, cache: KVCache, attend: AttentionFunction, window: int | None):
+        """`attend` serves the prompts; later tokens see `window` tokens."""
+        self.cache, self.attend, self.window = cache, attend, window
         self.keys = self.values = torch.empty(0)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
@@ -112,10 +115,10 @@ class _CachedAttention:
         if not cache.prompts_seen:
             self.keys, self.values = (x.new_zeros(x.shape[0], cache.capacity, *x.shape[2:]) for x in (k, v))
             self.keys[:, : k.shape[1]], self.values[:, : v.shape[1]] = k, v
-            return cache.attend(q, k, v, None)
+            return self.attend(q, k, v, None)
         assert cache.longest < cache.capacity, (cache.longest, cache.capacity)
         self.keys[cache.rows, cache.lengths], self.values[cache.rows, cache.lengths] = k[:, 0], v[:, 0]
-        columns, visible = cache.seen()
+        columns, visible = cache.seen(self.window)
         keys, values = self.keys[:, columns].transpose(1, 2), self.values[:, columns].transpose(1, 2)
         # The G query heads of a key head stand where a sequence of queries would: keys are read once, never repeated.
         grouped = q[:, 0].unflatten(1, (k.shape[2], -1))

@@ -72,8 +72,9 @@ class ExchangeAttention(AttentionOperator):
 
     Called with this rank's q [B, L, H, D], k and v [B, L, K, D] and the documents of the full sequences; returns this
     rank's outputs [B, L, H, D]. `balanced` says that sequences were cut by `balanced_parts`, without documents by
-    `causal_parts`. `keep_gathered` keeps fetched keys and values for the backward pass; otherwise they are fetched
-    again. `joined` lets one kernel call serve both of a rank's chunks, or not; None takes what is faster.
+    `causal_parts`: for this `window` or, where `cut_by_window` is false, for layers that have none. `keep_gathered`
+    keeps fetched keys and values for the backward pass; otherwise they are fetched again. `joined` lets one kernel call
+    serve both of a rank's chunks, or not; None takes what is faster.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ExchangeAttention(AttentionOperator):
         window: int | None = None,
         deterministic: bool = False,
         balanced: bool = False,
+        cut_by_window: bool = True,
         keep_gathered: bool = True,
         joined: bool | None = None,
     ):
@@ -92,16 +94,17 @@ class ExchangeAttention(AttentionOperator):
         self.transport, self.kernel, self.scale = transport, kernel, scale
         self.window, self.deterministic = window, deterministic
         self.balanced, self.keep_gathered, self.joined = balanced, keep_gathered, joined
+        self.cut_window = window if cut_by_window else None
         self.size, self.rank = transport.group.size(), transport.rank
         self._planned_for: Documents | None = None
         self._planned: dict[tuple[int, ...], list[_Rows]] = {}
         """By shape: a trade of heads around this has groups of several sizes."""
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`kept` has room for the keys and values of whole sequences: documents decide how much of it is used."""
+        """`kept` has room for all keys that the window leaves: documents decide how much of it is used."""
         kept = 0
         if self.keep_gathered:
-            room = buffer_room(k.shape[1] * self.size, self.size, self._joins(q))
+            room = buffer_room(k.shape[1] * self.size, self.size, self.window, self._joins(q))
             kept = 2 * room * math.prod(k.shape[2:]) * k.shape[0]
         return (q.shape[0], q.shape[2], q.shape[1]), (kept,)
 
@@ -235,12 +238,12 @@ class ExchangeAttention(AttentionOperator):
         joined = self._joins(q)
         if documents is None:
             # The keys of a batch do not lie one row after the other, as documents would have to.
-            parts = causal_parts(length, size, q.shape[2] * batch, self.window) if self.balanced else None
+            parts = causal_parts(length, size, q.shape[2] * batch, self.cut_window) if self.balanced else None
             plan = exchange_plan(length, size, self.rank, self.window, None, parts, joined and batch == 1)
             return [_Rows(None, plan, self._calls(plan, None, q))]
         plans = []
         for boundaries in document_rows(documents.boundaries, batch, length):
-            parts = balanced_parts(length, size, boundaries, self.window) if self.balanced else None
+            parts = balanced_parts(length, size, boundaries, self.cut_window) if self.balanced else None
             plans.append(exchange_plan(length, size, self.rank, self.window, boundaries, parts, joined))
         largest = max(plan.largest_buffer for plan in plans)  # a slot must not outgrow those before it while in use
         rows = []

@@ -42,9 +42,12 @@ def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
     return chunk <= _JOINED_TOKENS and query_heads * chunk <= _JOINED_UP_TO
 
 
-def buffer_room(sequence_length: int, context_parallel_size: int, joined: bool) -> int:
-    """The most keys that a buffer holds: the sequence, and a rank's share of it twice where calls may be joined."""
-    return sequence_length + (sequence_length // context_parallel_size if joined else 0)
+def buffer_room(sequence_length: int, context_parallel_size: int, window: int | None, joined: bool) -> int:
+    """The most keys that a buffer holds: the sequence, and a rank's share of it twice where calls may be joined. Under
+    a window no more than the share and what each of its two chunks sees before itself."""
+    share = sequence_length // context_parallel_size
+    room = sequence_length + (share if joined else 0)
+    return room if window is None else min(room, share + 2 * (window - 1))
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def exchange_plan(
     what each rank holds where that is not the zigzag. `joined`: one call for both chunks where the buffer stays within
     `buffer_room`. Without it documents are joined all the same where chunks share no key."""
     parts = parts or zigzag_parts(sequence_length, context_parallel_size)
-    room = buffer_room(sequence_length, context_parallel_size, joined) if joined else 0
+    room = buffer_room(sequence_length, context_parallel_size, window, joined) if joined else 0
     layouts = [_Layout(part, window, boundaries, room) for part in parts]
     mine = layouts[cp_rank]
     return ExchangePlan(

@@ -27,7 +27,7 @@ Finished = Callable[[int, list[int]], bool]
 def generate(
     forward: Callable[..., Any],
     model: GPT,
-    attend: AttentionFunction,
+    attention: Sequence[AttentionFunction],
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     sampling: Sampling,
@@ -39,19 +39,18 @@ def generate(
 ) -> list[list[int]]:
     """Up to `max_tokens` tokens after each prompt (of one token at least). Collective; all ranks return the same.
 
-    `forward` runs `model`: the model itself or the engine around it. `attend` is causal self-attention on one device,
-    for the prompts. `window` bounds what a token sees to so many tokens, where the model's own is not narrower. Each
-    pass is padded to `multiple_of` tokens, which sequence parallelism splits evenly.
+    `forward` runs `model`: the model itself or the engine around it. `attention` is each block's causal self-attention
+    on one device, for the prompts. `window` bounds what a token sees to so many tokens, where the model's own window is
+    not narrower. Each pass is padded to `multiple_of` tokens, which sequence parallelism splits evenly.
     """
     assert prompts and all(prompts) and max_tokens > 0, "generation starts from at least one token"
     lengths = [len(prompt) for prompt in prompts]
-    own = model.config.sliding_window
     cache = KVCache(
         lengths,
         max(lengths) + max_tokens,
-        attend,
+        attention,
         scale=model.config.head_dim**-0.5,
-        window=min((bound for bound in (own, window) if bound is not None), default=None),
+        window=window,
         device=device,
     )
     streams, written = sampling.streams(len(prompts)), [list[int]() for _ in prompts]

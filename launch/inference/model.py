@@ -13,7 +13,7 @@ from launch.data.corpus import CorpusError
 from launch.data.encoders import Encoder, encoder_of
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, RUN_FILE, WeightsError, stored_model
-from model.attention import AttentionFunction, KernelAttention
+from model.attention import AttentionFunction, kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import select_kernel
@@ -22,8 +22,8 @@ from parallel.mesh import ParallelMesh
 from parallel.tensor import apply_tensor_parallel, check_head_divisibility
 
 
-def attention_on_one_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionFunction:
-    """Self-attention over whole sequences, which prompts are read with."""
+def attention_on_one_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[AttentionFunction]:
+    """Each block's self-attention over whole sequences, which prompts are read with."""
     kernel, _ = select_kernel(
         config.attention_backend,
         device_type=device.type,
@@ -32,7 +32,7 @@ def attention_on_one_device(config: ModelConfig, device: torch.device, dtype: to
         window=config.sliding_window is not None,
         documents=False,
     )
-    return KernelAttention(kernel, config)
+    return kernel_attention(kernel, config)
 
 
 def load_model(folder: Path, step: int | None, mesh: ParallelMesh, device: torch.device, dtype: torch.dtype) -> GPT:

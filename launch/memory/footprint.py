@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.config import JobConfig
-from launch.context_plan import context_plan
+from launch.context_plan import plans_of_blocks
 from launch.memory.formulas import Activations, States, estimate_activations, estimate_states, working_copies
 from launch.memory.parameters import count_parameters
 from launch.precision import BYTES
@@ -47,7 +47,7 @@ def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[R
         tokens=local_tokens(job, mesh),
         tensor_parallel_size=size,
         sequence_parallel=job.sequence_parallel,
-        context=context_plan(job, mesh, BYTES[precision]),
+        context=plans_of_blocks(job, mesh, BYTES[precision]),
         precision=precision,
         autocast=stage == 0 and precision == "bf16",
         recompute=policies,

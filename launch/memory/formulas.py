@@ -158,7 +158,7 @@ def estimate_activations(
     tokens: int,
     tensor_parallel_size: int,
     sequence_parallel: bool,
-    context: ContextPlan | None,
+    context: ContextPlan | None | Sequence[ContextPlan | None],
     precision: Precision,
     autocast: bool,
     recompute: Recompute | Sequence[Recompute],
@@ -168,8 +168,8 @@ def estimate_activations(
     """Activations of `tokens` tokens (one micro-batch on one rank).
 
     `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
-    `recompute`: one policy for all blocks, or one for each. `offload`: blocks keep in host memory what is as large as
-    their input; on the device are those of two blocks, of which one is on its way.
+    `context` and `recompute`: one plan and one policy for all blocks, or one for each. `offload`: blocks keep in host
+    memory what is as large as their input; on the device are those of two blocks, of which one is on its way.
     """
     width, size = BYTES[precision], tensor_parallel_size
     stream = 4 if autocast else width
@@ -183,43 +183,57 @@ def estimate_activations(
         (2 * model.hidden_size + heads * model.head_dim) * width + (0 if tile else inner) + 4 * query_heads
     )
     vocabulary = padded_vocabulary(model.vocab_size, size) // size
-    transient = extra = 0
-    if context is not None:
-        transient = context_bytes(context, tokens, query_heads, kv_heads, model.head_dim, width)
-        if context.keep_gathered:
-            extra = 2 * (context.fetched_tokens - tokens) * kv_heads * model.head_dim * width
-        if context.by_heads > 1:
-            extra = 2 * tokens * (query_heads + kv_heads) * model.head_dim * width
     statistics = 4 * tokens * query_heads
-    attended = tokens * query_heads * model.head_dim * width + extra + statistics
+    attended = tokens * query_heads * model.head_dim * width + statistics
     products = (
         tokens * width * ((query_heads + 2 * kv_heads) * model.head_dim + 2 * model.hidden_size + inner_width * 2)
     )
     kept: dict[Recompute, int] = {
-        "none": block + extra,
+        "none": block,
         "selective": residual + attended + products,
         "attention": residual + attended,
         "full": residual,
     }
-    again: dict[Recompute, int] = {"none": 0, "selective": block, "attention": block, "full": block + extra}
     policies = [recompute] * model.num_hidden_layers if isinstance(recompute, str) else recompute
-    in_blocks = [kept[policy] for policy in policies]
+    plans = context if isinstance(context, Sequence) else [context] * model.num_hidden_layers
+    sizes = tokens, query_heads, kv_heads, model.head_dim, width
+    in_blocks, again = [], []
+    for policy, plan in zip(policies, plans, strict=True):
+        exchanged = context_kept(plan, *sizes)
+        in_blocks.append(kept[policy] + (exchanged if policy != "full" else 0))
+        again.append(0 if policy == "none" else block + (exchanged if policy == "full" else 0))
     stays = [statistics if policy == "attention" else 0 for policy in policies] if offload else in_blocks
     leaves = [whole - part for whole, part in zip(in_blocks, stays, strict=True)]
     last = max((number for number, policy in enumerate(policies) if policy != "none"), default=len(policies) - 1)
     return Activations(
         kept=sum(stays) + sum(sorted(leaves)[-2:]) + residual,  # with the last norm's input
-        recomputed=max(again[policy] for policy in policies),
+        recomputed=max(again),
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
-        context=transient,
+        context=max(context_bytes(plan, *sizes) for plan in plans),
         tile=tile * inner,
         freed=0 if offload else sum(in_blocks[last + 1 :]),
         host=sum(leaves),
     )
 
 
-def context_bytes(context: ContextPlan, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int) -> int:
-    """What one block's attention holds beside its inputs and outputs: RING_, EXCHANGE_ and HEADS_FORMULA."""
+def context_kept(
+    context: ContextPlan | None, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int
+) -> int:
+    """What one block's attention keeps for its backward pass beside its inputs and outputs."""
+    if context is None:
+        return 0
+    if context.by_heads > 1:  # queries, outputs, keys and values of all tokens, for a share of the heads
+        return 2 * tokens * (query_heads + kv_heads) * head_dim * width
+    return 2 * (context.fetched_tokens - tokens) * kv_heads * head_dim * width if context.keep_gathered else 0
+
+
+def context_bytes(
+    context: ContextPlan | None, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int
+) -> int:
+    """What one block's attention holds beside its inputs and outputs while it works: RING_, EXCHANGE_ and
+    HEADS_FORMULA."""
+    if context is None:
+        return 0
     size = 0
     inside, heads = tokens * context.by_heads, kv_heads // context.by_heads  # of the ranks that trade keys
     if context.by_keys > 1 and context.keys == "ring":

@@ -44,20 +44,21 @@ def peak_flops_per_second(device_name: str, precision: str) -> float | None:
 def flops_per_token(config: ModelConfig, sequence_length: int, *, causal: bool) -> float:
     """Floating-point operations of training on one token: forward, and twice that backward.
 
-    6 * M + 12 * num_hidden_layers * H * D * V (PaLM, appendix B): M counts the elements of the matrices that a token is
-    multiplied with, head included (tied or not), embedding lookup and norms excluded; recomputation in the backward
-    pass is not counted either. V is the number of keys a query is held to see: S (full), or those that the causal mask
-    shows on average, (S + 1) / 2. A sliding window of w shows at most w: min(S, w) (full), the mean of min(i, w) over
-    i = 1..S (causal).
+    6 * M + 12 * H * D * V (PaLM, appendix B): M counts the elements of the matrices that a token is multiplied with,
+    head included (tied or not), embedding lookup and norms excluded; recomputation in the backward pass is not counted
+    either. V is the number of keys that a query is held to see, summed over the blocks: S each (full), or those that
+    the causal mask shows on average, (S + 1) / 2. A sliding window of w shows at most w: min(S, w) (full), the mean of
+    min(i, w) over i = 1..S (causal).
     """
     heads = config.num_attention_heads * config.head_dim
     key_value_heads = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * heads + 2 * key_value_heads + 3 * config.intermediate_size)
     matrices = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    visible: float = min(sequence_length, config.sliding_window or sequence_length)
     if causal:
-        visible = causal_pairs(sequence_length, config.sliding_window) / sequence_length
-    return 6.0 * matrices + 12.0 * config.num_hidden_layers * heads * visible
+        visible = sum(causal_pairs(sequence_length, window) / sequence_length for window in config.windows)
+    else:
+        visible = sum(min(sequence_length, window or sequence_length) for window in config.windows)
+    return 6.0 * matrices + 12.0 * heads * visible
 
 
 @dataclass(frozen=True)

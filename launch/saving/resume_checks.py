@@ -48,6 +48,9 @@ _STEERED = (
     "training.precision",
 )
 
+_BEFORE_THE_KEY: dict[str, Any] = {"model.full_attention_layers": []}
+"""Keys that older checkpoints do not know, and what was so without them."""
+
 Settings = dict[str, Any]
 """section.key -> value, plain JSON."""
 
@@ -75,8 +78,9 @@ def differences(there: Settings, here: Settings, accepted: Collection[str]) -> t
     refused: list[str] = []
     told: list[str] = []
     for key, value in here.items():
-        if there.get(key) != value:
-            text = f"{key} is {there.get(key)!r} there and {value!r} here"
+        before = there.get(key, _BEFORE_THE_KEY.get(key))
+        if before != value:
+            text = f"{key} is {before!r} there and {value!r} here"
             (told if key in _STEERED or key in accepted else refused).append(text)
     return refused, told
 

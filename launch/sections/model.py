@@ -59,4 +59,13 @@ def _the_window_holds_all(job: Job) -> str | None:
     window, length = job.model.sliding_window, job.training.sequence_length
     if window is not None and window >= length:
         return f"sequence_length ({length}) is no longer; lower it, or keep it for longer sequences"
+    if window is not None and set(job.model.windows) == {None}:
+        return f"full_attention_layers names all {job.model.num_hidden_layers} blocks; leave some out, or both keys"
+    return None
+
+
+@idle("model.full_attention_layers")
+def _no_block_has_a_window(job: Job) -> str | None:
+    if job.model.sliding_window is None:
+        return "sliding_window is null, so every block sees all tokens before it; set it, or leave both out"
     return None

@@ -99,6 +99,7 @@ def model_from(config: Config) -> ModelConfig:
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedModel(f"config.json's RoPE keys cannot be read ({error!r}); download it again") from None
     biased = family == "qwen2" or bool(config.get("attention_bias", False))
+    window, full_attention_layers = _windows(config)
     try:
         return ModelConfig(
             **keys,
@@ -106,7 +107,8 @@ def model_from(config: Config) -> ModelConfig:
             rope_scaling=scaling,
             qk_norm=family == "qwen3",
             attention_bias="none" if not biased else "qkv" if family == "qwen2" else "all",
-            sliding_window=_window(config),
+            sliding_window=window,
+            full_attention_layers=full_attention_layers,
         )
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
@@ -138,9 +140,11 @@ def config_for(model: ModelConfig, *, max_position_embeddings: int, dtype: str, 
     if family == "mistral":
         config["sliding_window"] = model.sliding_window
     if family in ("qwen2", "qwen3"):
-        windowed = model.sliding_window is not None
-        config |= {"use_sliding_window": windowed, "sliding_window": model.sliding_window}
-        config["max_window_layers"] = 0 if windowed else model.num_hidden_layers
+        windowed = [window is not None for window in model.windows]
+        config |= {"use_sliding_window": any(windowed), "sliding_window": model.sliding_window}
+        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in windowed]
+        # What older versions of transformers read instead: all blocks from this one on have the window.
+        config["max_window_layers"] = [*windowed, True].index(True)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = (source or {}).get(key)
     return config
@@ -200,33 +204,35 @@ def _rope_scaling_for(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return keys
 
 
-def _window(config: Config) -> int | None:
-    """The window of all layers. Llama has none; Mistral's is always on; Qwen's is for the layers that it names."""
+def _windows(config: Config) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and the layers without it where others have one. Llama has none; Mistral's is always on; Qwen's is
+    for the layers that it names."""
     family, layers = config["model_type"], config["num_hidden_layers"]
     if family == "llama":
-        return None
+        return None, ()
     window = config.get("sliding_window", 4096)
     if family == "mistral":
-        return window
+        return window, ()
     kinds = config.get("layer_types")
     if kinds is None:
         full = config.get("max_window_layers", 28) if config.get("use_sliding_window", False) else layers
         kinds = ["sliding_attention" if layer >= full else "full_attention" for layer in range(layers)]
-    if window is None or "sliding_attention" not in kinds:
-        return None
-    if set(kinds) != {"sliding_attention"}:
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown or len(kinds) != layers:
         raise UnsupportedModel(
-            f"{kinds.count('sliding_attention')} of {layers} layers have a sliding window (max_window_layers, "
-            "layer_types); a window on all layers or on none is supported"
+            f"layer_types has {len(kinds)} entries for num_hidden_layers ({layers}), of kinds {sorted(set(kinds))}; "
+            "supported are sliding_attention and full_attention, one for each layer"
         )
-    return window
+    if window is None or "sliding_attention" not in kinds:
+        return None, ()
+    return window, tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
 
 
 def _family(model: ModelConfig, source: Config | None) -> str:
     """The first family that has the model's parts, that of `source` before others."""
     able = {
-        "llama": not model.qk_norm and model.attention_bias != "qkv" and model.sliding_window is None,
-        "mistral": not model.qk_norm and model.attention_bias == "none",
+        "llama": not model.qk_norm and model.attention_bias != "qkv" and set(model.windows) == {None},
+        "mistral": not model.qk_norm and model.attention_bias == "none" and len(set(model.windows)) == 1,
         "qwen2": not model.qk_norm and model.attention_bias == "qkv",
         "qwen3": model.qk_norm and model.attention_bias != "qkv",
     }
@@ -235,6 +241,7 @@ def _family(model: ModelConfig, source: Config | None) -> str:
         if able[family]:
             return family
     raise UnsupportedModel(
-        f"no Hugging Face family has qk_norm {model.qk_norm}, attention_bias {model.attention_bias} and sliding_window "
-        f"{model.sliding_window} together; its weights can be read with safetensors or from the checkpoint"
+        f"no Hugging Face family has qk_norm {model.qk_norm}, attention_bias {model.attention_bias}, sliding_window "
+        f"{model.sliding_window} and full_attention_layers {list(model.full_attention_layers)} together; its weights "
+        "can be read with safetensors or from the checkpoint"
     )

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from launch.settings.violations import dotted, kept_by_a_run, section_violations
 from launch.settings.yaml_strict import read_yaml, write_yaml
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import JOB_KEYS, ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -77,7 +77,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the model's order; a tied head has none of its own."""
     with torch.device("meta"):
-        network = GPT(model, KernelAttention(KERNELS["math"], model))
+        network = GPT(model, kernel_attention(KERNELS["math"], model))
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 

@@ -12,7 +12,7 @@ from launch.data.corpora import load_corpora, validation_batches
 from launch.weights.reader import Part, open_weights
 from launch.weights.safetensors_folder import ShardWriter
 from launch.weights.stored_model import parameter_shapes, write_model
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS, Documents
@@ -60,7 +60,7 @@ def job_of(folder: Path, tp: int, cp: int, stage: int, document_mask: bool) -> J
 def expected(folder: Path, document_mask: bool) -> list[tuple[int, float]]:
     """(position, loss) of every token of the validation batches."""
     job = job_of(folder, 1, 1, 0, document_mask)
-    model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
+    model = GPT(MODEL, kernel_attention(KERNELS["math"], MODEL))
     open_weights(folder).read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
     found = []
     batches = validation_batches(load_corpora(job), job, dp_size=1, dp_rank=0)

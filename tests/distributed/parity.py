@@ -23,7 +23,7 @@ from launch.build import build_engine
 from launch.config import JobConfig
 from launch.data.batches import MicroBatch
 from launch.stepper import Stepper
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.gpt import GPT
 from model.kernels import select_kernel
 from parallel.materialize import materialize
@@ -57,6 +57,8 @@ class Case:
     """Whole blocks in the backward pass, and feed-forward layers in tiles."""
     parallel: str = ""
     """More keys of the parallel section."""
+    windowed: bool = False
+    """The first block has a window, the second has none."""
     compiled: bool = False
     """Blocks compiled, with selective recomputation inside."""
     offload: bool = False
@@ -71,7 +73,7 @@ class Case:
         mode = f" {self.mode}" if self.cp > 1 and self.mode != "auto" else ""
         whole = " whole tokens" if self.sequence_parallel == "false" else ""
         tied = "tied" if self.tied else "untied"
-        more = f" {self.parallel}" if self.parallel else ""
+        more = " windowed" * self.windowed + f" {self.parallel}" * bool(self.parallel)
         again = " recomputed" * self.recompute + " compiled" * self.compiled + " offloaded" * self.offload
         return f"{self.tp}x{self.cp}x{self.dp} stage {self.stage} {heads} {tied}{mode}{whole}{again}{more}"
 
@@ -105,7 +107,9 @@ class Case:
             model:
               {{vocab_size: {VOCABULARY}, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2,
                num_attention_heads: 4, num_key_value_heads: {self.key_value_heads}, head_dim: {self.head_dim}, qk_norm:
-               true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend}}}
+               true, tie_word_embeddings: {str(self.tied).lower()}, attention_backend: {self.backend},
+               sliding_window: {LENGTH // 5 if self.windowed else "null"},
+               full_attention_layers: {[1] if self.windowed else []}}}
             parallel:
               {{tensor_parallel_size: {self.tp}, context_parallel_size: {self.cp}, zero_stage: {self.stage},
                context_parallel_mode: {self.mode}, sequence_parallel: {self.sequence_parallel}, {self.parallel}}}
@@ -124,7 +128,7 @@ class Case:
 def all_cases() -> list[Case]:
     """Every layout at every stage, embeddings tied and not; MQA too where one KV head is allowed; the ring, heads, and
     tensor parallelism without sequence parallelism, once each; recomputation in tiles; compiled blocks; offload, of
-    activations too; no overlap."""
+    activations too; a window in one block; no overlap."""
     grouped = [
         Case(*layout, stage, tied) for layout, stage, tied in itertools.product(LAYOUTS, range(4), (True, False))
     ]
@@ -137,6 +141,11 @@ def all_cases() -> list[Case]:
     ]
     layouts = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 1)]
     offloaded += [Case(*layout, 3, layout[0] == 1, parallel="secondary_partition_size: 2") for layout in layouts]
+    windows = [Case(1, 1, 2, 3, False, compiled=True, windowed=True), Case(1, 2, 2, 3, False, windowed=True)]
+    windows += [
+        Case(2, 2, 1, 2, True, mode="heads", windowed=True),
+        Case(1, 4, 1, 3, False, mode="ring", windowed=True),
+    ]
     in_turn = [Case(1, 1, 2, stage, False, parallel="overlap_communication: false") for stage in (2, 3)]
     compiled = [Case(1, 1, 2, 3, False, compiled=True), Case(1, 1, 2, 2, True, compiled=True)]
     compiled += [Case(2, 1, 1, 3, False, compiled=True), Case(2, 2, 1, 2, False, compiled=True)]
@@ -147,7 +156,7 @@ def all_cases() -> list[Case]:
     parked += [Case(2, 2, 1, 2, False, offload=True), Case(1, 2, 2, 3, True, mode="heads", offload=True)]
     compiled += [Case(1, 1, 2, 0, False, compiled=True), Case(1, 2, 1, 3, False, compiled=True)]
     single = [Case(*layout, stage, False, 1) for layout in LAYOUTS if layout[0] == 1 for stage in range(4)]
-    return grouped + ring + whole + again + compiled + parked + offloaded + in_turn + single
+    return grouped + ring + whole + again + compiled + parked + offloaded + windows + in_turn + single
 
 
 @dataclass
@@ -180,7 +189,7 @@ def dense_twin(variant: Case, device: str = "cpu") -> Trained:
         variant.backend, device_type=device, dtype=dtype, head_dim=config.head_dim, window=False, documents=False
     )
     with torch.device("meta"):
-        model = GPT(config, KernelAttention(kernel, config))
+        model = GPT(config, kernel_attention(kernel, config))
     whole = {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     materialize(
         model,

@@ -41,21 +41,21 @@ VARIANTS = {
     "keys fetched again": {"joined": True, "keep_gathered": False},
     "two calls": {"joined": False},
     "balanced": {"balanced": True, "joined": True},
-    "balanced, two calls": {"balanced": True, "joined": False},
+    "balanced for layers without a window, two calls": {"balanced": True, "joined": False, "cut_by_window": False},
 }
 
 
 def part_of(full: Tensor, group: dist.ProcessGroup, case: Case, variant: dict[str, bool]) -> Tensor:
     """This rank's tokens of [B, S, ...]."""
-    documents = case.documents()
+    documents, window = case.documents(), case.window if variant.get("cut_by_window", True) else None
     if "balanced" not in variant:
         return local_part(full, group)
     if documents is None:
         rows_of_a_call = 1 if variant["joined"] else B
-        part = causal_parts(S, group.size(), case.heads * rows_of_a_call, case.window)[dist.get_rank(group)]
+        part = causal_parts(S, group.size(), case.heads * rows_of_a_call, window)[dist.get_rank(group)]
         return torch.cat([full[:, start:stop] for start, stop in part], dim=1)
     rows = zip(full, document_rows(documents.boundaries, B, S), strict=True)
-    parts = [(row, balanced_parts(S, group.size(), bounds, case.window)) for row, bounds in rows]
+    parts = [(row, balanced_parts(S, group.size(), bounds, window)) for row, bounds in rows]
     mine = [(row, part[dist.get_rank(group)]) for row, part in parts]
     return torch.stack([torch.cat([row[start:stop] for start, stop in part]) for row, part in mine])
 

@@ -19,7 +19,7 @@ from launch.environment import Place
 from launch.generate import main
 from launch.weights.safetensors_folder import ShardWriter
 from launch.weights.stored_model import COMPANION_FOLDER, parameter_shapes, write_model
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -69,7 +69,7 @@ def expected(folder: Path, prompt: str, count: int) -> list[int]:
     """The likeliest tokens, the whole sequence computed again for each."""
     from launch.weights.reader import Part, open_weights
 
-    model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
+    model = GPT(MODEL, kernel_attention(KERNELS["math"], MODEL))
     open_weights(folder).read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
     tokens = [LETTERS[letter] for letter in prompt]
     for _ in range(count):

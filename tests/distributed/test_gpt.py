@@ -8,13 +8,14 @@ Shapes: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
-from model.attention import KernelAttention
+from model.attention import attention_of_blocks, kernel_attention
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kernels import KERNELS, Documents
@@ -76,6 +77,7 @@ VARIANTS = {
         (1, 20, 11, 7, 1, 1, 23),
         checkpointing=True,
     ),
+    "a window in one block": Variant({"sliding_window": 5, "full_attention_layers": (1,)}, (9, 23, 32)),
     # A quarter in, for an eighth: these tokens are one rank's, whether two or four share a sequence.
     "labels on one rank only": Variant({}, labelled=(S // 4, 3 * S // 8)),
 }
@@ -114,7 +116,7 @@ def dense_twin(variant: Variant) -> tuple[GPT, float]:
     """The model with its gradients, and its loss."""
     config = variant.config()
     with torch.device("meta"):
-        model = GPT(config, KernelAttention(KERNELS["math"], config))
+        model = GPT(config, kernel_attention(KERNELS["math"], config))
     fill(model, {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()})
     loss, _ = model(*(torch.from_numpy(array) for array in inputs(variant)), documents(variant))
     loss.backward()
@@ -129,13 +131,12 @@ def _compare() -> dict[str, float]:
         mesh = ParallelMesh.create(MeshShape.fit(4, tp_size, cp_size))
         for variant_name, variant in VARIANTS.items():
             config = variant.config()
-            attend: Any = KernelAttention(KERNELS["math"], config)
+            attention = kernel_attention(KERNELS["math"], config)
             if cp_size > 1:
-                attend = RingAttention(
-                    mesh.cp_group, KERNELS["math"], scale=config.head_dim**-0.5, window=config.sliding_window
-                )
+                ring = partial(RingAttention, mesh.cp_group, KERNELS["math"], scale=config.head_dim**-0.5)
+                attention = attention_of_blocks(config, lambda window, ring=ring: ring(window=window))  # type: ignore[misc]
             with torch.device("meta"):
-                model = GPT(config, attend, recompute="full" if variant.checkpointing else "none")
+                model = GPT(config, attention, recompute="full" if variant.checkpointing else "none")
             shards = apply_tensor_parallel(
                 model, model.tensor_parallel_plan, mesh.tp_group, sequence_parallel=sequence_parallel
             )

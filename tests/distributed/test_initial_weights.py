@@ -26,7 +26,7 @@ from launch.weights.initial_weights import _parts, load_initial_weights
 from launch.weights.reader import Part, open_weights
 from launch.weights.safetensors_folder import SINGLE, ShardWriter
 from launch.weights.stored_model import WeightsError, parameter_shapes, write_model
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -80,7 +80,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def expected_loss(weights: dict[str, Tensor]) -> float:
-    model = GPT(MODEL, KernelAttention(KERNELS["math"], MODEL))
+    model = GPT(MODEL, kernel_attention(KERNELS["math"], MODEL))
     missing = model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
     loss, _ = model(*batch())

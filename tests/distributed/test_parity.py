@@ -45,7 +45,7 @@ def test_layout_computes_what_one_process_computes(case: Case) -> None:
 def test_the_cases_cover_what_they_should() -> None:
     cases = all_cases()
     assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
-    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 114
+    assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 118
 
 
 # -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------
@@ -137,6 +137,11 @@ def shards_are_contiguous() -> None:
     launch.feed.causal_parts = parts  # type: ignore[assignment]
 
 
+def every_block_has_the_window() -> None:
+    """One operator serves all blocks."""
+    launch.build.attention_of_blocks = lambda config, attention: [attention(config.sliding_window)] * 2
+
+
 def norm_without_the_tensor_parallel_mark() -> None:
     """DeepSpeed then counts every sharded weight on one rank only when it clips."""
     initialize = deepspeed.initialize
@@ -185,6 +190,7 @@ def mean_of_means() -> None:
         (exchange_fetches_nothing, Case(1, 2, 1, 1, False, mode="exchange")),
         (key_gradients_stay_away, Case(1, 2, 1, 2, False, mode="exchange")),
         (shards_are_contiguous, Case(1, 2, 1, 2, False)),
+        (every_block_has_the_window, Case(1, 2, 1, 0, False, windowed=True)),
         (norm_without_the_tensor_parallel_mark, Case(2, 1, 1, 3, False)),
         (
             secondary_partitions_of_consecutive_ranks,

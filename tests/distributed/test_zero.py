@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.attention import KernelAttention
+from model.attention import attention_of_blocks, kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -53,10 +53,13 @@ CONFIG = ModelConfig(
 
 def build(config: ModelConfig, mesh: ParallelMesh) -> tuple[GPT, dict[str, TensorShard]]:
     """The model on the meta device, cut by tensor parallelism."""
-    attend = KernelAttention(KERNELS["math"], config)
-    ring = RingAttention(mesh.cp_group, KERNELS["math"], scale=config.head_dim**-0.5)
+    attention = kernel_attention(KERNELS["math"], config)
+    if mesh.cp_size > 1:
+        attention = attention_of_blocks(
+            config, lambda _: RingAttention(mesh.cp_group, KERNELS["math"], scale=config.head_dim**-0.5)
+        )
     with torch.device("meta"):
-        model = GPT(config, ring if mesh.cp_size > 1 else attend)
+        model = GPT(config, attention)
     return model, apply_tensor_parallel(model, model.tensor_parallel_plan, mesh.tp_group)
 
 
@@ -93,7 +96,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def dense_twin() -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """Full weights, the gradient of the mean loss over all tokens, and its norm."""
     with torch.device("meta"):
-        model = GPT(CONFIG, KernelAttention(KERNELS["math"], CONFIG))
+        model = GPT(CONFIG, kernel_attention(KERNELS["math"], CONFIG))
     fill(model, {name: TensorShard(tuple(parameter.shape)) for name, parameter in model.named_parameters()})
     loss, count = model(*(torch.from_numpy(array) for array in batch()))
     (loss / count).backward()

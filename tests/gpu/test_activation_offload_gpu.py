@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -36,7 +36,7 @@ class Blocks:
 
     def __init__(self, policy: Recompute, store: ActivationOffload | None, compiled: bool):
         torch.manual_seed(1)
-        model = GPT(CONFIG, KernelAttention(KERNELS["math"], CONFIG), recompute=policy, store=store)
+        model = GPT(CONFIG, kernel_attention(KERNELS["math"], CONFIG), recompute=policy, store=store)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         self.model = model.to("cuda", torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from launch.inference.generation import generate
 from launch.inference.model import attention_on_one_device
 from launch.inference.sampling import Sampling
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -40,7 +40,7 @@ def test_cached_logits_are_those_of_full_recomputation(
     )
     torch.manual_seed(3)
     with device:
-        model = GPT(config, KernelAttention(KERNELS["math"], config)).to(dtype)
+        model = GPT(config, kernel_attention(KERNELS["math"], config)).to(dtype)
     for name, parameter in model.named_parameters():
         parameter.fill_(1) if name.endswith("norm.weight") else parameter.normal_(0, 0.06)
     seen = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kernels import KERNELS, Documents
@@ -36,7 +36,7 @@ def config_of(**changes: Any) -> ModelConfig:
 
 def build(config: ModelConfig, kernel: str = "math", dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
     """A GPT whose weights, norms included, are far from any special value."""
-    model = GPT(config, KernelAttention(KERNELS[kernel], config), **options).to(dtype)
+    model = GPT(config, kernel_attention(KERNELS[kernel], config), **options).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,6 +70,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "window": ({"sliding_window": 3}, False),
     "window of one": ({"sliding_window": 1}, False),
     "window past the sequence": ({"sliding_window": 40}, False),
+    "window in one block": ({"sliding_window": 3, "full_attention_layers": (1,)}, False),
     "documents": ({}, True),
     "documents, window": ({"sliding_window": 3}, True),
     "bias of queries, keys and values": ({"attention_bias": "qkv"}, False),

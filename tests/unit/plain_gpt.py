@@ -78,23 +78,24 @@ def plain_linear(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
 
-def plain_visible(config: ModelConfig, lengths: tuple[int, ...]) -> Tensor:
+def plain_visible(config: ModelConfig, layer: int, lengths: tuple[int, ...]) -> Tensor:
     """[B, S, S], True where the row's query sees the key."""
+    window = None if layer in config.full_attention_layers else config.sliding_window
     visible = torch.zeros(B, S, S, dtype=torch.bool)
     for start, end in pairwise([0, *accumulate(lengths)]):
         for query in range(start, end):
             for key in range(start, query + 1):
-                if config.sliding_window is None or query - key < config.sliding_window:
+                if window is None or query - key < window:
                     visible[query // S, query % S, key % S] = True
     return visible
 
 
 def plain_logits(p: dict[str, Tensor], config: ModelConfig, inputs: dict[str, Any], packed: bool) -> Tensor:
     eps, width = config.rms_norm_eps, config.head_dim
-    visible = plain_visible(config, DOCUMENT_LENGTHS if packed else (S,) * B)
     positions = inputs["position_ids"]
     x = p["embed_tokens.weight"][inputs["input_ids"]]
     for number in range(config.num_hidden_layers):
+        visible = plain_visible(config, number, DOCUMENT_LENGTHS if packed else (S,) * B)
         w = {name.removeprefix(f"layers.{number}."): weight for name, weight in p.items()}
         y = plain_norm(x, w["attention_norm.weight"], eps)
         q, k, v = (plain_linear(y, w, f"attention.{c}_proj").view(B, S, -1, width) for c in "qkv")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -41,7 +41,7 @@ def no_garbage_collector() -> Iterator[None]:
 
 def build(policy: Recompute, store: ActivationOffload | None, **options: Any) -> GPT:
     torch.manual_seed(1)
-    model = GPT(CONFIG, KernelAttention(KERNELS["cpu"], CONFIG), recompute=policy, store=store, **options)
+    model = GPT(CONFIG, kernel_attention(KERNELS["cpu"], CONFIG), recompute=policy, store=store, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model

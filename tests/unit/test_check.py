@@ -16,7 +16,7 @@ from launch.config import load_job
 from launch.memory.formulas import estimate_activations, estimate_states
 from launch.memory.parameters import count_parameters
 from launch.precision import Precision
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.head import Head
@@ -150,7 +150,7 @@ def build(config: ModelConfig, device: str, recompute: Recompute = "none", tile:
         "cpu", device_type="cpu", dtype=torch.float32, head_dim=config.head_dim, window=False, documents=False
     )
     with torch.device(device):
-        return GPT(config, KernelAttention(kernel, config), recompute=recompute, mlp_tile_tokens=tile)
+        return GPT(config, kernel_attention(kernel, config), recompute=recompute, mlp_tile_tokens=tile)
 
 
 @pytest.mark.parametrize(

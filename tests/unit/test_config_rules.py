@@ -184,6 +184,10 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         (["model.attention_backend=cpu", "job.device=cuda"], "it runs on cpu tensors, not cuda; choose auto or"),
         (["training.precision=fp16", "job.device=cpu"], "precision is fp16, which DeepSpeed trains on GPUs only"),
         (["model.num_key_value_heads=3"], "num_attention_heads (8) must be divisible by num_key_value_heads (3)"),
+        (
+            ["model.full_attention_layers=[0, 40]"],
+            "full_attention_layers names block 40, but with num_hidden_layers (2) the last is 1",
+        ),
         (["model.hidden_size=63"], "hidden_size (63) must be divisible by num_attention_heads (8)"),
     ],
 )

@@ -6,15 +6,19 @@ import itertools
 import statistics
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from attention_contest import results as book
 from attention_contest.contestants import auto_name, heads_name
 from attention_contest.rows import Row
 from launch.config import JobConfig
 from launch.context_cost import Work, causal_pairs
-from launch.context_plan import ContextPlan, context_plan
+from launch.context_plan import ContextPlan, context_plan, plans_of_blocks
+from model.kernels import KERNELS
+from parallel.exchange import ExchangeAttention
 from parallel.mesh import MeshShape
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -130,3 +134,19 @@ def test_the_reason_names_both_sides() -> None:
 def test_pairs_are_those_of_the_mask() -> None:
     for tokens, window in itertools.product((1, 5, 12), (None, 1, 4, 30)):
         assert causal_pairs(tokens, window) == sum(min(token + 1, window or tokens) for token in range(tokens))
+
+
+def test_each_block_keeps_what_its_window_leaves() -> None:
+    """By the operator that serves it: room for all keys without a window, with one for a rank's and 2 x 99 more."""
+    job = a_job(8192, 2, 64, 2)
+    model = {"num_hidden_layers": 3, "sliding_window": 100, "full_attention_layers": (1,)}
+    job = job.model_copy(update={"model": job.model.model_copy(update=model)})
+    plans, transport = plans_of_blocks(job, MeshShape(1, 2, 1), 2), Mock(rank=0)
+    transport.group.size.return_value = 2
+    for plan, window in zip(plans, (100, None, 100), strict=True):
+        operator = ExchangeAttention(transport, KERNELS["math"], scale=1.0, window=window, balanced=True)
+        q, k = (torch.empty(1, 4096, heads, 128, device="meta") for heads in (64, 2))
+        assert plan is not None and plan.keys == "exchange" and plan.keep_gathered
+        [kept] = operator.saved_shapes(q, k)[1]
+        assert kept == 2 * plan.fetched_tokens * 2 * 128
+        assert plan.fetched_tokens == (8192 if window is None else 4096 + 2 * 99)

@@ -163,7 +163,12 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
 def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
     plans = plans_of(problem)
     largest = max(plan.buffer_length for plan in plans)
-    assert largest <= problem.length + problem.joined * problem.length // problem.size
+    share, room = (
+        problem.length // problem.size,
+        buffer_room(problem.length, problem.size, problem.window, problem.joined),
+    )
+    assert largest <= room <= problem.length + problem.joined * share
+    assert problem.window is None or room <= share + 2 * (problem.window - 1)
     for plan in plans:
         assert plan.largest_buffer == largest
         if not problem.joined:

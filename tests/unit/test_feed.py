@@ -40,16 +40,19 @@ def test_rows_are_cut_as_their_documents_balance_for_an_exchange_only(mode: str,
     assert balanced_parts(S, 2, [0, 5, 40, S]) != zigzag_parts(S, 2) != balanced_parts(S, 2, [0, 20, 23, S])
 
 
-@pytest.mark.parametrize("window", ["null", "40"])
-def test_sequences_without_documents_are_cut_as_an_exchange_attends(window: str) -> None:
+@pytest.mark.parametrize(("window", "full", "cut_by"), [("null", [], None), ("40", [], 40), ("40", [0], None)])
+def test_sequences_without_documents_are_cut_as_an_exchange_attends(
+    window: str, full: list[int], cut_by: int | None
+) -> None:
     overrides = ["training.sequence_length=4096", "parallel.context_parallel_size=2", "training.micro_batch_size=2"]
     overrides += ["parallel.context_parallel_mode=exchange", f"model.sliding_window={window}"]
+    overrides += [f"model.full_attention_layers={full}"]
     job, shape = load_job(CONFIG, overrides), MeshShape(2, 2, 1)
     inputs = np.arange(8192).reshape(2, 4096)
     heads = 2 * job.model.num_attention_heads // 2  # of two rows, on one of two tensor-parallel ranks
-    parts = causal_parts(4096, 2, heads, job.model.sliding_window)
-    others = [causal_parts(4096, 2, count, job.model.sliding_window) for count in (heads // 2, 2 * heads)]
-    assert parts != zigzag_parts(4096, 2) and (parts in others) == (window != "null")
+    parts = causal_parts(4096, 2, heads, cut_by)
+    others = [causal_parts(4096, 2, count, cut_by) for count in (heads // 2, 2 * heads)]
+    assert parts != zigzag_parts(4096, 2) and (parts in others) == (cut_by is not None)
     for rank in (0, 1):
         mesh = Mock(shape=shape, cp_size=2, cp_rank=rank)
         local = Cutter.of(job, mesh, torch.device("cpu")).cut(MicroBatch(inputs, inputs, inputs, None))

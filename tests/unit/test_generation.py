@@ -15,7 +15,7 @@ from torch import Tensor
 from launch.inference.cache_room import CacheTooLarge, check_cache_fits
 from launch.inference.generation import generate
 from launch.inference.sampling import Sampling, choose
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kernels import KERNELS
@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mqa": {"num_key_value_heads": 1},
     "window": {"sliding_window": 4},
     "window of one": {"sliding_window": 1},
+    "window in one block": {"sliding_window": 4, "full_attention_layers": (1,)},
     "window past the end": {"sliding_window": 100},
     "qk_norm, biases, tied": {"qk_norm": True, "attention_bias": "all", "tie_word_embeddings": True},
     "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_sequence_length=64)},
@@ -42,7 +43,7 @@ def build(**changes: Any) -> GPT:
     shape = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = ModelConfig(**(shape | heads | changes))
-    model = GPT(config, KernelAttention(KERNELS["cpu"], config)).eval()
+    model = GPT(config, kernel_attention(KERNELS["cpu"], config)).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +67,7 @@ class Watched:
 def write(model: GPT, prompts: list[list[int]], count: int, sampling: Sampling = GREEDY, **options: Any) -> Any:
     """(tokens, the watched model)."""
     watched = Watched(model)
-    attend = KernelAttention(KERNELS["cpu"], model.config)
+    attend = kernel_attention(KERNELS["cpu"], model.config)
     return generate(watched, model, attend, prompts, count, sampling, device=CPU, **options), watched
 
 
@@ -76,7 +77,7 @@ def recomputed(model: GPT, prompt: list[int], count: int, window: int | None = N
     if window is not None:
         config = model.config.model_copy(update={"sliding_window": window})
         for layer in model.layers:
-            layer.attention.attend = KernelAttention(KERNELS["math"], config)
+            [layer.attention.attend, _] = kernel_attention(KERNELS["math"], config)
     tokens, logits = list(prompt), []
     for _ in range(count):
         logits.append(model(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0, -1])
@@ -127,7 +128,7 @@ def test_a_sequence_ends_where_it_is_told_to() -> None:
 
 def test_the_cache_has_the_size_of_the_key_heads() -> None:
     model = build(num_key_value_heads=1)
-    cache = KVCache([3], 20, KernelAttention(KERNELS["cpu"], model.config), scale=1.0, window=None, device=CPU)
+    cache = KVCache([3], 20, kernel_attention(KERNELS["cpu"], model.config), scale=1.0, window=None, device=CPU)
     with torch.no_grad(), cache.serving(model):
         served = model.layers[1].attention.attend
         logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None])
@@ -146,7 +147,7 @@ def test_the_cache_has_the_size_of_the_key_heads() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_is_what_the_buffers_take(case: str) -> None:
     model = build(**CASES[case])
-    cache = KVCache([3, 1], 20, KernelAttention(KERNELS["cpu"], model.config), scale=1.0, window=None, device=CPU)
+    cache = KVCache([3, 1], 20, kernel_attention(KERNELS["cpu"], model.config), scale=1.0, window=None, device=CPU)
     with torch.no_grad(), cache.serving(model):
         model(torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.arange(3).expand(2, 3))
         held = [layer.attention.attend for layer in model.layers]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.attention import Attention, KernelAttention
+from model.attention import Attention, kernel_attention
 from model.gpt import GPT
 from model.head import Head
 from model.kernels import KERNELS
@@ -91,7 +91,7 @@ def test_the_loss_of_a_half_precision_model_is_summed_in_fp32() -> None:
 def test_the_tensor_parallel_plan_covers_the_model(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         config = config_of(**changes)
-        model = GPT(config, KernelAttention(KERNELS["math"], config))
+        model = GPT(config, kernel_attention(KERNELS["math"], config))
     plan, modules = GPT.tensor_parallel_plan, dict(model.named_modules())
     styles: dict[str, str] = {}
     for pattern, style in plan.items():
@@ -124,7 +124,7 @@ def test_the_tensor_parallel_plan_covers_the_model(changes: dict[str, Any]) -> N
 def test_initial_distribution(layers: int) -> None:
     with torch.device("meta"):
         config = config_of(num_hidden_layers=layers, qk_norm=True, attention_bias="all", initializer_range=0.05)
-        model = GPT(config, KernelAttention(KERNELS["math"], config))
+        model = GPT(config, kernel_attention(KERNELS["math"], config))
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
     assert len(norms) == 4 * layers + 1
     for name, _ in model.named_parameters():

@@ -134,7 +134,8 @@ def test_the_keys_of_transformers_4_are_read() -> None:
     qwen = V4_LLAMA | {"model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 28}
     assert model_from(qwen | {"use_sliding_window": False}).sliding_window is None
     assert model_from(qwen | {"use_sliding_window": True}).sliding_window is None, "no layer is that high"
-    assert model_from(qwen | {"use_sliding_window": True, "max_window_layers": 0}).sliding_window == 4096
+    assert model_from(qwen | {"use_sliding_window": True, "max_window_layers": 0}).windows == [4096, 4096]
+    assert model_from(qwen | {"use_sliding_window": True, "max_window_layers": 1}).windows == [None, 4096]
     yarn = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
     scaling = model_from(V4_LLAMA | {"rope_scaling": yarn | {"mscale_all_dim": 0.5}}).rope_scaling
     assert scaling is not None and scaling.attention_factor == pytest.approx(1.36888 / 1.18444, rel=1e-4)
@@ -154,8 +155,12 @@ def test_the_keys_of_transformers_4_are_read() -> None:
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"num_key_value_heads": 3}, "must be divisible by num_key_value_heads"),
         (
-            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1},
-            "1 of 2 layers have a sliding window",
+            {"model_type": "qwen3", "layer_types": ["sliding_attention", "chunked_attention"]},
+            "layer_types has 2 entries for num_hidden_layers .2., of kinds .'chunked_attention', 'sliding_attention'",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries for num_hidden_layers .2.",
         ),
     ],
 )
@@ -166,7 +171,7 @@ def test_what_our_model_has_not_is_refused(changes: dict[str, Any], complaint: s
 
 def test_what_no_family_has_is_refused() -> None:
     model = model_from(V4_LLAMA).model_copy(update={"qk_norm": True, "attention_bias": "qkv"})
-    with pytest.raises(UnsupportedModel, match="qk_norm True, attention_bias qkv and sliding_window None together"):
+    with pytest.raises(UnsupportedModel, match="qk_norm True, attention_bias qkv, sliding_window None and .* together"):
         config_for(model, max_position_embeddings=8, dtype="float32")
 
 

@@ -23,6 +23,18 @@ IDLE_JOBS: list[tuple[list[str], str, str, list[str]]] = [
         ["model.sliding_window=63"],
     ),
     (
+        ["model.sliding_window=20", "model.full_attention_layers=[0, 1]", "model.num_hidden_layers=2"],
+        "model.sliding_window = 20",
+        "full_attention_layers names all 2 blocks",
+        ["model.full_attention_layers=[1]"],
+    ),
+    (
+        ["model.full_attention_layers=[0]"],
+        "model.full_attention_layers = [0]",
+        "sliding_window is null",
+        ["model.sliding_window=20"],
+    ),
+    (
         ["parallel.sequence_parallel=true"],
         "parallel.sequence_parallel = true",
         "tensor_parallel_size (1) splits no layer",

@@ -27,6 +27,7 @@ def test_shape_keys_are_those_that_change_parameters() -> None:
         "rope_theta": 5.0,
         "rope_scaling": {"factor": 2.0},
         "sliding_window": 3,
+        "full_attention_layers": [1],
         "initializer_range": 0.1,
         "init_from": "somewhere",
         "attention_backend": "math",

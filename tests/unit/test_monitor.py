@@ -257,6 +257,9 @@ def test_flops_per_token_by_hand() -> None:
     assert flops_per_token(windowed, 16, causal=True) == 6 * matrices + 12 * 3 * 8 * visible
     assert flops_per_token(windowed, 16, causal=False) == 6 * matrices + 12 * 3 * 8 * 5
     assert flops_per_token(config(sliding_window=99), 16, causal=True) == flops_per_token(config(), 16, causal=True)
+    mixed = config(sliding_window=5, full_attention_layers=(0, 2))
+    assert flops_per_token(mixed, 16, causal=True) == 6 * matrices + 12 * 8 * (2 * 8.5 + visible)
+    assert flops_per_token(mixed, 16, causal=False) == 6 * matrices + 12 * 8 * (2 * 16 + 5)
 
 
 def test_flops_of_llama_3_8b_are_six_times_its_matrices_plus_attention() -> None:

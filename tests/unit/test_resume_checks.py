@@ -83,6 +83,7 @@ def test_the_first_other_batch_is_named() -> None:
     [
         ({"model": {"num_hidden_layers": 3}}, "model.num_hidden_layers is 2 there and 3 here"),
         ({"training": {"sequence_length": 32}}, "training.sequence_length is 64 there and 32 here"),
+        ({"model": {"full_attention_layers": (1,)}}, "model.full_attention_layers is [] there and [1] here"),
         ({"job": {"seed": 1}}, "job.seed is 0 there and 1 here"),
         ({"optimizer": {"betas": [0.9, 0.99]}}, "optimizer.betas is [0.9, 0.95] there and [0.9, 0.99] here"),
         ({"data": {"document_mask": True}}, "data.document_mask is False there and True here"),
@@ -93,6 +94,14 @@ def test_another_run_is_refused_unless_accepted(change: dict[str, dict[str, obje
     key = expected.split()[0]
     assert differences(there, here, ()) == ([expected], [])
     assert acceptable(key) and differences(there, here, (key,)) == ([], [expected])
+
+
+def test_a_checkpoint_older_than_a_key_is_of_the_run_without_it() -> None:
+    there = settings(job())
+    del there["model.full_attention_layers"]
+    assert differences(there, settings(job()), ()) == ([], [])
+    windowed = settings(job(model={"full_attention_layers": (1,)}))
+    assert differences(there, windowed, ()) == (["model.full_attention_layers is [] there and [1] here"], [])
 
 
 def test_steering_is_told_and_the_layout_is_not_compared() -> None:

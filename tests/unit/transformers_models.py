@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import stored_model
-from model.attention import KernelAttention
+from model.attention import kernel_attention
 from model.gpt import GPT
 from model.kernels import KERNELS
 
@@ -45,6 +45,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         max_window_layers=0,
         rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
     ),
+    "qwen3, window on some layers": lambda: Qwen3Config(
+        **tiny(num_hidden_layers=4),
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "qwen2, window on upper layers": lambda: Qwen2Config(
+        **tiny(num_hidden_layers=3), use_sliding_window=True, sliding_window=8, max_window_layers=2
+    ),
 }
 
 
@@ -69,7 +78,7 @@ def downloaded(config: PreTrainedConfig, folder: Path, **options: Any) -> Any:
 def ours(folder: Path) -> GPT:
     """The model that a converted folder holds, in fp32."""
     config, weights = stored_model(folder), open_weights(folder)
-    model = GPT(config, KernelAttention(KERNELS["cpu"], config))
+    model = GPT(config, kernel_attention(KERNELS["cpu"], config))
     with torch.no_grad():
         weights.read([Part(name, (0,) * p.dim(), p.data) for name, p in model.named_parameters()])
     return model
