@@ -163,10 +163,8 @@ def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> Non
 def test_joined_calls_are_one_and_buffers_fit(problem: Problem) -> None:
     plans = plans_of(problem)
     largest = max(plan.buffer_length for plan in plans)
-    share, room = (
-        problem.length // problem.size,
-        buffer_room(problem.length, problem.size, problem.window, problem.joined),
-    )
+    share = problem.length // problem.size
+    room = buffer_room(problem.length, problem.size, problem.window, problem.joined)
     assert largest <= room <= problem.length + problem.joined * share
     assert problem.window is None or room <= share + 2 * (problem.window - 1)
     for plan in plans:
@@ -216,7 +214,7 @@ def test_bytes_follow_the_documents_and_the_window() -> None:
 def test_the_last_rank_makes_one_call() -> None:
     plans = [exchange_plan(64, 4, rank) for rank in range(4)]
     assert [len(plan.calls) for plan in plans] == [2, 2, 2, 1]
-    assert max(plan.buffer_length for plan in plans) == buffer_room(64, 4, joined=False)
+    assert max(plan.buffer_length for plan in plans) == buffer_room(64, 4, None, joined=False)
 
 
 def test_one_call_for_both_chunks() -> None:
