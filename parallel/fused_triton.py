@@ -198,8 +198,9 @@ def _add_mean(total, parts, length, share, FIRST: tl.constexpr, SIZE: tl.constex
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < length
     added = tl.load(parts + at, mask=inside).to(tl.float32)
-    for rank in tl.static_range(1, SIZE):
-        added += tl.load(parts + rank * length.to(tl.int64) + at, mask=inside).to(tl.float32)
+    for _ in tl.static_range(1, SIZE):
+        parts += length  # to the next rank's; a length of 1 is a constant here, which has no methods
+        added += tl.load(parts + at, mask=inside).to(tl.float32)
     added *= share
     if not FIRST:
         added += tl.load(total + at, mask=inside)
