@@ -87,7 +87,11 @@ class ActivationOffload:
             parked.on_device = None
 
     def _call_back(self, parked: _Parked) -> None:
-        """Starts to copy a tensor to the device, if it is not there."""
+        """Starts to copy a tensor to the device, if it is not there.
+
+        A backward pass unpacks all that it saved before it frees it, so that none of this memory is given away while
+        the copy writes there.
+        """
         if parked.on_device is not None:
             return
         parked.on_device = torch.empty_like(parked.on_host, device=self._device)

@@ -102,6 +102,7 @@ def _average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch
     """This rank's parts of the gradients' mean over dp x cp, without padding."""
     group = parameters[0].ds_process_group
     gradients = [parameter.grad for parameter in parameters]
+    _read_here(gradients)
     lengths = [group.size() * parameter.partition_numel() for parameter in parameters]  # with padding, never read
     wholes = list(torch.empty(sum(lengths), dtype=dtype, device=gradients[0].device).split(lengths))
     filled = [whole[: gradient.numel()].view_as(gradient) for whole, gradient in zip(wholes, gradients, strict=True)]
@@ -130,7 +131,7 @@ def _accumulate(optimizer: Any, parameters: Sequence[Any], parts: list[Tensor]) 
     else:
         torch._foreach_add_(targets, parts)
     for parameter in parameters:
-        _release_gradient(parameter)
+        parameter.grad = None
 
 
 def exchange_and_accumulate(optimizer: Any) -> None:
@@ -145,20 +146,27 @@ def exchange_and_accumulate(optimizer: Any) -> None:
 
 
 def _exchange(parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
-    return parts_of_all([parameter.grad.view(-1) for parameter in parameters], parameters[0].ds_process_group)
+    gradients = [parameter.grad.view(-1) for parameter in parameters]
+    _read_here(gradients)
+    return parts_of_all(gradients, parameters[0].ds_process_group)
 
 
 def _accumulate_means(optimizer: Any, parameters: Sequence[Any], received: list[Tensor]) -> None:
     sums = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
     for parameter, parts in zip(parameters, received, strict=True):
         add_mean(sums[parameter.ds_id][: parts.shape[1]], parts, first=optimizer.micro_step_id == 0)
-        _release_gradient(parameter)
+        parameter.grad = None
 
 
-def _release_gradient(parameter: Any) -> None:
-    if parameter.grad.is_cuda:  # made on the stream that computes
-        parameter.grad.record_stream(torch.cuda.current_stream(parameter.grad.device))
-    parameter.grad = None
+def _read_here(gradients: Sequence[Tensor]) -> None:
+    """Whenever these are freed, their memory is given away only after what the current stream has been given by then.
+
+    They were made on the stream that computes. DeepSpeed says so only of those of which this rank keeps a part, and
+    frees the others, such as those of vectors of fewer elements than there are ranks, before they may have been read.
+    """
+    for gradient in gradients:
+        if gradient.is_cuda:
+            gradient.record_stream(torch.cuda.current_stream(gradient.device))
 
 
 class _ReduceStream(torch.cuda.Stream):

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero import stage3 as deepspeed_stage3
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from parallel import zero_stage3
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.zero import ZeroEngine
 from parallel.zero_shares import SharesInReach
@@ -26,7 +27,7 @@ from parallel.zero_stage3 import (
     update_in_one_pass,
 )
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_zero import make_engine, train_step
+from tests.distributed.test_zero import ACCUMULATION, make_engine, train_step
 
 Found = tuple[list[Tensor], list[float]]
 
@@ -37,14 +38,22 @@ def _messages_of_gpus(engine: ZeroEngine) -> None:
     reduce_without_interleaving(engine.engine.optimizer)
 
 
-def _trained(mesh: ParallelMesh, clipping: float, change: Callable[[ZeroEngine], None] = lambda engine: None) -> Found:
+def _nothing(engine: ZeroEngine) -> None:
+    """DeepSpeed's own."""
+
+
+def _trained(mesh: ParallelMesh, clipping: float, change: Callable[[ZeroEngine], None] = _nothing) -> Found:
     """This rank's master weights and moments after two steps, and the two gradient norms."""
     engine = make_engine(mesh, 3, clipping)
     change(engine)
     norms = []
-    for _ in range(2):
-        train_step(engine)
-        norms.append(float(engine.grad_norm))
+    with mock.patch.object(zero_stage3, "_read_here") as told:
+        for _ in range(2):
+            train_step(engine)
+            norms.append(float(engine.grad_norm))
+    read = sum(len(call.args[0]) for call in told.call_args_list)
+    assert read in (0, 2 * ACCUMULATION * len(list(engine.model.parameters()))), "the allocator is told of all or none"
+    assert (read == 0) == (change is _nothing)
     return [tensor.clone() for fragment in engine.fragments() for tensor in fragment.tensors.values()], norms
 
 
