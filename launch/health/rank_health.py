@@ -39,7 +39,7 @@ class Health:
         dist.all_gather_object(members, Member(place.rank, node_name(), os.getpid()))
         name = [start_name()]
         dist.broadcast_object_list(name, src=0)
-        folder, pace = HealthFolder(job.run_path, name[0]), Pace.of(job)
+        folder, pace = HealthFolder(job.run_path, name[0]), Pace(job.health)
         patience = Patience(grace=job.health.hang_grace_seconds)
         pulses = node_pulses()
         beat = partial(pulses.write, place.local_rank) if pulses else lambda pulse: None

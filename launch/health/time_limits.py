@@ -6,26 +6,13 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import Self
 
-from launch.config import JobConfig
+from launch.sections.health import HealthSection
 
 STEP = "step"
 _KNOWN_AFTER = 5
 """Steps until their median counts: the first ones compile, connect and fill caches."""
 _REMEMBERED = 20
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When something takes too long."""
-
-    factor: float
-    """Times the median of the last 20 of its kind."""
-    minimum_seconds: float
-    """A step may always take so long."""
-    first_seconds: float
-    """For the first five steps, and the least for whatever is no step: start, evaluation, checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +32,11 @@ class Pace:
     """The training thread begins; another may look at any time, without a lock: each of the two reads or replaces whole
     objects."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: HealthSection) -> None:
         self._limits = limits
         self._durations: dict[str, deque[float]] = {}
         self._noted = 0.0
         self.current = Activity("start", 0, time.monotonic())
-
-    @classmethod
-    def of(cls, job: JobConfig) -> Self:
-        """With the job's limits."""
-        health = job.health
-        return cls(Limits(health.step_limit, health.minimum_step_seconds, health.first_step_seconds))
 
     def begin(self, kind: str, step: int) -> None:
         """What was going on has ended, and this begins."""
@@ -70,14 +51,14 @@ class Pace:
         limits, past = self._limits, tuple(self._durations.get(kind, ()))
         known = len(past) >= _KNOWN_AFTER if kind == STEP else bool(past)
         least, name = (
-            (limits.minimum_seconds, "health.minimum_step_seconds")
+            (limits.minimum_step_seconds, "health.minimum_step_seconds")
             if kind == STEP and known
-            else (limits.first_seconds, "health.first_step_seconds")
+            else (limits.first_step_seconds, "health.first_step_seconds")
         )
-        usual = limits.factor * median(past) if known else 0.0
+        usual = limits.step_limit * median(past) if known else 0.0
         if usual > least:
-            return usual, f"health.step_limit ({limits.factor:g}) x the median of {median(past):.3g} s"
-        known_median = f", more than {limits.factor:g} x the median of {median(past):.3g} s" if known else ""
+            return usual, f"health.step_limit ({limits.step_limit:g}) x the median of {median(past):.3g} s"
+        known_median = f", more than {limits.step_limit:g} x the median of {median(past):.3g} s" if known else ""
         return least, f"{name}{known_median}"
 
     def note(self) -> str | None:

@@ -22,8 +22,9 @@ from launch.exit_status import HUNG
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
 from launch.health.processes import process_state
-from launch.health.time_limits import STEP, Limits, Pace
+from launch.health.time_limits import STEP, Pace
 from launch.health.watchdog import Patience, Watchdog
+from launch.sections.health import HealthSection
 from tests.distributed.harness import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ class Case:
         self.folder = HealthFolder(Path(folder), name)
         self.members: list[Member] = [Member(0, "", 0)] * WORLD
         dist.all_gather_object(self.members, Member(self.rank, f"host-{self.rank}", os.getpid()))
-        self.pace = Pace(Limits(10.0, LIMIT, 60.0))
+        self.pace = Pace(HealthSection(minimum_step_seconds=LIMIT, first_step_seconds=60.0))
         dist.barrier()
         self.watchdog = Watchdog(self.folder, self.pace, self.rank, self.members, PATIENCE, stops=False)
         for step in range(1, 8):
@@ -127,11 +128,12 @@ from pathlib import Path
 from launch.environment import node_pulses, place_in_world
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
-from launch.health.time_limits import STEP, Limits, Pace
+from launch.health.time_limits import STEP, Pace
 from launch.health.processes import process_state
 from launch.health.watchdog import Patience, Watchdog
+from launch.sections.health import HealthSection
 
-place, pace = place_in_world(), Pace(Limits(10.0, 2.0, 2.0))
+place, pace = place_in_world(), Pace(HealthSection(minimum_step_seconds=2.0, first_step_seconds=2.0))
 members, patience = [Member(rank, "host", 0) for rank in range(2)], Patience(tick=0.1, hear=0.3, grace=1.0)
 folder, beat = HealthFolder(Path(sys.argv[-1]), "7-0"), partial(node_pulses().write, place.local_rank)
 Watchdog(folder, pace, place.rank, members, patience, stops=True, beat=beat)

@@ -22,7 +22,8 @@ from launch.health.node_watch import NodeWatch, Pulse, Pulses
 from launch.health.probes import Rates, outliers, pairings, summary
 from launch.health.processes import children
 from launch.health.stragglers import slowest
-from launch.health.time_limits import STEP, Activity, Limits, Pace
+from launch.health.time_limits import STEP, Activity, Pace
+from launch.sections.health import HealthSection
 
 MEMBERS = [Member(rank, f"node-{1 + rank // 2}", 100 + rank) for rank in range(4)]
 TRAIN_STEP = "launch/stepper.py:66 Stepper.train"
@@ -33,7 +34,7 @@ WAITS = [
 ]
 READS = [
     "threading.py:331 Condition.wait",
-    "launch/data/prefetch.py:40 Prefetcher.get",
+    "launch/data/prefetch.py:28 prefetched.<locals>.loaded",
     "launch/trainer.py:90 Trainer.run",
 ]
 
@@ -172,7 +173,7 @@ def test_reports_read_back() -> None:
 def test_a_step_may_take_a_multiple_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0.0, 30.0)
     monkeypatch.setattr("launch.health.time_limits.time.monotonic", lambda: next(now))
-    pace = Pace(Limits(factor=10.0, minimum_seconds=120.0, first_seconds=1800.0))
+    pace = Pace(HealthSection(step_limit=10.0, minimum_step_seconds=120.0, first_step_seconds=1800.0))
     assert pace.limit("start") == (1800.0, "health.first_step_seconds")
     for step in range(1, 6):
         pace.begin(STEP, step)
