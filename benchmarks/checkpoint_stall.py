@@ -26,7 +26,7 @@ from launch.data.corpus import Corpus
 from launch.environment import choose_device, place_in_world
 from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
-from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.checkpoint_records import Progress
 from launch.saving.storage import storage_at
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
@@ -89,7 +89,7 @@ def main() -> None:
         for asynchronous in (False, True):
             checkpoints = Checkpoints(
                 storage_at(str(Path(folder) / str(asynchronous))),
-                Retention(keep_last=1),
+                keep_last=1,
                 settings=resume_checks.settings(wanted),
                 asynchronous=asynchronous,
             )

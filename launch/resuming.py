@@ -10,7 +10,7 @@ from launch.data.cursor import DataCursor
 from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
-from launch.saving.checkpoint_records import Progress, Resumed, Retention
+from launch.saving.checkpoint_records import Progress, Resumed
 from launch.saving.storage import storage_at
 from parallel.zero import ZeroEngine
 
@@ -20,7 +20,8 @@ def checkpoints_of(job: JobConfig) -> Checkpoints:
     wanted = job.checkpoint
     return Checkpoints(
         storage_at(job.checkpoint_location),
-        Retention(wanted.keep_last, wanted.keep_every),
+        keep_last=wanted.keep_last,
+        keep_every=wanted.keep_every,
         settings=resume_checks.settings(job),
         asynchronous=wanted.asynchronous,
         accept_changes=wanted.accept_changes,

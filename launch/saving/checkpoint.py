@@ -24,9 +24,10 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.data.batches import Batches
+from launch.data.cursor import ACCEPT_DATA
 from launch.saving import resume_checks
-from launch.saving.checkpoint_names import CheckpointError, complete_steps, step_name
-from launch.saving.checkpoint_records import Progress, Resumed, Retention, Saved
+from launch.saving.checkpoint_names import CheckpointError, complete_steps, removable, step_name
+from launch.saving.checkpoint_records import Progress, Resumed, Saved
 from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
 from launch.saving.ranks import Ranks, in_words
 from launch.saving.resume_checks import Settings
@@ -42,15 +43,16 @@ class Checkpoints:
     def __init__(
         self,
         storage: Storage,
-        retention: Retention,
         *,
+        keep_last: int,
+        keep_every: int = 0,
         settings: Settings,
         asynchronous: bool = False,
         accept_changes: tuple[str, ...] = (),
     ):
         """`settings` are stored with each checkpoint and compared at a resume."""
-        self.storage, self.retention, self.asynchronous = storage, retention, asynchronous
-        self.settings, self.accept_changes = settings, accept_changes
+        self.storage, self.keep_last, self.keep_every = storage, keep_last, keep_every
+        self.settings, self.asynchronous, self.accept_changes = settings, asynchronous, accept_changes
         self._training = Ranks("checkpoints")
         self._writing = Ranks("checkpoint writers")  # the thread that writes, or the training one in its place
         self._in_flight: Future[Saved] | None = None
@@ -147,7 +149,7 @@ class Checkpoints:
         self.storage.complete(name, encode(manifest))
 
     def _remove_old(self) -> None:
-        for step in self.retention.removable(complete_steps(self.storage)):
+        for step in removable(complete_steps(self.storage), self.keep_last, self.keep_every):
             self.storage.remove(step_name(step))
 
     def check_writable(self) -> None:
@@ -218,7 +220,7 @@ class Checkpoints:
 
     def check_batches(self, resumed: Resumed, batches: Batches) -> None:
         """Raises CheckpointError, naming the first difference, unless the run goes on with the data it would have."""
-        if resume_checks.DATA in self.accept_changes:
+        if ACCEPT_DATA in self.accept_changes:
             return
         step, ranks = resumed.progress.step, self._training
         parts = ranks.everywhere(lambda: resume_checks.next_batches(batches, step, ranks.rank, ranks.world_size))
@@ -226,7 +228,7 @@ class Checkpoints:
         if other:
             raise CheckpointError(
                 f"checkpoint {resumed.path} would go on with other data: {other}; restore what data and seed were, or, "
-                f"if the change is meant, name {resume_checks.DATA} in checkpoint.accept_changes"
+                f"if the change is meant, name {ACCEPT_DATA} in checkpoint.accept_changes"
             )
 
     def _check_same_run(self, path: str, manifest: dict[str, Any]) -> list[str]:

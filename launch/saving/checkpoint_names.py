@@ -25,6 +25,11 @@ def complete_steps(storage: Storage) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
+def removable(steps: list[int], keep_last: int, keep_every: int = 0) -> list[int]:
+    """Which of ascending `steps` go: all but the last, and but those at multiples of `keep_every` (0: none)."""
+    return [step for step in steps[:-keep_last] if not keep_every or step % keep_every]
+
+
 def newest_checkpoint(storage: Storage, step: int | None = None, *, verify: bool = False) -> str:
     """The name of a run's newest complete checkpoint, or of the one at `step`, for readers outside the run.
 

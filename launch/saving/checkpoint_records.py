@@ -1,4 +1,4 @@
-"""What is said of checkpoints: how far the run had come, which of them stay, how a save ended, what a resume found."""
+"""What is said of checkpoints: how far the run had come, how a save ended, what a resume found."""
 
 from __future__ import annotations
 
@@ -19,20 +19,6 @@ class Progress:
     data: dict[str, Any] = field(default_factory=dict)
     """The data cursor's record, plain JSON (see `launch.data.cursor`): what the order of the data depends on besides
     the step."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay once a newer one is complete."""
-
-    keep_last: int
-    keep_every: int = 0
-    """Those at multiples of so many steps stay for good; 0: none."""
-
-    def removable(self, steps: list[int]) -> list[int]:
-        """Of ascending `steps`."""
-        old = steps[: -self.keep_last]
-        return [step for step in old if not self.keep_every or step % self.keep_every]
 
 
 @dataclass(frozen=True)

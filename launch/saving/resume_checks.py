@@ -25,8 +25,6 @@ NEXT_BATCHES = 20
 LAST_LOSSES = 20
 """Losses before a checkpoint that it remembers."""
 
-DATA = ACCEPT_DATA
-"""The key under which the tokens themselves are compared and accepted."""
 _FIXED = (
     "job.seed",
     "training.sequence_length",
@@ -57,12 +55,12 @@ Settings = dict[str, Any]
 
 def acceptable(key: str) -> bool:
     """Whether checkpoint.accept_changes may name `key`."""
-    return key == DATA or key in _FIXED or key.startswith("model.")
+    return key == ACCEPT_DATA or key in _FIXED or key.startswith("model.")
 
 
 def acceptable_keys() -> str:
     """In words."""
-    return ", ".join([DATA, "model.KEY", *_FIXED])
+    return ", ".join([ACCEPT_DATA, "model.KEY", *_FIXED])
 
 
 def settings(job: JobConfig) -> Settings:

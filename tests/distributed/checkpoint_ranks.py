@@ -26,7 +26,7 @@ from launch.data.corpus import Corpus
 from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
-from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.checkpoint_records import Progress
 from launch.saving.storage import storage_at
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
@@ -132,11 +132,9 @@ class Rank:
         )
         self.stepper = Stepper(job, self.mesh, self.engine)
 
-    def checkpoints(
-        self, location: Path | str, *, keep_last: int = 3, keep_every: int = 0, **changes: Any
-    ) -> Checkpoints:
-        stored = {"settings": self.settings} | changes
-        return Checkpoints(storage_at(str(location)), Retention(keep_last, keep_every), **stored)
+    def checkpoints(self, location: Path | str, **changes: Any) -> Checkpoints:
+        wanted = {"settings": self.settings, "keep_last": 3} | changes
+        return Checkpoints(storage_at(str(location)), **wanted)
 
     def save(self, checkpoints: Checkpoints, step: int) -> str:
         """Saves as of `step`, and waits for it; what went wrong, or nothing."""
@@ -303,7 +301,7 @@ def look_at(directories: Sequence[Sequence[Path]]) -> list[str]:
     """What each rank says of directories of its own before it trains, where nothing may stay."""
     said = []
     for places in directories:
-        checkpoints = Checkpoints(storage_at(str(places[dist.get_rank()])), Retention(1), settings={})
+        checkpoints = Checkpoints(storage_at(str(places[dist.get_rank()])), keep_last=1, settings={})
         try:
             checkpoints.check_writable()
             said.append("")

@@ -19,7 +19,7 @@ from launch.convert import to_hf
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
 from launch.saving.checkpoint import Checkpoints
-from launch.saving.checkpoint_records import Progress, Retention
+from launch.saving.checkpoint_records import Progress
 from launch.saving.resume_checks import settings
 from launch.saving.storage import storage_at
 from launch.weights.initial_weights import _parts, load_initial_weights
@@ -128,7 +128,7 @@ def start(root: Path) -> list[tuple[float, int]]:
             job.run_path.mkdir()
             (job.run_path / "config.yaml").write_text(job.to_yaml())
         dist.barrier()
-        checkpoints = Checkpoints(storage_at(job.checkpoint_location), Retention(1), settings=settings(job))
+        checkpoints = Checkpoints(storage_at(job.checkpoint_location), keep_last=1, settings=settings(job))
         corpus = Corpus.from_documents("training", np.zeros(100, np.uint8), [100], "")
         checkpoints.save(engine, Progress(), Batches(SequenceSampler(corpus, 8, 0), 1, 1, 1, 0))
         saved = checkpoints.outcome(wait=True)

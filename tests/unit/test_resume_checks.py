@@ -10,7 +10,7 @@ import pytest
 from launch.config import SECTIONS, JobConfig
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
-from launch.saving.checkpoint_records import Retention
+from launch.saving.checkpoint_names import removable
 from launch.saving.resume_checks import (
     NEXT_BATCHES,
     acceptable,
@@ -135,6 +135,6 @@ def test_a_first_loss_out_of_the_ordinary() -> None:
 
 def test_retention_keeps_the_last_and_every_so_many() -> None:
     steps = [10, 20, 30, 40, 50, 60]
-    assert Retention(2).removable(steps) == [10, 20, 30, 40]
-    assert Retention(2, keep_every=30).removable(steps) == [10, 20, 40]
-    assert Retention(9).removable(steps) == []
+    assert removable(steps, 2) == [10, 20, 30, 40]
+    assert removable(steps, 2, keep_every=30) == [10, 20, 40]
+    assert removable(steps, 9) == []
