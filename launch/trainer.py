@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from launch.config import JobConfig
 from launch.data.batches import Batches
-from launch.data.prefetch import Prefetcher
+from launch.data.prefetch import prefetched
 from launch.feed import HostBatch
 from launch.health.stragglers import Stragglers
 from launch.health.time_limits import STEP, Pace
@@ -69,12 +69,13 @@ class Trainer:
         save fails (an earlier one does as checkpoint.on_save_error says).
         """
         total, start = self.job.total_steps, progress.step
+        steps = range(start, total)
         self._losses = self._expected = dict(losses or {})
         evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
         unchecked: StepOutcome | None = None
         clock = StepClock(start)
-        with Prefetcher(lambda step: self.stepper.cut(self.training.micro_batches(step)), stop=total) as batches:
-            for step in range(start, total):
+        with prefetched(lambda step: self.stepper.cut(self.training.micro_batches(step)), steps) as batches:
+            for step in steps:
                 outcome = self._step(step, batches)
                 # Checked one step late: by then the values are there, and reading them does not hold up the device.
                 if unchecked is not None:
@@ -111,13 +112,13 @@ class Trainer:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, batches: Prefetcher[list[HostBatch]]) -> StepOutcome:
+    def _step(self, step: int, batches: Iterator[list[HostBatch]]) -> StepOutcome:
         """One training step, timed, and traced if it is one of those."""
         self.pace.begin(STEP, step + 1)
         self.tracer.before(step + 1)
         self.timer.start()
         with record_function(DATA):
-            micro_batches = batches.get(step)
+            micro_batches = next(batches)
         self.timer.mark("data")
         outcome = self.stepper.train(step, micro_batches)
         traced = self.tracer.after(outcome.step)
