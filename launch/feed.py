@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +24,14 @@ from parallel.mesh import ParallelMesh
 from parallel.sequence import balanced_parts, causal_parts, document_rows, shard_sequence
 
 
-@dataclass(frozen=True)
-class LocalBatch:
-    """What the model takes: this rank's part of each sequence, [B, L] int64, and the documents of the whole ones."""
+class LocalBatch(NamedTuple):
+    """What the model takes, in the order of GPT.forward: this rank's part of each sequence, [B, L] int64, and the
+    documents of the whole ones."""
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     documents: Documents | None
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Documents | None]:
-        """In the order of GPT.forward."""
-        return self.input_ids, self.position_ids, self.labels, self.documents
 
 
 @dataclass(frozen=True)

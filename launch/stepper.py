@@ -43,7 +43,7 @@ class Stepper:
         scale = len(micro_batches) * self.mesh.zero_size / tokens.clamp(min=1)
         local_loss = torch.zeros((), device=engine.device)
         for batch in micro_batches:
-            loss_sum, _ = engine(*batch.to(engine.device).arguments())
+            loss_sum, _ = engine(*batch.to(engine.device))
             engine.backward(loss_sum * scale)
             local_loss += loss_sum.detach()
         self.timer.mark("compute")
@@ -67,7 +67,7 @@ class Stepper:
         totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
         for micro_batches in batches:
             for batch in map(self._cutter.cut, micro_batches):
-                loss_sum, token_count = self.engine(*batch.to(self.engine.device).arguments())
+                loss_sum, token_count = self.engine(*batch.to(self.engine.device))
                 totals += torch.stack([loss_sum.double(), token_count.double()])
         self.engine.train()
         dist.all_reduce(totals, group=self.mesh.zero_group)

@@ -103,7 +103,7 @@ def loss_by_position(
             for micro_batch in micro_batches:
                 batch = cutter.cut(micro_batch).to(device)
                 head.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
-                forward(*batch.arguments())
+                forward(*batch)
     dist.all_reduce(head.totals, group=mesh.zero_group)
     return head.totals
 

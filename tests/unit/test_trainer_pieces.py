@@ -40,7 +40,7 @@ def test_the_ranks_of_a_sequence_share_a_batch_without_loss(cp_size: int) -> Non
     parts = [Cutter(cp_size, rank).cut(batch) for rank in range(cp_size)]
     assert sum(part.token_count for part in parts) == int((batch.labels != IGNORED_LABEL).sum())
     for part in parts:
-        ids, positions, labels, documents = part.to(torch.device("cpu")).arguments()
+        ids, positions, labels, documents = part.to(torch.device("cpu"))
         assert ids.shape == (2, 16 // cp_size) and documents is None
         # Position tells which column of the whole batch this is; all three arrays must agree on it.
         for row in range(2):
