@@ -15,13 +15,13 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.atomic_files import completed_folder
 from launch.config import JobConfig
 from launch.data.encoders import BYTES, ByteEncoder, byte_tokenizer, tokenizer_for
 from launch.precision import DTYPES
@@ -62,7 +62,8 @@ def from_hf(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> str:
     model, files = model_from(config), SafetensorsFolder(folder)
     shapes = parameter_shapes(model)
     _check_tensors(files, {their_name(name): shape for name, shape in shapes.items()}, model.tie_word_embeddings)
-    with _completed(out) as partial:
+    _check_absent(out)
+    with completed_folder(out) as partial:
         writer = ShardWriter(partial, shard_bytes)
         for name, shape in shapes.items():
             theirs = their_name(name)
@@ -101,7 +102,8 @@ def to_hf(
         dtype=str(common).removeprefix("torch."),
         source=source,
     )
-    with _completed(out) as partial:
+    _check_absent(out)
+    with completed_folder(out) as partial:
         writer = ShardWriter(partial, shard_bytes)
         for name, shape in weights.shapes.items():
             tensor = torch.empty(shape, dtype=dtype or weights.dtypes[name])
@@ -113,21 +115,9 @@ def to_hf(
     return f"{out}: {config['architectures'][0]}, {_size(weights.shapes)} of {weights.origin}; {tokenizer}"
 
 
-@contextmanager
-def _completed(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end of the block, or goes if it fails."""
+def _check_absent(out: Path) -> None:
     if out.exists():
         raise WeightsError(f"{out} exists already; name a folder that does not, or move it away")
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a conversion that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(out)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -197,9 +187,7 @@ def _size(shapes: Any) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="convert.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     incoming = commands.add_parser("from-hf", help="a downloaded Hugging Face model -> weights for model.init_from")
     incoming.add_argument("folder", type=user_path, help="folder with config.json and *.safetensors")

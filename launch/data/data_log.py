@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.atomic_text import write_atomically
+from launch.atomic_files import write_atomically
 from launch.data.batches import Sample
 from launch.data.corpus import Int64
 from launch.monitoring.step_lines import StepLines

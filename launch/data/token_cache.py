@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+from launch.atomic_files import completed_folder
 from launch.data.corpus import CorpusError, Shard, Tokens
 from launch.data.indexed import open_indexed, read_summary
 from launch.data.indexed_writer import IndexedWriter
@@ -42,10 +41,7 @@ def cached_shard(
 
 
 def _build(entry: Path, dtype: np.dtype, documents: Iterable[Tokens]) -> None:
-    partial = entry.with_name(entry.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed builder left
-    partial.mkdir()
-    try:
+    with completed_folder(entry) as partial:
         writer = IndexedWriter(partial / "tokens", dtype)
         try:
             for document in documents:
@@ -53,7 +49,3 @@ def _build(entry: Path, dtype: np.dtype, documents: Iterable[Tokens]) -> None:
             writer.finish()
         finally:
             writer.close()
-        os.rename(partial, entry)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

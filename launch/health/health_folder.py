@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.atomic_text import write_atomically
+from launch.atomic_files import write_atomically
 
 
 class HealthFolder:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.atomic_text import write_atomically
+from launch.atomic_files import write_atomically
 from launch.saving.checkpoint_names import complete_steps
 from launch.saving.storage import storage_at
 
