@@ -53,9 +53,3 @@ class Work:
         flops = 3.5 * 4 * self.head_dim * (self.pairs + _TILE * self.queries)  # a backward is 2.5 forwards
         gpu = flops / _RATE + _CALL * self.calls + self.exposed_bytes / _LINK + _MERGE * self.merged
         return max(host, gpu)
-
-
-def causal_pairs(tokens: int, window: int | None) -> int:
-    """(query, key) pairs of one head over a whole sequence."""
-    reach = min(tokens, window or tokens)
-    return reach * (reach + 1) // 2 + (tokens - reach) * reach

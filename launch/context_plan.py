@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from launch.config import JobConfig
-from launch.context_cost import Work, causal_pairs
+from launch.context_cost import Work
 from parallel.exchange_plan import buffer_room, exchange_plan, one_call_is_faster
 from parallel.mesh import MeshShape
+from parallel.sequence import causal_pairs
 from parallel.ulysses import group_sizes
 
 _EXCHANGE_BYTES = 2**30

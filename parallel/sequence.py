@@ -66,6 +66,12 @@ def check_sequence_parallel(sequence_length: int, context_parallel_size: int, te
         )
 
 
+def causal_pairs(tokens: int, window: int | None) -> int:
+    """(query, key) pairs that causality and the window leave in one head over a whole sequence."""
+    reach = min(tokens, window or tokens)
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
 def chunk_starts(sequence_length: int, context_parallel_size: int, cp_rank: int) -> list[int]:
     """First positions of the chunks that `cp_rank` holds, in their local order; one chunk of S where P is 1."""
     if context_parallel_size == 1:
@@ -157,15 +163,11 @@ def _work(boundaries: Sequence[int], window: int | None) -> Callable[[int], int]
     """A function: the work of all queries before a position, in pairs of query and key. What a token costs whatever it
     sees is left out: every rank has as many."""
 
-    def pairs(tokens: int) -> int:
-        reach = min(tokens, window or tokens)
-        return reach * (reach + 1) // 2 + (tokens - reach) * reach
-
-    before = [0, *accumulate(pairs(end - start) for start, end in pairwise(boundaries))]
+    before = [0, *accumulate(causal_pairs(end - start, window) for start, end in pairwise(boundaries))]
 
     def work(position: int) -> int:
         number = bisect_right(boundaries, position) - 1
-        return before[number] + pairs(position - boundaries[number])
+        return before[number] + causal_pairs(position - boundaries[number], window)
 
     return work
 

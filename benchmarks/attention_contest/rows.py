@@ -1,4 +1,4 @@
-"""The shapes that are measured, and what is demanded of them. Pure Python.
+"""The shapes that are measured, and what is demanded of them. Imports no torch.
 
 P ranks share a sequence of S = P x local_tokens.
 """
@@ -9,6 +9,8 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
+
+from parallel.sequence import causal_pairs
 
 HEAD_DIM = 128
 ONE_GPU = "one GPU, whole sequence"
@@ -41,11 +43,8 @@ class Row:
     def flops(self, ranks: int) -> float:
         """Of a forward pass over the whole sequence: 4 x heads x head_dim x visible pairs. A backward takes 2.5 times
         as many (five products of matrices instead of two)."""
-        pairs = 0
-        for start, end in itertools.pairwise(self.boundaries(ranks)):
-            length = end - start
-            reach = min(self.window or length, length)
-            pairs += reach * (reach + 1) // 2 + (length - reach) * reach
+        documents = itertools.pairwise(self.boundaries(ranks))
+        pairs = sum(causal_pairs(end - start, self.window or None) for start, end in documents)
         return 4.0 * self.heads * HEAD_DIM * pairs
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from launch.config import JobConfig
-from launch.context_cost import causal_pairs
 from model.config import ModelConfig
+from parallel.sequence import causal_pairs
 
 # Dense (no sparsity) bf16 and fp16 FLOP/s of one device, from the makers' data sheets, by a pattern of its
 # name. The first match counts, so variants stand before the name that they contain.

@@ -15,11 +15,12 @@ from attention_contest import results as book
 from attention_contest.contestants import auto_name, heads_name
 from attention_contest.rows import Row
 from launch.config import JobConfig
-from launch.context_cost import Work, causal_pairs
+from launch.context_cost import Work
 from launch.context_plan import ContextPlan, context_plan, plans_of_blocks
 from model.kernels import KERNELS
 from parallel.exchange import ExchangeAttention
 from parallel.mesh import MeshShape
+from parallel.sequence import causal_pairs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NOISE = 0.02
