@@ -15,6 +15,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from launch.config import JobConfig, load_job
 from launch.precision import BYTES
 
@@ -67,8 +69,7 @@ def _largest_parameter(job: JobConfig) -> int:
 
 
 def _refuse_what_does_not_fit(needed: int) -> None:
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = 1024 * int(fields["MemAvailable"].split()[0])
+    available = psutil.virtual_memory().available
     if needed + MARGIN > available:
         raise SystemExit(
             f"the build takes about {needed / GIB:.1f} GiB and {MARGIN / GIB:.0f} GiB are kept free, but "

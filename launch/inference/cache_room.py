@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -51,14 +51,7 @@ def free_memory(device: torch.device, local_size: int) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         memory = torch.cuda.mem_get_info(device)[0] + cached
     else:
-        memory = _available() // local_size
+        memory = psutil.virtual_memory().available // local_size
     least = torch.tensor(memory, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)
-
-
-def _available() -> int:
-    """Bytes of host memory that can be had without swapping, as Linux estimates it (proc(5), MemAvailable)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    kibibytes, _unit = lines["MemAvailable"].split()
-    return int(kibibytes) * 1024
