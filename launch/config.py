@@ -119,13 +119,9 @@ class JobConfig(Section):
         """Sizes of the three axes. Raises ValueError where tp x cp does not divide `world_size`."""
         return MeshShape.fit(world_size, self.parallel.tensor_parallel_size, self.parallel.context_parallel_size)
 
-    def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that see different sequences. Raises ValueError where tp x cp does not divide the world."""
-        return self.mesh_shape(world_size).data_parallel_size
-
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one optimizer step. Raises ValueError where they do not come out whole."""
-        data_parallel_size = self.data_parallel_size(world_size)
+        data_parallel_size = self.mesh_shape(world_size).data_parallel_size
         check_global_batch(self.training.global_batch_size, self.training.micro_batch_size, data_parallel_size)
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
 

@@ -65,7 +65,7 @@ def test_initial_weights_that_are_none(tmp_path: Path, file: str | None, complai
 
 def test_defaults_and_derived_numbers(tmp_path: Path) -> None:
     job = load(tmp_path, "parallel.tensor_parallel_size=2", "training.micro_batch_size=2", world_size=4)
-    assert (job.data_parallel_size(4), job.accumulation_steps(4)) == (2, 2)
+    assert (job.mesh_shape(4).data_parallel_size, job.accumulation_steps(4)) == (2, 2)
     assert job.run_path == Path("runs/test")
     assert (job.tokens_per_step, job.total_steps) == (512, 10)
     assert job.optimizer.betas == (0.9, 0.95)
