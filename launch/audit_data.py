@@ -140,11 +140,10 @@ def show(run: RunRecord, step: int) -> None:
                 print(f"    {shard}: documents {head} to {tail} (tokens {start} to {stop - 1} of the training part)")
 
 
+@exit_on_broken_pipe()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="audit_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=user_path, metavar="RUN")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--show", type=int, metavar="STEP")
@@ -172,6 +171,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_broken_pipe():
-        status = main()
-    sys.exit(status)
+    sys.exit(main())

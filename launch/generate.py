@@ -1,16 +1,5 @@
 """Writes text with a trained model: `python launch/generate.py --run runs/NAME --prompt "def main("`.
 
-    --run FOLDER           a run, or a model that launch/convert.py from-hf wrote
-    --step N               checkpoint to take (default: the newest)
-    --prompt TEXT          what to go on from; give it again for a batch
-    --prompt_file FILE     the same, from a file; may be given again too
-    --max_tokens N         most tokens to write (128)
-    --temperature T        0 takes the likeliest token (0.8)
-    --top_k N, --top_p P   draw among the N likeliest, or those that hold probability P together (all)
-    --seed N               prompt i draws from a stream seeded by N + i (0)
-    --stop TEXT            end before this text; may be given again
-    --json                 one JSON object a line: prompt, text, tokens, and what ended it
-
 A model larger than one GPU: `deepspeed --num_gpus 4 launch/generate.py ...` splits it over four (tensor parallelism).
 Exit status: 0 done, 1 failed, 2 a wrong command.
 """
@@ -63,20 +52,22 @@ def _text(path: Path) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--run", type=user_path, required=True, help="run directory, or a converted model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=user_path, required=True, help="a run, or a model that convert.py from-hf wrote")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
     parser.add_argument("--prompt", action="append", default=[], help="text to go on from; repeat it for a batch")
     parser.add_argument("--prompt_file", type=user_path, action="append", default=[], help="file with such a text")
-    parser.add_argument("--max_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature)
-    parser.add_argument("--top_k", type=int, default=Sampling.top_k)
-    parser.add_argument("--top_p", type=float, default=Sampling.top_p)
-    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument("--max_tokens", type=int, default=128, help="most tokens to write (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=Sampling.temperature, help="0: the likeliest (default: 0.8)"
+    )
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="draw among so many (default: 0, all)")
+    parser.add_argument(
+        "--top_p", type=float, default=Sampling.top_p, help="draw among this probability (default: 1, all)"
+    )
+    parser.add_argument("--seed", type=int, default=Sampling.seed, help="prompt i draws from seed + i (default: 0)")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, tokens, what ended it")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")

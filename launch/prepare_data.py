@@ -2,14 +2,6 @@
 
     python launch/prepare_data.py --input FILES --tokenizer tokenizer.json --output PREFIX
 
-    --input FILES          text (a document each), JSON lines, Parquet, and .gz or .zst of these; globs may be quoted
-    --tokenizer FILE       a Hugging Face tokenizer.json, or: bytes (each byte of UTF-8 is a token)
-    --output PREFIX        PREFIX.bin and PREFIX.idx appear when all is done
-    --field NAME           field or column that holds the text (default: text)
-    --end_of_document TOK  a token of the tokenizer's to put after each document, as "<|endoftext|>"
-    --workers N            tokenising processes (default: one for each processor)
-    --strict               stop at the first bad record, instead of listing it in PREFIX.rejected.jsonl
-
 After a kill the same command goes on where it stopped; what it writes is the same, byte for byte, and does not depend
 on the workers. Exit status: 0 done, 1 failed, 2 the command is wrong.
 """
@@ -32,7 +24,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from launch.atomic_text import write_atomically
+from launch.atomic_files import write_atomically
 from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
@@ -44,6 +36,8 @@ from launch.plurals import counted
 from launch.user_path import user_path
 
 _SAVE_SECONDS = 5.0
+_INPUTS = "texts (a document each), JSON lines, Parquet, and .gz or .zst of these; globs may be quoted"
+_TOKENIZER = "a Hugging Face tokenizer.json, or: bytes (each byte of UTF-8 is a token)"
 
 
 @dataclass(frozen=True)
@@ -265,16 +259,16 @@ def _files(patterns: Sequence[str]) -> list[Path]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", type=expanduser, required=True, metavar="FILE", help=_INPUTS)
+    parser.add_argument("--tokenizer", type=expanduser, required=True, metavar="FILE", help=_TOKENIZER)
+    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX", help="of the .bin and the .idx")
+    parser.add_argument("--field", default="text", metavar="NAME", help="field or column of the text (default: text)")
+    parser.add_argument("--end_of_document", metavar="TOKEN", help="to put after each document: <|endoftext|>")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one for each processor"
     )
-    parser.add_argument("--input", nargs="+", type=expanduser, required=True, metavar="FILE")
-    parser.add_argument("--tokenizer", type=expanduser, required=True, metavar="FILE")
-    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX")
-    parser.add_argument("--field", default="text", metavar="NAME")
-    parser.add_argument("--end_of_document", metavar="TOKEN")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
-    parser.add_argument("--strict", action="store_true")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad record, instead of listing it")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers ({options.workers}) must be at least 1")

@@ -1,12 +1,5 @@
 """Validation loss of a trained model, by position too: `deepspeed --num_gpus 4 launch/run_eval.py --run runs/NAME`.
 
-    --run FOLDER           a run, or a model that launch/convert.py from-hf wrote
-    --step N               checkpoint to take (default: the newest)
-    --config FILE          the job whose data and layout to use (default: the run's own)
-    --first_bucket N       tokens of the first range of positions; each further range doubles (sequence_length / 64)
-    --output FILE          where the JSON goes (default: evaluation-CHECKPOINT.json in the folder)
-    section.key=value      overrides: another layout, training.evaluation_batches, a longer training.sequence_length
-
 Exit status: 0 done, 1 failed, 2 the configuration is wrong.
 """
 
@@ -49,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run_eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--run", type=user_path, required=True, help="run directory, or a converted model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=user_path, required=True, help="a run, or a model that convert.py from-hf wrote")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
-    parser.add_argument("--config", type=user_path, help="YAML file of another job (default: the run's own)")
-    parser.add_argument("--first_bucket", type=int, help="tokens of the first range of positions")
-    parser.add_argument("--output", type=user_path, help="JSON file to write")
+    parser.add_argument("--config", type=user_path, help="job whose data and layout to use (default: the run's)")
+    parser.add_argument("--first_bucket", type=int, help="tokens of the first range; each further one doubles")
+    parser.add_argument("--output", type=user_path, help="JSON (default: evaluation-CHECKPOINT.json in the folder)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="another layout, a longer sequence_length"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.first_bucket is not None and options.first_bucket < 1:
         parser.error(f"--first_bucket ({options.first_bucket}) must be at least 1")

@@ -18,9 +18,10 @@ from launch.slurm.submission import LATEST, Submission, newest_submission
 from launch.user_path import user_path
 
 
+@exit_on_broken_pipe()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 where there is no such run."""
-    parser = argparse.ArgumentParser(prog="status.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=user_path, help="run directory")
     options = parser.parse_args(arguments)
     try:
@@ -91,6 +92,4 @@ def _last_logged(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with exit_on_broken_pipe():
-        status = main()
-    sys.exit(status)
+    sys.exit(main())

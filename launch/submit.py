@@ -1,8 +1,5 @@
 """Submits a job to Slurm: `python launch/submit.py configs/NAME.yaml [section.key=value ...]`.
 
-    --dry-run      print the job script and stop; writes nothing
-    --chain N      N jobs, each going on where the one before was stopped: for clusters that do not queue jobs again
-
 The job is checked as a whole first, on slurm.nodes x slurm.gpus_per_node processes. Exit status: 0 submitted, 1 Slurm
 refused or the run directory cannot be written, 2 the configuration is wrong.
 """
@@ -39,6 +36,7 @@ class UnknownJob(SubmitError):
     """An answer of sbatch without a job's id: a job may run from the folder, which stays."""
 
 
+@exit_on_broken_pipe()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
@@ -171,13 +169,11 @@ def _write_revision(folder: Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="submit.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=user_path, help="YAML file of the job")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
-    parser.add_argument("--dry-run", action="store_true", help="print the job script and stop")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="jobs that follow each other (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the job script and stop; writes nothing")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
     options = parser.parse_intermixed_args(arguments)
     if options.chain < 1:
         parser.error(f"--chain ({options.chain}) must be at least 1")
@@ -185,6 +181,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with exit_on_broken_pipe():
-        status = main()
-    sys.exit(status)
+    sys.exit(main())

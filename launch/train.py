@@ -1,9 +1,5 @@
 """Trains a job: `deepspeed launch/train.py --config configs/NAME.yaml [section.key=value ...]`.
 
-    --config FILE          the job; without it, the quickstart
-    --check                say whether the job is valid and how it would be laid out, and stop; needs no GPU
-    --world_size N         processes to check for; without it, the size that the slurm section asks for, else tp x cp
-
 Exit status: 0 done, 1 failed, 2 the configuration is wrong, 75 stopped by SIGUSR2 or SIGTERM with a checkpoint saved,
 76 ended by the watchdog of a run that hung.
 """
@@ -69,12 +65,10 @@ def quickstart() -> Path:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=user_path, help="YAML file of the job (default: the quickstart)")
-    parser.add_argument("--check", action="store_true", help="validate the job and print its layout, then stop")
-    parser.add_argument("--world_size", type=int, help="number of processes, for --check")
+    parser.add_argument("--check", action="store_true", help="tell whether the job is valid, and its layout; no GPU")
+    parser.add_argument("--world_size", type=int, help="for --check (default: as the slurm section asks, else tp x cp)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
     options = parser.parse_intermixed_args(arguments)
