@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from documents import markdown, print_or_renew
-from launch.config import JobConfig, load_job
-from launch.context_plan import context_plan
-from launch.memory.formulas import estimate_activations, estimate_states, working_copies
+from launch.config import load_job
 from launch.memory.parameters import count_parameters
+from launch.memory.recompute_plan import planned_footprint
 from launch.precision import BYTES, Precision
 from model.config import ModelConfig
-from parallel.mesh import MeshShape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "parallelism.md"
@@ -135,8 +133,8 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
     width, local, zero_size = BYTES[precision], count_parameters(job.model, tp), mesh.data_parallel_size * cp
     tokens = job.training.micro_batch_size * job.training.sequence_length // cp
     head = job.model.hidden_size * job.model.vocab_size // tp
-    states = estimate_states(local, stage, precision, zero_size).total + working_copies(local, stage, precision)
-    activations = _activations(job, mesh, tokens, precision)
+    whole = planned_footprint(job, mesh, "cuda")
+    states, activations = whole.states.total + whole.working, whole.activations.peak
     checkpointing = recompute == "full"
     over_tp = tensor_payload(
         job.model, tokens, width, tp=tp, checkpointing=checkpointing, sequence_parallel=job.sequence_parallel
@@ -155,19 +153,6 @@ def _row(config: Path, gpus: int, tp: int, cp: int, stage: int, recompute: str) 
         *(f"{size / 2**30:.1f}" for size in (states, activations, states + activations)),
         *(f"{size / 1e9:.1f}" if size else "-" for size in (over_tp, *over_cp, each, once)),
     ]
-
-
-def _activations(job: JobConfig, mesh: MeshShape, tokens: int, precision: Precision) -> int:
-    return estimate_activations(
-        job.model,
-        tokens=tokens,
-        tensor_parallel_size=job.parallel.tensor_parallel_size,
-        sequence_parallel=job.sequence_parallel,
-        context=context_plan(job, mesh, BYTES[precision]),
-        precision=precision,
-        autocast=job.parallel.zero_stage == 0 and precision == "bf16",
-        recompute=job.training.activation_checkpointing,
-    ).peak
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python benchmarks/shipped_jobs.py --write    # renew it in the document
 from __future__ import annotations
 
 import tempfile
-from itertools import groupby
 from pathlib import Path
 
 from documents import markdown, print_or_renew
@@ -45,8 +44,7 @@ def _row(name: str, gpus: int) -> list[str]:
     plan = recompute_plan(job, mesh, "cuda")
     needed = footprint(job, mesh, "cuda", plan.policies)
     axes = (mesh.tensor_parallel_size, mesh.context_parallel_size, mesh.data_parallel_size)
-    runs = [(policy, len(list(run))) for policy, run in groupby(plan.policies)]
-    blocks = ", ".join(policy if len(runs) == 1 else f"{policy} in {count}" for policy, count in runs)
+    blocks = ", ".join(policy if len(plan.runs) == 1 else f"{policy} in {count}" for policy, count in plan.runs)
     return [
         f"`{name}.yaml`",
         str(gpus),

@@ -28,8 +28,13 @@ class RecomputePlan:
     """Whether the estimate is within the budget."""
     reason: str = "as configured"
 
+    @property
+    def runs(self) -> list[tuple[Recompute, int]]:
+        """Each policy, and how many blocks in a row have it."""
+        return [(policy, len(list(run))) for policy, run in groupby(self.policies)]
+
     def __str__(self) -> str:
-        runs = [(policy, len(list(run))) for policy, run in groupby(self.policies)]
+        runs = self.runs
         if len(runs) == 1:
             return f"{runs[0][0]} in all {len(self.policies)} blocks: {self.reason}"
         (first, count), (rest, others) = runs

@@ -78,29 +78,19 @@ class RunMonitor(Monitor):
 
     def log_step(self, record: StepRecord) -> None:
         rates = self._throughput.rates(record.seconds)
-        entry: dict[str, float | int] = {
-            "step": record.step,
-            "loss": record.loss,
-            "gradient_norm": record.gradient_norm,
-            "learning_rate": record.learning_rate,
-            "tokens": record.tokens,
-            "seconds": record.seconds,
-            **{f"seconds_{part}": value for part, value in record.parts.items()},
-            **rates,
-            **record.stragglers,
-            **record.extra,
+        values: dict[str, tuple[str, float | int]] = {  # name in metrics.jsonl: tag in TensorBoard
+            "loss": ("train/loss", record.loss),
+            "gradient_norm": ("train/gradient_norm", record.gradient_norm),
+            "learning_rate": ("train/learning_rate", record.learning_rate),
+            "tokens": ("tokens/seen", record.tokens),
+            "seconds": ("time/step", record.seconds),
+            **{f"seconds_{part}": (f"time/{part}", value) for part, value in record.parts.items()},
+            **{name: (f"throughput/{name}", value) for name, value in rates.items()},
+            **{name: (f"stragglers/{name}", value) for name, value in record.stragglers.items()},
+            **{name: (f"train/{name}", value) for name, value in record.extra.items()},
         }
-        scalars = {
-            "train/loss": record.loss,
-            "train/gradient_norm": record.gradient_norm,
-            "train/learning_rate": record.learning_rate,
-            "tokens/seen": record.tokens,
-            "time/step": record.seconds,
-            **{f"time/{part}": value for part, value in record.parts.items()},
-            **{f"throughput/{name}": value for name, value in rates.items()},
-            **{f"stragglers/{name}": value for name, value in record.stragglers.items()},
-            **{f"train/{name}": value for name, value in record.extra.items()},
-        }
+        entry = {"step": record.step, **{name: value for name, (_, value) in values.items()}}
+        scalars = dict(values.values())
         if record.peak_memory_bytes is not None:
             entry["peak_memory_bytes"] = record.peak_memory_bytes
             scalars["memory/peak_gib"] = record.peak_memory_bytes / 2**30
