@@ -54,18 +54,19 @@ TRAINING = [
 _ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1"]
 PAGE = """# Loss curves of two GPUs and of one
 
-A model of 0.97 billion parameters (the blocks of Llama-3.2-1B, bytes for tokens) learns the Python standard library's
-source for 200 steps of 8,192 tokens, in bf16 on NVIDIA H200s. All runs start from the same weights and read the same
-tokens in the same order, so that only rounding tells them apart.
+Does training on two GPUs learn what one GPU learns? All runs start from the same weights and read the same tokens in
+the same order, so they differ only by rounding. The model has 0.97 billion parameters (the blocks of Llama-3.2-1B,
+bytes for tokens). It learns the Python standard library's source for 200 steps of 8,192 tokens, in bf16 on NVIDIA
+H200s.
 
     python benchmarks/loss_curves.py --output docs/loss_curves.json
     python benchmarks/loss_curves.py --output docs/loss_curves.json --document docs
 
 ![Loss curves, and their differences from one GPU](loss_curves.svg)
 
-How far rounding carries a run is measured, on one GPU: with another attention kernel, and with other micro-batches,
-which add gradients in another order. A layout is within bf16 noise where its root-mean-square difference from one GPU,
-over all steps, is at most twice the larger of those two.
+"Noise" is how far rounding alone carries a run. It is measured on one GPU, with another attention kernel and with other
+micro-batches, which add gradients in another order. A layout is within bf16 noise if its root-mean-square difference
+from one GPU, over all steps, is at most twice the larger of those two.
 """
 
 

@@ -159,8 +159,8 @@ def full_table(results: book.Results) -> str:
     """The whole of docs/ring_attention_table.md."""
     return (
         "# Every row that was measured\n\nWritten by `benchmarks/ring_attention.py --report` from "
-        "[ring_attention.json](ring_attention.json); what the columns mean stands in "
-        f"[ring_attention.md](ring_attention.md).\n\n{all_tables(results)}"
+        "[ring_attention.json](ring_attention.json). [ring_attention.md](ring_attention.md) explains the terms.\n\n"
+        f"{all_tables(results)}"
     )
 
 

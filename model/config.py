@@ -79,7 +79,8 @@ class ModelConfig(BaseModel):
     )
 
     vocab_size: int = Field(gt=0)
-    """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism comes on top, never stored."""
+    """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism is added to this and never
+    stored."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
     intermediate_size: int = Field(gt=0)
@@ -115,7 +116,7 @@ class ModelConfig(BaseModel):
     1 / sqrt(2 * num_hidden_layers) (GPT-2, section 2.3). Weights of init_from stay what they are."""
     init_from: str | None = Field(default=None, min_length=1)
     """Folder of the weights to start from: a converted model (`launch/convert.py from-hf`) or another run. Keys of this
-    section that are left out are taken from there. Omit to start from random weights."""
+    section that you leave out are taken from there. Omit it to start from random weights."""
     attention_backend: Backend = "auto"
     """Attention kernel; auto takes the fastest that is installed and allowed."""
 

@@ -17,25 +17,26 @@ class CheckpointSection(Section):
     """Saving and resuming (docs/checkpoints.md)."""
 
     directory: UserPath | None = None
-    """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name};
-    {name} stands for job.name. null is checkpoints in the run directory."""
+    """Where checkpoints go: a directory that all nodes share, or a URL that fsspec reads, such as s3://bucket/{name}.
+    {name} stands for job.name. null: checkpoints in the run directory."""
     save_interval: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = Field(default=3, ge=1)
     """Checkpoints kept; older ones are removed after a new one is complete."""
     keep_every: int = Field(default=0, ge=0)
-    """Keep for good, too, those at multiples of so many steps; 0: none."""
+    """Also keep, for good, checkpoints at multiples of this many steps; 0: none."""
     asynchronous: bool = True
-    """Write in the background: training waits only for a copy of its state to host memory, 12 bytes for each parameter
-    that a rank keeps. false writes from the state itself, and training waits."""
+    """Write in the background. Training waits only while its state is copied to host memory, 12 bytes for each
+    parameter that a rank keeps. false: write from the state itself, while training waits."""
     on_save_error: Literal["warn", "stop"] = "warn"
-    """What a failed save does in the middle of a run: warn goes on, stop ends the job, as a failed last save always
-    does."""
+    """What a failed save does in the middle of a run. warn: the job continues. stop: the job ends, as it always does
+    after a failed last save."""
     resume: Literal["auto", "never", "required"] = "auto"
-    """auto continues from the newest checkpoint if there is one, required fails if there is none."""
+    """auto: continue from the newest checkpoint if there is one. required: fail if there is none. never: start anew,
+    and fail if there is one."""
     accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Keys that may differ from the checkpoint's at a resume although they change the run, such as optimizer.betas;
-    data accepts other tokens."""
+    """Keys that may differ from the checkpoint's although a resume would otherwise refuse that, such as
+    optimizer.betas. data accepts other tokens."""
 
 
 @rule("checkpoint.keep_every", "checkpoint.save_interval")

@@ -20,10 +20,9 @@ class BlendedCorpus(Section):
     """Path of its .bin and .idx without either ending, relative to the working directory; a glob joins several shards
     in the order of their names."""
     weight: float = Field(default=1.0, ge=0)
-    """Its share of the sequences, relative to the other weights; 0 reads nothing. It may change when a run is
-    resumed."""
+    """Share of the sequences, relative to the other weights; 0 reads nothing. It may change when a run is resumed."""
     name: str | None = Field(default=None, min_length=1)
-    """What checkpoints and the audit call it; null takes the last part of the path."""
+    """Name in checkpoints and in the audit; null takes the last part of the path."""
 
     @property
     def label(self) -> str:
@@ -35,8 +34,8 @@ class DataSection(Section):
     """The corpus and how it becomes tokens (docs/data.md)."""
 
     source: Literal["python_stdlib", "files", "indexed"]
-    """python_stdlib reads the running interpreter's own library; files reads what data.files names; indexed reads the
-    token files of data.blend."""
+    """python_stdlib: the running interpreter's own library. files: the texts that data.files names. indexed: the token
+    files of data.blend."""
     files: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
     """Glob patterns of the text files, relative to the working directory; only with source: files."""
     blend: Annotated[tuple[BlendedCorpus, ...], Field(strict=False)] = ()
@@ -46,15 +45,15 @@ class DataSection(Section):
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of each corpus held out for evaluation; whole documents go to one side or the other."""
     validation_paths: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
-    """Corpora of their own for evaluation, written like the path of a blend; then nothing is held out. Only with
-    source: indexed."""
+    """Separate corpora for evaluation, written like the path of a blend. Nothing is held out then. Only with source:
+    indexed."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents fill sequences. split: one after the other, cut where a sequence ends. best_fit: rearranged among
-    64 sequences at a time, so that few are cut; nothing is padded either way."""
+    64 sequences at a time, so that few are cut. Neither pads."""
     document_mask: bool = False
-    """A token sees only its own document, where several are packed in one sequence."""
+    """If several documents are packed in one sequence, a token sees only its own."""
     cache_directory: UserPath | None = None
-    """Where token files of texts are kept between runs; null is ~/.cache/ringzero."""
+    """Where token files of texts are kept between runs; null: ~/.cache/ringzero."""
 
 
 @rule("data.files", "data.source")

@@ -14,24 +14,24 @@ class HealthSection(Section):
     """Slow nodes, slow ranks and hangs (docs/slurm.md)."""
 
     probe: bool = True
-    """Before the first step, measure each node's devices, links and file system, and hold them against the others'."""
+    """Before the first step, measure each node's devices, links and file system, and compare them with the others'."""
     outlier: float = Field(default=0.7, gt=0, lt=1)
-    """Share of its peers' median below which a measured rate is an outlier."""
+    """A measured rate below this share of its peers' median is an outlier."""
     exclude: bool = False
-    """Under Slurm, queue the job again at once without the nodes that a probe has found outliers or on which a hang's
-    missing ranks were."""
+    """Under Slurm, queue the job again at once without nodes that a probe found to be outliers, or on which the missing
+    ranks of a hang were."""
     step_limit: float = Field(default=10.0, gt=1)
-    """Times the median of the last 20 steps, after which a step counts as hung."""
+    """A step counts as hung after this many times the median of the last 20 steps."""
     minimum_step_seconds: float = Field(default=120.0, gt=0)
-    """A step may always take so long."""
+    """A step may always take this long."""
     first_step_seconds: float = Field(default=1800.0, gt=0)
-    """What the start, each of the first five steps, an evaluation and a checkpoint may take at least."""
+    """The start, each of the first five steps, an evaluation and a checkpoint may always take this long."""
     on_hang: Literal["stop", "report"] = "stop"
-    """stop ends a run that hangs after telling who is missing, so that it can go on elsewhere; report only tells."""
+    """stop: report who is missing, and end the run so that it can continue elsewhere. report: only report."""
     hang_grace_seconds: float = Field(default=60.0, ge=0)
-    """How long after that a step may still end by itself; the run then saves before it ends."""
+    """How long after the report a step may still end by itself. If it does, the run saves before it ends."""
     straggler: float = Field(default=1.3, gt=1)
-    """Times its peers' median at ten logged steps in a row, from which on a rank is named as slow."""
+    """A rank is reported as slow after ten logged steps in a row at more than this many times its peers' median."""
 
 
 @idle("health.outlier")

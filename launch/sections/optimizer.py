@@ -24,8 +24,8 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay of matrices; norms are left alone."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Shape after the warmup: cosine to the minimum, constant and a last decay (WSD, arXiv:2404.06395), or
-    constant."""
+    """Shape after the warmup. cosine: down to the minimum. wsd: constant, then a decay at the end (arXiv:2404.06395).
+    constant: no decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear rise to the peak."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)

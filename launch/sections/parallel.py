@@ -16,40 +16,43 @@ from parallel.tensor import check_head_divisibility
 
 
 class ParallelSection(Section):
-    """How the job is spread over processes; the data-parallel size is what remains of the world."""
+    """How the job is spread over processes. The data-parallel size is the number of processes / (tensor_parallel_size x
+    context_parallel_size)."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
     sequence_parallel: Literal["auto", True, False] = "auto"
-    """Between the layers that tensor parallelism splits, each of its ranks holds and computes its part of the tokens
-    (arXiv:2205.05198). auto: yes, where tensor_parallel_size divides a context-parallel rank's tokens."""
+    """Split tokens over the tensor-parallel ranks between the layers that tensor parallelism splits (arXiv:2205.05198).
+    auto: yes, if tensor_parallel_size divides a context-parallel rank's tokens."""
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that split each sequence; context_parallel_mode says how they attend."""
+    """Ranks that split each sequence. context_parallel_mode says how they attend."""
     context_parallel_mode: Literal["auto", "heads", "exchange", "ring"] = "auto"
     """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
-    partial results are merged, which needs memory for two ranks' keys only. heads: as many ranks as divide the KV heads
-    of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto takes what
-    costs least by a model of H200s, exchanging keys only while those of a layer fit in 1 GiB."""
+    partial results are merged, which needs memory for only two ranks' keys. heads: as many ranks as divide the KV heads
+    of a tensor-parallel rank trade tokens for heads (arXiv:2309.14509); the rest exchange keys. auto: the cheapest by a
+    cost model of H200s; it exchanges keys only if those of a layer fit in 1 GiB."""
     context_parallel_graphs: bool = False
-    """Replay attention as CUDA graphs: up to about 4,096 tokens a rank the host takes longer to issue it than the GPUs
-    to run it. Costs memory for a copy of each layer's inputs and gradients. GPUs of one host, without documents."""
+    """Replay attention as CUDA graphs. Useful up to about 4,096 tokens a rank, where the host takes longer to issue
+    attention than the GPUs to run it. Costs memory for a copy of each layer's inputs and gradients. Only for GPUs of
+    one host, without documents."""
     zero_stage: int = Field(default=3, ge=0, le=3)
     """What DeepSpeed shards over dp x cp: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""
     gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are summed over dp x cp; bf16 halves that traffic and rounds each sum. GPUs of one host send
-    them as they are at stage 3, and sum in fp32 either way."""
+    """Type in which gradients are summed over dp x cp. bf16 halves that traffic and rounds each sum. At stage 3, GPUs
+    of one host send gradients in their own type and sum in fp32 either way."""
     overlap_communication: bool = True
-    """ZeRO reduces gradients, and at stage 3 fetches parameters, beside computing."""
+    """Reduce gradients, and at stage 3 fetch parameters, while computing."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """cpu keeps master weights and moments in host memory and makes the update there (ZeRO-Offload, arXiv:2101.06840);
-    needs zero_stage 2 or 3."""
+    """cpu: keep master weights and moments in host memory and update them there (ZeRO-Offload, arXiv:2101.06840). Needs
+    zero_stage 2 or 3."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    """cpu keeps this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
-    arXiv:2104.07857); needs zero_stage 3 and offload_optimizer."""
+    """cpu: keep this rank's share of the parameters in host memory while they are not gathered (ZeRO-Infinity,
+    arXiv:2104.07857). Needs zero_stage 3 and offload_optimizer."""
     secondary_partition_size: int = Field(default=1, ge=1)
-    """Neighbours in dp x cp, such as those of one node, that share a second copy of the parameters, so that the
-    backward pass gathers from them alone (hpZ of ZeRO++, arXiv:2306.10209); must divide dp x cp. 1: none."""
+    """Number of neighbours in dp x cp, such as those of one node, that share a second copy of the parameters, so that
+    the backward pass gathers from them only (hpZ of ZeRO++, arXiv:2306.10209). Must divide dp x cp. 1: no second
+    copy."""
 
 
 def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:

@@ -14,8 +14,8 @@ class ProfileSection(Section):
     """A trace of a few steps (docs/performance.md)."""
 
     steps: Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None, Field(strict=False)] = None
-    """First and last step to trace, counted from 1; null traces none. Each rank writes its trace into the run
-    directory, and rank 0 says where the time went."""
+    """First and last step to trace, counted from 1; null: none. Each rank writes its trace into the run directory, and
+    rank 0 prints where the time went."""
 
 
 @rule(

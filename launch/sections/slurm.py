@@ -18,14 +18,14 @@ Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
 class SlurmSection(Section):
-    """What to ask Slurm for (docs/slurm.md)."""
+    """What to request from Slurm (docs/slurm.md)."""
 
     nodes: int = Field(default=1, ge=1)
     """Nodes of the job."""
     gpus_per_node: int = Field(default=8, ge=1)
-    """GPUs of each node, one process each; with job.device: cpu, processes."""
+    """GPUs of each node, one process each. With job.device: cpu, processes of each node."""
     gres: Word | None = "gpu"
-    """The generic resource that is a GPU, such as gpu or gpu:h100; null asks for none, as job.device: cpu does."""
+    """Slurm's generic resource for a GPU, such as gpu or gpu:h100. null requests none, as job.device: cpu does."""
     partition: Word | None = None
     """Partition to submit to; null takes the cluster's default."""
     account: Word | None = None
@@ -43,7 +43,8 @@ class SlurmSection(Section):
     exclusive: bool = True
     """Take whole nodes, with all their CPUs and memory."""
     cpus_per_node: int | None = Field(default=None, ge=1)
-    """CPUs of each node; null takes all that Slurm gives. Without exclusive that may be one for all processes."""
+    """CPUs of each node; null takes all that Slurm gives. Without exclusive that may be a single CPU for all
+    processes."""
     memory: Word | None = None
     """Memory of each node, such as 500G; null takes the cluster's default, or all of it with exclusive."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str | int] = Field(
@@ -57,7 +58,7 @@ class SlurmSection(Section):
     python: str | None = Field(default=None, min_length=1)
     """Interpreter on the nodes; null is the one that submits."""
     container: Line | None = None
-    """Words before the command of each node, such as apptainer exec --nv image.sif; what srun itself takes goes into
+    """Words before the command of each node, such as apptainer exec --nv image.sif. Options of srun itself go into
     srun_options."""
     sbatch_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     """More `#SBATCH` lines, such as --mail-type=END."""
@@ -66,11 +67,11 @@ class SlurmSection(Section):
     template: UserPath | None = None
     """File to render in place of the built-in job script; it holds {directives}, {setup} and {command}."""
     stop_seconds: int = Field(default=120, ge=1)
-    """How long before the time limit the job is told to save and make room."""
+    """Seconds before the time limit at which the job is told to save and end."""
     max_restarts: int = Field(default=20, ge=0)
-    """How often a job that was stopped is queued again."""
+    """How many times a stopped job is queued again."""
     max_idle_slices: int = Field(default=2, ge=1)
-    """Starts in a row from one and the same step, after which a job is not queued again."""
+    """A job is not queued again after this many starts in a row from the same step."""
 
     @field_validator("time", mode="before")
     @classmethod

@@ -26,32 +26,32 @@ class TrainingSection(Section):
     max_tokens: int | None = Field(default=None, ge=1)
     """Stop at the first step that has seen this many tokens; with max_steps too, whichever comes first."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 on GPUs and fp32 on CPUs; fp16 brings loss scaling."""
+    """auto: bf16 on GPUs, fp32 on CPUs. fp16 adds loss scaling."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole model's gradient; 0 leaves gradients alone."""
     activation_checkpointing: Literal["auto", "none", "selective", "attention", "full"] = "none"
-    """What a block computes again in the backward pass, to keep less. selective: norms, rotation and activation, but no
-    matrix product and no attention. attention: everything but attention (and its messages). full: everything, from the
-    block's input. auto: the least that fits in memory, by the estimate of --check: the first blocks may have another
-    policy than the rest."""
+    """What a block recomputes in the backward pass to save memory. none: nothing. selective: norms, rotation and
+    activation, but no matrix product and no attention. attention: everything except attention (and its messages). full:
+    everything, from the block's input. auto: the least that fits in memory by the estimate of --check; the first blocks
+    may have another policy than the rest."""
     memory_budget_gib: float | None = Field(default=None, gt=0)
-    """Memory of one rank that auto fills; null is 90 % of the device's memory."""
+    """Memory of one rank, in GiB, that activation_checkpointing auto may fill; null: 90 % of the device's memory."""
     offload_activations: Literal["none", "cpu"] = "none"
-    """cpu keeps in host memory what blocks keep (their input, and attention's output), and fetches it one block ahead
-    in the backward pass; for very long sequences, with activation_checkpointing attention or full."""
+    """cpu: move the activations that blocks keep (their input, and attention's output) to host memory, and fetch them
+    one block ahead in the backward pass. For very long sequences; needs activation_checkpointing attention or full."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, without mlp_tile_tokens."""
+    """Compile transformer blocks with torch.compile, around attention. auto: on GPUs, unless mlp_tile_tokens is set."""
     mlp_tile_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of one rank that a feed-forward layer computes at a time, again in the backward pass, so that its inner
-    tensors never exist whole; for very long sequences. null computes all at once."""
+    """Tokens of one rank that a feed-forward layer computes at a time, and again in the backward pass, so that its
+    inner tensors never exist whole. For very long sequences. null: all at once."""
     evaluation_interval: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates only at the end."""
     evaluation_batches: int = Field(default=8, ge=1)
     """Global batches of one evaluation."""
     deterministic: bool = False
-    """Ask torch and the attention kernel for bitwise repeatable results, at some cost in speed."""
+    """Make torch and the attention kernel give bitwise repeatable results, at some cost in speed."""
     sample_tokens: int = Field(default=0, ge=0)
-    """Length of the sample that the trained model writes at the end; 0 writes none."""
+    """Tokens of the sample that the trained model writes at the end; 0 writes none."""
     sample_prompt: str = ""
     """What the sample starts from."""
 
