@@ -53,7 +53,7 @@ def add_shares(dk: Tensor, dv: Tensor, shares: Sequence[Share]) -> None:
     """Writes the sums of `shares` into dk and dv [B, n, K, D]: added in fp32 (fp64 for fp64), in order, rounded once.
     They cover all of 0 to n together, or leave 0."""
     kernels = _kernels(dk, dv)
-    if kernels is not None and len(shares) <= kernels.MOST_SHARES:
+    if kernels is not None and len(shares) <= kernels.MOST_SHARES and dk.dtype != torch.float64:
         kernels.add_shares(dk, dv, shares)
         return
     wide = torch.promote_types(dk.dtype, torch.float32)

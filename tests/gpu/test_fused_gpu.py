@@ -58,7 +58,7 @@ def test_pack_keys(shape: tuple[int, int, int, int]) -> None:
         both_ways(run)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_add_shares(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     batch, length, heads, head_dim = shape
