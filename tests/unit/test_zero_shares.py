@@ -1,5 +1,5 @@
-"""When shares of parameters are read and changed, on a model of GPUs: streams are queues, ranks and their streams are as
-slow as chance likes, and a share that is read while it changes, before it has changed or after it is an error.
+"""When shares of parameters are read and changed, on a model of GPUs: streams are queues, ranks and their streams are
+as slow as chance likes, and a share that is read while it changes, before it has changed or after it is an error.
 
 What is run is what `SharesInReach` issues; only memory, streams, events and the collective are the model's.
 """
