@@ -277,7 +277,7 @@ class _Layout:
                     k_stop=chunk.key_stop,
                     query_bounds=query_bounds,
                     key_bounds=key_bounds,
-                    remote=not self._owns(chunk.low, chunk.start),
+                    remote=chunk.low < chunk.start,  # between a rank's chunks lie tokens of others
                 )
             )
         return calls
@@ -290,8 +290,3 @@ class _Layout:
         if self.window is not None:
             low = max(low, query - self.window + 1)
         return low
-
-    def _owns(self, low: int, high: int) -> bool:
-        """Whether all of [low, high) is this rank's own."""
-        covered = sum(max(0, min(high, chunk.stop) - max(low, chunk.start)) for chunk in self.chunks)
-        return covered == high - low

@@ -1,16 +1,24 @@
-"""The exchange plan, by brute force: every allowed (query, key) pair once, no other, and no key that nobody sees."""
+"""The exchange plan, and the way home of gradients, by brute force: every allowed (query, key) pair once, no other, and
+no key that nobody sees."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from parallel.exchange_plan import ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
+from parallel.key_gradients import KeyGradients
 from parallel.sequence import Part, balanced_parts, causal_parts, zigzag_parts
+from parallel.transport import Place, Rows
 
 
 class Problem(NamedTuple):
@@ -124,6 +132,9 @@ def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     total = np.zeros((length, length), dtype=int)
     for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
         assert (buffer >= 0).all(), "a place of the buffer stays empty"
+        if plan.twice is not None:
+            first, second = plan.twice
+            assert first.start < first.stop and (buffer[first] == buffer[second]).all()
         mine = positions_of(rank, problem)
         for call in plan.calls:
             assert call.remote == (not np.isin(buffer[call.k_start : call.k_stop], mine).all())
@@ -134,27 +145,56 @@ def test_each_allowed_pair_is_computed_once(problem: Problem) -> None:
     assert (total == dense_mask(length, window, problem.boundaries)).all()
 
 
-@settings(max_examples=250)
+class InMemory:
+    """A transport between ranks that take turns in one process."""
+
+    def __init__(self, rank: int, size: int, offered: dict[tuple[int, int], list[tuple[slice, Tensor]]]):
+        self.rank, self.size, self.offered = rank, size, offered
+
+    def slot(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_full(shape, math.nan)
+
+    def exchange(self, slot: Tensor, rows: Rows, place: Place) -> InMemory:
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        for peer in peers:
+            self.offered[self.rank, peer] = [(taken, slot[taken].clone()) for taken in rows(self.rank, peer)]
+
+        def wait() -> None:
+            for peer in peers:
+                offered = self.offered[peer, self.rank]
+                assert [taken for taken, _ in offered] == rows(peer, self.rank), "owner and reader agree on the rows"
+                place(peer, [part for _, part in offered])
+
+        self.wait = wait
+        return self
+
+
+@settings(max_examples=150)
 @given(problems())
+@example(Problem(3, 36, 8, None, [[(0, 2), (26, 36)], [(2, 12), (13, 15)], [(12, 13), (15, 26)]], joined=False))
 def test_every_key_hears_once_of_each_query_that_saw_it(problem: Problem) -> None:
-    """Gradients of keys: shares of both places are added up, travel home by pieces and add up there."""
-    plans = plans_of(problem)
-    buffers = filled_buffers(plans, problem)
-    heard = []
-    for rank, (plan, buffer) in enumerate(zip(plans, buffers, strict=True)):
-        heard.append(covered(plan, buffer, positions_of(rank, problem), problem.length, problem.window))
-        if plan.twice is not None:
-            first, second = plan.twice
-            assert first.start < first.stop and (buffer[first] == buffer[second]).all()
-            heard[rank][:, first] += heard[rank][:, second]
-    total = np.zeros((problem.length, problem.length), dtype=int)
+    """The gradient of a key's element q counts how often query q saw the key; of a value it is twice that."""
+    plans, offered = plans_of(problem), {}
+    gradients = []
     for rank, plan in enumerate(plans):
-        for peer, pieces in plan.sends.items():
-            for piece in pieces:
-                heard[rank][:, piece.at_owner] += heard[peer][:, piece.at_receiver]
-        for local, index, count in plan.own:
-            total[:, positions_of(rank, problem)[local : local + count]] = heard[rank][:, index : index + count]
-    assert (total == dense_mask(problem.length, problem.window, problem.boundaries)).all()
+        buffer, mine = torch.empty(plan.buffer_length, 2, 1, 1, problem.length), positions_of(rank, problem)
+        transport: Any = InMemory(rank, problem.size, offered)
+        gradients.append(KeyGradients(transport, plan, buffer))
+        for call, *rest in (plan.calls[number:] for number in range(len(plan.calls))):
+            one = replace(plan, calls=(call,))
+            counts = torch.from_numpy(covered(one, np.empty(len(buffer)), mine, problem.length, problem.window)).T
+            keys = slice(call.k_start, call.k_stop)
+            with gradients[rank].of(keys if call.k_stop - call.k_start < len(buffer) else None) as (dk, dv):
+                dk[0, :, 0], dv[0, :, 0] = counts[keys], 2 * counts[keys]
+            if call is plan.calls[0] and not any(later.remote for later in rest):
+                gradients[rank].send_home()
+        gradients[rank].send_home()
+    mask = torch.from_numpy(dense_mask(problem.length, problem.window, problem.boundaries)).float()
+    for rank, of_keys in enumerate(gradients):
+        mine = positions_of(rank, problem)
+        dk, dv = torch.empty(2, 1, len(mine), 1, problem.length)
+        of_keys.collect(dk, dv)
+        assert torch.equal(dk[0, :, 0], mask.T[mine]) and torch.equal(dv[0, :, 0], 2 * mask.T[mine])
 
 
 @settings(max_examples=250)
