@@ -79,7 +79,7 @@ def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> Cont
     if size == 1:
         return None
     kv_heads = job.model.num_key_value_heads // mesh.tensor_parallel_size
-    splits = [ranks for ranks in range(1, size + 1) if size % ranks == 0 and kv_heads % ranks == 0]
+    splits = [ranks for ranks in range(1, min(size, kv_heads) + 1) if size % ranks == 0 and kv_heads % ranks == 0]
     if configured == "heads":
         splits = splits[-1:]
     elif configured != "auto":

@@ -22,6 +22,9 @@ from launch.settings.violations import ConfigError
 from launch.stopping import StopRequests
 from launch.user_path import user_path
 
+_MOST_PROCESSES = 1_000_000_000
+"""That --check lays out: MPI and torch number ranks in 32 bits."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
@@ -74,8 +77,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and not options.check:
         parser.error("--world_size goes with --check; a real job takes its size from the launcher")
-    if options.world_size is not None and options.world_size < 1:
-        parser.error(f"--world_size ({options.world_size}) must be at least 1")
+    if options.world_size is not None and not 1 <= options.world_size <= _MOST_PROCESSES:
+        parser.error(f"--world_size ({options.world_size}) must be at least 1 and at most {_MOST_PROCESSES:,}")
     return options
 
 

@@ -87,9 +87,9 @@ class ModelConfig(BaseModel):
     """Width of the SwiGLU's two inner projections."""
     num_hidden_layers: int = Field(gt=0, le=10_000)
     """Transformer blocks."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=1_000_000)
     """Query heads."""
-    num_key_value_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, le=1_000_000)
     """Key and value heads: equal to the query heads for MHA, 1 for MQA, between for GQA."""
     head_dim: int = Field(default=0, ge=0)
     """Width of one head; 0 takes hidden_size / num_attention_heads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import gcd
 from typing import Literal
 
@@ -19,12 +20,12 @@ class ParallelSection(Section):
     """How the job is spread over processes. The data-parallel size is the number of processes / (tensor_parallel_size x
     context_parallel_size)."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1_000_000)
     """Ranks that split each layer's heads, inner projections and vocabulary. Keep it inside one node."""
     sequence_parallel: Literal["auto", True, False] = "auto"
     """Split tokens over the tensor-parallel ranks between the layers that tensor parallelism splits (arXiv:2205.05198).
     auto: yes, if tensor_parallel_size divides a context-parallel rank's tokens."""
-    context_parallel_size: int = Field(default=1, ge=1)
+    context_parallel_size: int = Field(default=1, ge=1, le=1_000_000)
     """Ranks that split each sequence. context_parallel_mode says how they attend."""
     context_parallel_mode: Literal["auto", "heads", "exchange", "ring"] = "auto"
     """exchange: a rank fetches the keys its queries see and attends once. ring: keys travel from rank to rank and
@@ -147,9 +148,11 @@ def _secondary_partitions_are_whole(job: Job) -> None:
         return
     ranks = job.world_size // job.parallel.tensor_parallel_size
     if ranks % size:
+        small = [n for n in range(1, math.isqrt(ranks) + 1) if ranks % n == 0]
+        valid = sorted({*small, *(ranks // n for n in small)})
         raise ValueError(
             f"secondary_partition_size ({size}) must divide dp x cp ({ranks} ranks here); valid: "
-            f"{', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+            f"{', '.join(map(str, valid))}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
@@ -17,12 +17,16 @@ Word = Annotated[str, Field(pattern=r"^\S+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
+def _in_minutes(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
 class SlurmSection(Section):
     """What to request from Slurm (docs/slurm.md)."""
 
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=1_000_000)
     """Nodes of the job."""
-    gpus_per_node: int = Field(default=8, ge=1)
+    gpus_per_node: int = Field(default=8, ge=1, le=1_000_000)
     """GPUs of each node, one process each. With job.device: cpu, processes of each node."""
     gres: Word | None = "gpu"
     """Slurm's generic resource for a GPU, such as gpu or gpu:h100. null requests none, as job.device: cpu does."""
@@ -34,7 +38,9 @@ class SlurmSection(Section):
     """Quality of service."""
     reservation: Word | None = None
     """Reservation to run in."""
-    time: str | None = Field(default=None, pattern=r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$")
+    time: Annotated[str | None, BeforeValidator(_in_minutes)] = Field(
+        default=None, pattern=r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"
+    )
     """Time limit as sbatch reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
     constraint: Word | None = None
     """Node features to require."""
@@ -72,11 +78,6 @@ class SlurmSection(Section):
     """How many times a stopped job is queued again."""
     max_idle_slices: int = Field(default=2, ge=1)
     """A job is not queued again after this many starts in a row from the same step."""
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _minutes(cls, value: object) -> object:
-        return str(value) if type(value) is int else value
 
     @field_validator("container")
     @classmethod

@@ -6,11 +6,13 @@ All faults are found before any is reported: those of the YAML, of the overrides
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from launch.settings.rules import violations
 from launch.settings.violations import ConfigError, Violation, kept_by_a_run, section_violations, unknown_section
@@ -78,7 +80,22 @@ def _validate_section(
         faults = section_violations(name, section, error, types)
         wrong = {fault.path[1] for fault in faults if len(fault.path) > 1}
         sound = values if isinstance(values, Mapping) else {}
-        return section.model_construct(**{key: value for key, value in sound.items() if key not in wrong}), faults
+        sound = {key: value for key, value in sound.items() if key in section.model_fields and key not in wrong}
+        return section.model_construct(**_of_their_types(section, sound)), faults
+
+
+def _of_their_types(section: type[BaseModel], sound: Mapping[str, object]) -> dict[str, Any]:
+    """Sound values as their section would hold them, which rules read: a blend is of corpora, not of groups of keys.
+
+    One that its section would derive from others, such as head_dim: null, is left at its default.
+    """
+    found: dict[str, Any] = {}
+    for key, value in sound.items():
+        field: dict[str, Any] = {key: (section.model_fields[key].annotation, section.model_fields[key])}
+        part = create_model(section.__name__, __config__=section.model_config, **field)
+        with suppress(ValidationError):
+            found |= dict(part.model_validate({key: value}))
+    return found
 
 
 def _take_keys_from_weights(section: object, found: list[Violation]) -> list[Violation]:

@@ -265,6 +265,32 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_job(tmp_path / "latin.yaml", [], None)
 
 
+@pytest.mark.parametrize(
+    ("fault", "others", "message"),
+    [
+        (
+            "data.packing=tight",
+            ["data.source=indexed", "data.blend=[{path: a/web}, {path: b/web}]"],
+            "2 corpora have 1 names: web comes twice",
+        ),
+        ("slurm.nodes=0", ["slurm.time=2", "slurm.stop_seconds=300"], "must be less than the time limit (2, 120 s)"),
+        ("model.vocab_size=0", ["model.head_dim=null", "data.source=files"], "files is empty but source is files"),
+    ],
+)
+def test_a_fault_hides_no_other_of_its_section(tmp_path: Path, fault: str, others: list[str], message: str) -> None:
+    """Rules read the sound keys beside it as of a sound section; a blend there ended the check in a traceback."""
+    said = report(tmp_path, fault, *others)
+    assert fault.split("=")[0] in said and message in said and "2 errors" in said
+
+
+def test_huge_numbers_are_refused_at_once(tmp_path: Path) -> None:
+    """Remedies list divisors; those of a world, or of heads, that nobody has took hours to find."""
+    said = report(tmp_path, "parallel.secondary_partition_size=3", world_size=2**31)
+    assert "secondary_partition_size (3) must divide dp x cp (2147483648 ranks here); valid: 1, 2, 4, 8," in said
+    heads = ["model.hidden_size=1099511627776", "model.num_attention_heads=1099511627776"]
+    assert "must be less than or equal to 1000000" in report(tmp_path, *heads, "model.num_key_value_heads=3")
+
+
 def test_missing_keys_are_all_named(tmp_path: Path) -> None:
     text = report(tmp_path, text="training: {max_steps: 1}\n")
     for key in ("model.hidden_size", "data.source", "optimizer.learning_rate", "training.sequence_length"):
