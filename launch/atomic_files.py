@@ -1,4 +1,4 @@
-"""Files and folders that appear as a whole: who looks finds all of the old or all of the new. Imports no torch."""
+"""Files and folders that appear as a whole: a reader finds all of the old or all of the new. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output for a reader who may leave before its end, as under `| head`. Imports no torch."""
+"""Output into a pipe that may be closed early, as under `| head`. Imports no torch."""
 
 from __future__ import annotations
 

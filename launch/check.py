@@ -1,4 +1,4 @@
-"""The report of `--check`: who does what in a job, and what it costs in memory. Needs no process group and no GPU."""
+"""The report of `--check`: which rank does what, and how much memory that takes. Needs no process group and no GPU."""
 
 from __future__ import annotations
 

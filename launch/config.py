@@ -1,6 +1,6 @@
-"""A job's configuration: its sections together, and the numbers derived from them.
+"""A job's configuration: all its sections, and the numbers derived from them.
 
-What a key means stands with its section in `launch.sections`, with the rules that join it to others. Whatever can be
+Each key is described in its section in `launch.sections`, with the rules that join it to other keys. Whatever can be
 known without a process group or a device is checked, so that a bad job dies on the login node, with all its faults in
 one report.
 """

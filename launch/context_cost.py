@@ -1,11 +1,11 @@
-"""What a layer's attention costs in milliseconds, forward and backward, by a model of two H200s over NVLink.
+"""Estimates what a layer's attention costs in milliseconds, forward and backward, on H200s linked by NVLink.
 
-It tells the modes of context parallelism apart, at lengths from a few hundred tokens a rank up, and is no forecast for
-other machines: there a mode's figure is in "milliseconds of an H200". A layer takes the longer of what its host needs
-to issue it and what its GPU needs: kernels, and the messages and sums beside which no kernel runs.
+Use it to compare modes of context parallelism, from a few hundred tokens a rank up. It does not predict times on other
+machines. A layer takes as long as the slower of its host (issuing the work) and its GPU: kernels, and the messages and
+sums beside which no kernel runs.
 
-Every constant is from one or two H200s and flash_attn_4 in bf16, 32/8 heads of 128 (docs/ring_attention_table.md, and
-runs of 2026-11-23).
+Every constant was measured on one or two H200s with flash_attn_4 in bf16, 32/8 heads of 128
+(docs/ring_attention_table.md, and runs of 2026-11-23).
 """
 
 from __future__ import annotations

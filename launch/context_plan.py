@@ -1,4 +1,4 @@
-"""How a job's context parallelism attends: by heads, by exchange or in a ring, and what the choice holds in memory.
+"""Chooses how a job's context parallelism attends (by heads, by exchange or in a ring), and what that holds in memory.
 
 P context_parallel_size = U x R: U ranks trade heads, R trade keys. H query and K key/value heads of one tensor-parallel
 rank, D head_dim, t tokens of one micro-batch on one rank, b bytes of a number.

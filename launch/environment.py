@@ -1,7 +1,7 @@
-"""What the launcher tells a process through its environment: the only place that reads it.
+"""Reads what the launcher tells a process through its environment. Nothing else reads it.
 
-The `deepspeed` launcher sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT; torchrun says
-LOCAL_WORLD_SIZE for LOCAL_SIZE; of a step of several tasks, started by `srun`, Slurm's own variables say all of it.
+The `deepspeed` launcher sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT. torchrun sets
+LOCAL_WORLD_SIZE instead of LOCAL_SIZE. If `srun` starts a step of several tasks, Slurm's own variables give the same.
 Without any of them the process is a world of one.
 """
 

@@ -1,4 +1,4 @@
-"""What came of a training step, on its way from the device to the host."""
+"""The results of a training step, on their way from the device to the host."""
 
 from __future__ import annotations
 

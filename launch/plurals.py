@@ -1,4 +1,4 @@
-"""Numbers of things, in words."""
+"""Numbers with their noun: 1 step, 2 steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types that a job computes in: their names, what they are to torch, and what `auto` stands for."""
+"""The types that a job computes in: their names, their torch dtypes, and what `auto` stands for."""
 
 from __future__ import annotations
 

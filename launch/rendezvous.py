@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: waiting for each other aloud, and not for ever where they cannot."""
+"""Meets the other ranks of a job. It reports a long wait, and gives up if they cannot be found."""
 
 from __future__ import annotations
 

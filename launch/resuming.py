@@ -1,4 +1,4 @@
-"""What a run goes on from: its checkpoint, and its place in the data."""
+"""What a run continues from: its checkpoint, and its place in the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run directory has one writer: two jobs in it would mix their checkpoints and metrics."""
+"""Allows one job in a run directory: two would mix their checkpoints and metrics."""
 
 from __future__ import annotations
 

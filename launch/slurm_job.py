@@ -1,8 +1,9 @@
-"""What the job script becomes, on the first node: `slurm_job.py SUBMISSION [--followed]`.
+"""Controls a Slurm job from its first node: `slurm_job.py SUBMISSION [--followed]`. The job script becomes this
+process.
 
-It starts one launcher on each node (`launch/slurm_node.py`), passes Slurm's warning on to the ranks, which save and
-end, and then queues the job again, at most slurm.max_restarts times and only while it makes progress. A job that failed
-is not queued again. Imports no torch: it is there within a second of the job's start.
+It starts one launcher on each node (`launch/slurm_node.py`), and passes Slurm's warning on to the ranks, which save and
+end. Then it queues the job again, at most slurm.max_restarts times and only while it makes progress. A job that failed
+is not queued again. Imports no torch, so that it runs within a second of the job's start.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One node of a Slurm job: starts DeepSpeed's launcher on it, shows rank 0's output, and tells how a rank died.
+"""One node of a Slurm job: starts DeepSpeed's launcher, shows rank 0's output, and reports how a rank died.
 
 `deepspeed --no_ssh` would start the same launcher, but it numbers a node's GPUs from 0 whichever Slurm gave, and ends
-with 0 when the launcher is killed. Signals that stop a run are for the ranks: this process and the launcher block
-them, for the launcher would pass SIGTERM on to one rank at a time, 30 seconds apart, and die of SIGUSR2. When a rank
-dies, all others of the step are killed at once. For ranks that hang and cannot say so themselves it speaks. Imports no
+with 0 when the launcher is killed. This process and the launcher block the signals that stop a run, which are for the
+ranks: the launcher would pass SIGTERM on to one rank at a time, 30 seconds apart, and die of SIGUSR2. When a rank dies,
+all others of the step are killed at once. For ranks that hang and cannot report that themselves it reports. Imports no
 torch.
 """
 

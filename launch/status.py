@@ -1,4 +1,4 @@
-"""Tells how a run under Slurm is doing: `python launch/status.py RUN_DIRECTORY`."""
+"""Shows how a run under Slurm is doing: `python launch/status.py RUN_DIRECTORY`."""
 
 from __future__ import annotations
 

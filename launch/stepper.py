@@ -1,4 +1,6 @@
-"""What one rank does with its engine: a training step, an evaluation. When, and what comes of it, is the trainer's."""
+"""What one rank does with its engine: a training step, an evaluation. The trainer decides when, and handles the
+results.
+"""
 
 from __future__ import annotations
 

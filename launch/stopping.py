@@ -1,7 +1,7 @@
-"""Stopping a run before its end: a signal asks, all ranks agree on a step, and the run saves there.
+"""Stops a run before its end: a signal asks for it, all ranks agree on a step, and the run saves there.
 
-SIGUSR2 is what the job script sends ahead of a time limit or a preemption; SIGTERM is what Slurm sends by itself;
-SIGINT is Ctrl-C. A signal reaches the ranks at different steps, so none acts on its own.
+The job script sends SIGUSR2 ahead of a time limit or a preemption. Slurm itself sends SIGTERM, and Ctrl-C is SIGINT. A
+signal reaches the ranks at different steps, so no rank acts on its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: when to step, evaluate, save and stop, and what is told on the way."""
+"""The training loop: when to step, evaluate, save and stop, and what to report."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Paths as users write them: ~ is the home directory, as a shell would have it, and never a folder of that name.
+"""Paths as users write them: `~` is the home directory, as in a shell, and never a folder of that name.
 
-A shell leaves the ~ of `--run=~/there` and `data.tokenizer=~/t.json` alone, and YAML knows none. Imports no torch.
+A shell does not expand the ~ of `--run=~/there` and `data.tokenizer=~/t.json`, and YAML knows none. Imports no torch.
 """
 
 from __future__ import annotations

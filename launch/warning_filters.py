@@ -1,4 +1,4 @@
-"""Silences warnings that a user can do nothing about."""
+"""Hides warnings that a user can do nothing about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bigram entropy: the lowest loss of a model that sees one token back."""
+"""The bigram entropy: the lowest loss of a model that sees only the previous token."""
 
 from __future__ import annotations
 

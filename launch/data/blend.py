@@ -1,4 +1,4 @@
-"""Which corpus of a blend each sample comes from, by weight, with nothing to build and nothing to remember."""
+"""Chooses the corpus of each sample by weight, by a formula: nothing is built and nothing is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From texts to token ids and back: a Hugging Face tokenizer, or the bytes themselves."""
+"""Text to token ids and back, by a Hugging Face tokenizer or as bytes."""
 
 from __future__ import annotations
 

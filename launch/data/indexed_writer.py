@@ -1,5 +1,4 @@
-"""Writing Megatron's indexed dataset (the format: `launch.data.indexed`) in bounded memory, so that a kill loses
-little."""
+"""Writes Megatron's indexed dataset (format: `launch.data.indexed`) in bounded memory, so that a kill loses little."""
 
 from __future__ import annotations
 

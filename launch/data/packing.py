@@ -1,7 +1,7 @@
-"""How documents are laid into windows of one sequence: which stretches of the corpus each window holds.
+"""Lays documents into windows of one sequence: which stretches of the corpus each window holds.
 
-Either way each token of the corpus lies in exactly one window, which window holds what follows from its number and the
-corpus alone, and there is no index to build: `split` needs none, `best_fit` plans GROUP windows at a time.
+Each token of the corpus lies in exactly one window. The contents of a window follow from its number and the corpus
+alone, so there is no index to build: `split` plans nothing, and `best_fit` plans GROUP windows at a time.
 
 Shapes: N tokens of the corpus, S sequence length, W windows.
 """

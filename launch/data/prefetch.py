@@ -1,4 +1,4 @@
-"""Loading one step ahead of the training."""
+"""Loads one step ahead of the training."""
 
 from __future__ import annotations
 

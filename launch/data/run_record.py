@@ -1,4 +1,4 @@
-"""What a run has left of the data it read: the ranks' notes, the cursor, and the corpora where they still lie."""
+"""Reads what a run left of the data it read: the ranks' notes, the cursor, and the corpora that still exist."""
 
 from __future__ import annotations
 

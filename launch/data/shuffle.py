@@ -1,4 +1,4 @@
-"""A permutation of range(size) that costs no memory: any element in constant time, whatever the size."""
+"""A permutation of range(size) that needs no memory: any element takes constant time, whatever the size."""
 
 from __future__ import annotations
 

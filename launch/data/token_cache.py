@@ -1,4 +1,4 @@
-"""Tokenised texts on disk: written once by one process of a node, memory-mapped by all of them."""
+"""Tokenised texts on disk: one process of a node writes them, all memory-map them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Before the first step and beside the others: who is slow, who is missing."""
+"""Finds slow nodes before the first step, and slow or missing ranks during the run."""

@@ -1,8 +1,8 @@
-"""What torch's flight recorders know of this rank's collectives: gloo notes its own in one, NCCL in another.
+"""Asks torch's flight recorders which collectives of this rank are not over. gloo and NCCL have one each.
 
-They are read through torch's own server for such questions (the one behind `torch.distributed.debug`), over a socket of
-this process. Its threads do not need Python's lock: NCCL's recorder asks the device's driver what is over, and a driver
-that hangs must not hold up whoever wants to know why.
+They are read through torch's own debug server (the one behind `torch.distributed.debug`), over a socket of this
+process. Its threads do not need Python's lock. That matters because NCCL's recorder asks the device's driver what is
+over: a driver that hangs must not block the thread that asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rank says of itself when the run hangs, and what all of them together say of who is missing."""
+"""What a rank reports about itself when the run hangs, and what all reports together say about who is missing."""
 
 from __future__ import annotations
 

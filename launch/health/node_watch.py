@@ -1,6 +1,6 @@
-"""What the ranks of a node are doing and how long they may, told to a process of that node that is no rank.
+"""Lets a node watch its ranks from outside: ranks write down what they do and for how long they may, and it reads that.
 
-It travels through the node's memory: what there is to explain may be that a file system hangs. Imports no torch.
+The records are in the node's memory, because the cause of a hang may be the file system. Imports no torch.
 """
 
 from __future__ import annotations

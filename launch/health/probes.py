@@ -1,4 +1,4 @@
-"""Before the first step: what each rank's device, links and file system deliver, held against their peers."""
+"""Measures each rank's device, links and file system before the first step, and compares them with its peers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux tells of other processes of this node, and of a parent's death."""
+"""What Linux says about other processes of this node, and about a parent's death."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What looks after a run on one rank: the probes before it, the watchdog beside it, the search for slow ranks in it."""
+"""Sets up the health checks of one rank: probes before the run, watchdog and search for slow ranks during it."""
 
 from __future__ import annotations
 

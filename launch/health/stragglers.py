@@ -1,9 +1,9 @@
-"""Ranks that are slower than the others, again and again.
+"""Finds ranks that are slower than the others, again and again.
 
-All ranks of a step take the same time: the slow one computes, the others wait for it, mostly inside of collectives. So
-each rank measures what nobody else can slow down, a fixed small piece of work on its device and the time that its data
-took, at logged steps only, when the device has been waited for anyway. The numbers travel between the hosts while
-training goes on, and are read at the next logged step.
+All ranks of a step take the same time: the slow one computes, the others wait for it, mostly inside collectives. So
+each rank measures what nobody else can slow down: a fixed small piece of work on its device, and the time that its data
+took. It does so at logged steps only, when the device has been waited for anyway. The numbers travel between the hosts
+while training continues, and are read at the next logged step.
 """
 
 from __future__ import annotations

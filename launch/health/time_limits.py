@@ -1,4 +1,4 @@
-"""How long the parts of a run take, and how long they may."""
+"""Measures how long the parts of a run take, and says how long they may."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a trained model is asked afterwards: text, and its loss."""
+"""Uses a trained model: text from it, and its loss."""

@@ -1,4 +1,4 @@
-"""Whether a key-value cache fits, known before anything of it is allocated."""
+"""Checks that a key-value cache fits before anything of it is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What run_eval.py does on every rank: the validation loss of stored weights, and how it falls with the context.
+"""What run_eval.py does on every rank: the validation loss of stored weights, and how it depends on the position.
 
 Shapes: B rows of a micro-batch, L tokens of a row on this rank, E hidden_size, N ranges of positions.
 """

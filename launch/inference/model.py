@@ -1,4 +1,4 @@
-"""The weights of a run or a converted model, as a model that only computes: cut by tensor parallelism, no engine."""
+"""Loads the weights of a run or a converted model for computing only: cut by tensor parallelism, without an engine."""
 
 from __future__ import annotations
 

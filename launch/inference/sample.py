@@ -1,6 +1,6 @@
-"""The sample at the end of a run: what the trained model writes, on the layout that it was trained on.
+"""Writes the sample at the end of a run, on the layout that the model was trained on.
 
-What could go wrong with it is looked at before the first step.
+What could go wrong with it is checked before the first step.
 """
 
 from __future__ import annotations

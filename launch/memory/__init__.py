@@ -1,1 +1,1 @@
-"""What a rank holds in memory, by formula, and what is recomputed to make it fit."""
+"""Memory of a rank, by formula, and the recomputation that makes it fit."""

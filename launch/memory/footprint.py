@@ -1,4 +1,4 @@
-"""What one rank of a job holds in memory: its states and activations together."""
+"""Total memory of one rank of a job: its states and activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank of a job holds in memory: states by ZeRO stage, activations by formula.
+"""Memory of one rank by formula: states by ZeRO stage, and activations.
 
 Letters: E hidden_size, D head_dim; one tensor-parallel rank's share of F intermediate_size, H query heads, K key/value
 heads and V padded vocabulary; t tokens of one micro-batch on one rank; b bytes of a working number.

@@ -1,4 +1,4 @@
-"""How many numbers a model is made of, counted from its shape."""
+"""Counts a model's parameters from its shape."""
 
 from __future__ import annotations
 

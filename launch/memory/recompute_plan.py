@@ -1,4 +1,4 @@
-"""Which blocks compute what again in the backward pass: as configured, or as little as fits in memory."""
+"""Which blocks recompute what in the backward pass: as configured, or as little as fits in memory."""
 
 from __future__ import annotations
 

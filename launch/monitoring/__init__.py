@@ -1,1 +1,1 @@
-"""What a run tells of itself: metrics, rates, times and traces."""
+"""What a run reports: metrics, rates, times and traces."""

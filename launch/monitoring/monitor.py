@@ -1,4 +1,4 @@
-"""What the trainer tells, whoever listens."""
+"""The interface through which the trainer reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's words go: the terminal, TensorBoard, and metrics.jsonl."""
+"""Writes a run's reports to the terminal, TensorBoard and metrics.jsonl."""
 
 from __future__ import annotations
 

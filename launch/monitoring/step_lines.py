@@ -1,4 +1,4 @@
-"""A file of one JSON object a line, each about a step: appended as the run goes, cut back where it resumes."""
+"""A file of JSON lines, one for each step: appended while the run goes, cut back at a resume."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a step's duration means: tokens per second, floating-point operations per token, and model FLOP/s
-utilisation.
+"""From a step's duration to tokens per second, floating-point operations per token, and model FLOP/s utilisation.
 
 Legend: S sequence length, H query heads, D head_dim.
 """

@@ -1,4 +1,4 @@
-"""Where a step's time goes, without stopping the device."""
+"""Measures where a step's time goes, without stopping the device."""
 
 from __future__ import annotations
 

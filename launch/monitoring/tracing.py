@@ -1,8 +1,8 @@
-"""A trace of a few steps for TensorBoard or Perfetto, and where their time went, computed from the trace's intervals.
+"""Traces a few steps for TensorBoard or Perfetto, and computes from the trace where their time went.
 
 On GPUs the intervals are those of kernels and copies, on CPUs those of operators. Each moment of the traced steps is
-counted once: computing (the optimizer's apart) comes before communication, so that communication counts only where
-nothing computes beside it, and waiting for data only where nothing else runs.
+counted once, as the first of these that holds: computing (the optimizer's apart), communication, waiting for data. So
+communication counts only while nothing computes, and waiting for data only while nothing else runs.
 """
 
 from __future__ import annotations

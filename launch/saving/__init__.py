@@ -1,1 +1,1 @@
-"""Checkpoints: written whole, kept, found again, and proved to belong to the run."""
+"""Checkpoints: written whole, kept, found again, and compared with the run that resumes."""

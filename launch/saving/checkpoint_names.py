@@ -1,4 +1,4 @@
-"""What the checkpoint of a step is called, and which a storage holds. Imports no torch: a job script asks too."""
+"""The name of a step's checkpoint, and which checkpoints a storage holds. Imports no torch: a job script asks too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of checkpoints: how far the run had come, how a save ended, what a resume found."""
+"""Small types about checkpoints: progress of the run, how a save ended, what a resume found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest: a checkpoint's numbers, and size and CRC-32 of each of its files, itself included."""
+"""The manifest: a checkpoint's numbers, and size and CRC-32 of each of its files and of itself."""
 
 from __future__ import annotations
 

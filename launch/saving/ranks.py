@@ -1,4 +1,4 @@
-"""What all ranks do together: whatever keeps one from its part, the others do not wait for it, and all say so."""
+"""Runs an action on all ranks. If it fails on one, no rank waits for it, and all ranks raise the error."""
 
 from __future__ import annotations
 

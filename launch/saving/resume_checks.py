@@ -1,10 +1,10 @@
-"""Whether a run that resumes is the run that was saved: the same model, the same data, the same learning.
+"""Checks that a run that resumes is the run that was saved: the same model, the same data, the same learning.
 
-What a checkpoint is compared with, and what a difference means:
+What is compared, and what a difference means:
 
-    model, data, what a sample is, Adam's betas and eps   refused: another run, or another meaning of the saved moments
-    learning rate, schedule, batch size, clipping, length told: who resumes may want to steer
-    layout, kernels, intervals, names                     not compared: they change no number but by rounding
+    model, data, what a sample is, Adam's betas and eps    refused: another run, or another meaning of the saved moments
+    learning rate, schedule, batch size, clipping, length  reported: the user may want to change them
+    layout, kernels, intervals, names                      not compared: they change no number but by rounding
 """
 
 from __future__ import annotations

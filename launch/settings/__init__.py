@@ -1,1 +1,1 @@
-"""The text of a job file, and what is wrong with it."""
+"""Reads a job file, and reports what is wrong with it."""

@@ -1,4 +1,4 @@
-"""What a configuration field takes, in words: one wording for the error report and the reference."""
+"""Says in words what a configuration field takes, for the error report and the reference."""
 
 from __future__ import annotations
 

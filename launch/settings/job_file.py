@@ -1,4 +1,4 @@
-"""From the text of a job file, and overrides of its keys, to sections that are valid and agree.
+"""Turns the text of a job file, and overrides of its keys, into sections that are valid and agree.
 
 All faults are found before any is reported: those of the YAML, of the overrides, of each section, and of the rules.
 """

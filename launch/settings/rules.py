@@ -1,10 +1,11 @@
-"""What joins keys of a job, or a job and its world size: all rules are checked, none stops the rest.
+"""Rules that join keys of a job, or a job and its world size. All are checked; none stops the rest.
 
-What cannot run is refused, by a `rule`. What runs although a key that was set does nothing beside the others is told,
-by `idle`: a size overridden to 1 for a moment should not ask for other keys to change.
+A `rule` refuses what cannot run. An `idle` reports a key that was set but does nothing beside the others; such a job
+runs, because a size overridden to 1 for a moment should not require other keys to change.
 
-A rule stands in `launch.sections`, with the section of the first key that it names; its report points there. It is left
-out where a key that it names is already in error, since its verdict would be about a value that has to change anyway.
+A rule stands in `launch.sections`, with the section of the first key that it names; its report points there. It is not
+checked if a key that it names is already in error, because its verdict would be about a value that has to change
+anyway.
 """
 
 from __future__ import annotations

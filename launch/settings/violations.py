@@ -1,4 +1,4 @@
-"""What is wrong with a job, one entry per fault, and the report that shows all of them at once."""
+"""What is wrong with a job, one entry for each fault, and the report that shows all of them at once."""
 
 from __future__ import annotations
 

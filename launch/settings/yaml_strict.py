@@ -1,7 +1,7 @@
-"""YAML as people expect it: no surprises of YAML 1.1, no duplicate keys, and a line for every key.
+"""Reads YAML as people expect it: no surprises of YAML 1.1, no duplicate keys, and a line number for every key.
 
-PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false, `010` is eight and `04:00:00` is 14400. Here
-plain scalars are read by the short list below (close to YAML 1.2's core schema); all else is a string.
+PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false, `010` is eight and `04:00:00` is 14400. Here plain
+scalars are read by the short list below (close to YAML 1.2's core schema); all else is a string.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Slurm: the script of a job, its ranks, and what a submission leaves behind."""
+"""Slurm: the job script, ranks that srun starts, and the files of a submission."""

@@ -1,4 +1,4 @@
-"""The ranks of a Slurm step that `srun` has started itself, one task each, without a launcher. Imports no torch."""
+"""Finds rank and world size in a Slurm step whose ranks `srun` started itself, one task each. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weights of runs and of converted models, at rest."""
+"""Stored weights of runs and of converted models."""

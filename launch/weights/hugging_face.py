@@ -1,8 +1,8 @@
-"""The families of Hugging Face models that are the same network as ours: their config.json and their parameter names.
+"""Hugging Face families that are the same network as ours: their config.json and their parameter names.
 
-Weights need renaming and nothing else: the families keep queries, keys and values apart, and rotate pairs (d, d + D/2),
-as we do. What a family has and we have not is refused by name. Read are the keys of transformers 4 (rope_theta,
-rope_scaling) and 5 (rope_parameters); written are those of 4, which 5 and other programs read too.
+Weights only need renaming: the families keep queries, keys and values apart, and rotate pairs (d, d + D/2), as we do.
+What a family has and we have not is refused by name. Keys of transformers 4 (rope_theta, rope_scaling) and 5
+(rope_parameters) are read. Those of 4 are written, which 5 and other programs read too.
 """
 
 from __future__ import annotations

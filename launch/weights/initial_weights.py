@@ -1,4 +1,4 @@
-"""A run's first weights, where they are not random: `model.init_from`."""
+"""Starts a run from stored weights instead of random ones: `model.init_from`."""
 
 from __future__ import annotations
 

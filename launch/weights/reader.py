@@ -1,4 +1,4 @@
-"""The weights of a run or of a converted model, read by rectangles: no reader ever needs the whole."""
+"""Reads the weights of a run or of a converted model by rectangles, so that no reader needs the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose weights a folder holds: a run's, by its config.yaml, or a converted model's, by its model.yaml.
+"""Recognises whose weights a folder holds: a run's, by its config.yaml, or a converted model's, by its model.yaml.
 
 RUN/config.yaml  checkpoints/        a run
 OUT/model.yaml   *.safetensors       a model that `launch/convert.py from-hf` wrote, tensors under our names
