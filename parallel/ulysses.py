@@ -32,18 +32,17 @@ from parallel.transport import Arrival, Transport
 class UlyssesAttention(AttentionOperator):
     """Causal self-attention of tokens spread over the transport's group (zigzag, see `parallel.sequence`).
 
-    The K / U key/value heads of a rank travel in `head_groups` groups (`group_sizes`), each with its query heads.
-    `keep` holds what was gathered for the backward pass; otherwise it is gathered again there, which costs messages and
-    saves the memory of q, k, v and out.
+    The K / U key/value heads of a rank travel in `head_groups` groups (`group_sizes`), each with its query heads. What
+    was gathered is kept for the backward pass.
     """
 
-    def __init__(self, transport: Transport, inner: AttentionOperator, *, head_groups: int = 1, keep: bool = True):
+    def __init__(self, transport: Transport, inner: AttentionOperator, *, head_groups: int = 1):
         super().__init__()
-        self.transport, self.inner, self.head_groups, self.keep = transport, inner, head_groups, keep
+        self.transport, self.inner, self.head_groups = transport, inner, head_groups
         self.size, self.rank = transport.group.size(), transport.rank
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (q.numel() // q.shape[3],), ((2 * q.numel() + 2 * k.numel()) if self.keep else 0,)
+        return (q.numel() // q.shape[3],), (2 * q.numel() + 2 * k.numel(),)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, out: Tensor | None = None
@@ -52,9 +51,8 @@ class UlyssesAttention(AttentionOperator):
         (lse_shape, kept_shape), dtype = self.saved_shapes(q, k), torch.promote_types(q.dtype, torch.float32)
         lse, kept = q.new_empty(lse_shape, dtype=dtype), q.new_empty(kept_shape)
         there, back = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
-        inputs, outputs = kept.split([there.numel, back.numel]) if self.keep else (q.new_empty(there.numel), kept)
-        wholes, lse_by_group = there.by_group(inputs), back.lse_by_group(lse)
-        kept_outputs = back.by_group(outputs) if self.keep else []
+        inputs, outputs = kept.split([there.numel, back.numel])
+        wholes, kept_outputs, lse_by_group = there.by_group(inputs), back.by_group(outputs), back.lse_by_group(lse)
         arrivals = there.gather(wholes)
         returning = []
         for group, arrival in enumerate(arrivals):
@@ -64,8 +62,7 @@ class UlyssesAttention(AttentionOperator):
             _, part, _ = self.inner.forward(whole_q, whole_k, whole_v, documents, out=slot.transpose(0, 1))
             returning.append(back.send(slot, group))
             lse_by_group[group].copy_(part)
-            if self.keep:
-                kept_outputs[group].copy_(slot)
+            kept_outputs[group].copy_(slot)
         for arrival in returning:
             arrival.wait()
         return out, lse, kept
@@ -76,23 +73,21 @@ class UlyssesAttention(AttentionOperator):
             like.new_empty(like.shape) if target is None else target
             for like, target in zip((q, k, v), targets, strict=True)
         )
-        there, back = _Trade(self, (dout,) if self.keep else (dout, q, k, v, out), k), _Trade(self, (dq, dk, dv), k)
+        there, back = _Trade(self, (dout,), k), _Trade(self, (dq, dk, dv), k)
         wholes = there.by_group(q.new_empty(there.numel))
         arrivals = there.gather(wholes)
         of_inputs, of_outputs = _Trade(self, (q, k, v), k), _Trade(self, (out,), k)
         lse_by_group = of_outputs.lse_by_group(lse)
-        if self.keep:
-            inputs, outputs = kept.split([of_inputs.numel, of_outputs.numel])
-            kept_inputs, kept_outputs = of_inputs.by_group(inputs), of_outputs.by_group(outputs)
+        inputs, outputs = kept.split([of_inputs.numel, of_outputs.numel])
+        kept_inputs, kept_outputs = of_inputs.by_group(inputs), of_outputs.by_group(outputs)
         returning = []
         for group, arrival in enumerate(arrivals):
             arrival.wait()
-            whole_dout, *whole = there.split(wholes[group], group)
-            if self.keep:
-                whole += of_inputs.split(kept_inputs[group], group) + of_outputs.split(kept_outputs[group], group)
+            [whole_dout] = there.split(wholes[group], group)
+            whole_q, whole_k, whole_v = of_inputs.split(kept_inputs[group], group)
+            [whole_out] = of_outputs.split(kept_outputs[group], group)
             slot = back.slot(group)
             into_q, into_k, into_v = back.split(slot, group)
-            whole_q, whole_k, whole_v, whole_out = whole
             part = Saved(whole_q, whole_k, whole_v, whole_out, lse_by_group[group], q.new_empty(0), documents)
             self.inner.backward(whole_dout, part, targets=(into_q, into_k, into_v))
             returning.append(back.send(slot, group))

@@ -95,7 +95,7 @@ def _errors() -> Results:
             case = with_heads(case, heads)
             for kernel, dtype, variant in (
                 ("math", torch.float64, {}),
-                ("math", torch.float64, {"head_groups": 3, "keep": False}),
+                ("math", torch.float64, {"head_groups": 3}),
                 ("cpu", torch.float32, {"head_groups": 2}),
             ):
                 attend = make(by_heads, by_keys, case, kernel, inner, **variant)

@@ -41,7 +41,7 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
     found: dict[str, AttentionOperator] = {
         "heads": UlyssesAttention(memory, whole),
         "heads, two groups": UlyssesAttention(memory, whole, head_groups=2),
-        "heads, four groups, gathered again": UlyssesAttention(memory, whole, head_groups=4, keep=False),
+        "heads, four groups": UlyssesAttention(memory, whole, head_groups=4),
         "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
