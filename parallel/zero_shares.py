@@ -10,34 +10,26 @@ when everybody has read what was there, and after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from parallel.peer_memory import PeerMemory
 from parallel.zero_stage3 import Gathering, begin_gathering
 
 
-class Memory(Protocol):
-    """What `PeerMemory` is."""
-
-    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
-
-
 class SharesInReach:
     """Stage 3's working copies of the parameters, moved to where all ranks of `group` read them."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Any, group: ProcessGroup, memory_of: Callable[..., Memory] = PeerMemory
-    ):
-        """Collective over `group`, whose GPUs must `reach_each_other`; `memory_of` is called as `PeerMemory` is."""
+    def __init__(self, model: nn.Module, optimizer: Any, group: ProcessGroup):
+        """Collective over `group`, whose GPUs must `reach_each_other`."""
         old = optimizer.lp_param_buffer
-        self._memory = memory_of(old.nbytes, old.device, group)
+        self._memory = PeerMemory(old.nbytes, old.device, group)
         views = [self._memory.view(rank, (len(old),), old.dtype) for rank in range(group.size())]
         own = views[group.rank()]
         parameters: list[Any] = list(model.parameters())

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero import stage3 as deepspeed_stage3
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel import zero_stage3
+from parallel import zero_shares, zero_stage3
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.zero import ZeroEngine
 from parallel.zero_shares import SharesInReach
@@ -89,7 +89,8 @@ def _shares_read(folder: str, engine: ZeroEngine) -> None:
     """And this, where ranks reach each other; rank 0 is always ahead of the others' updates."""
     reduce_without_interleaving(engine.engine.optimizer)
     optimizer = engine.engine.optimizer
-    engine._shares = SharesInReach(engine.model, optimizer, engine.mesh.zero_group, partial(_MappedFiles, folder))
+    with mock.patch.object(zero_shares, "PeerMemory", partial(_MappedFiles, folder)):
+        engine._shares = SharesInReach(engine.model, optimizer, engine.mesh.zero_group)
     assert all(parameter.ds_tensor.untyped_storage().filename for parameter in engine.model.parameters())  # type: ignore[attr-defined]
     update = optimizer._reassign_or_swap_out_partitioned_parameters
 
