@@ -84,9 +84,9 @@ def _place_of(variables: Mapping[str, str]) -> Place:
         if not variables.get(name):
             raise ValueError(f"{world}, but {name} is not set")
     rank, local_rank, world_size, port = (number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
-    counted = "LOCAL_SIZE" in variables or "LOCAL_WORLD_SIZE" in variables
-    local_size = number("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if counted else 1
-    if rank >= world_size or (counted and local_rank >= local_size):
+    told = "LOCAL_SIZE" in variables or "LOCAL_WORLD_SIZE" in variables
+    local_size = number("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if told else 1
+    if rank >= world_size or (told and local_rank >= local_size):
         raise ValueError(
             f"{world} and RANK={rank}, LOCAL_SIZE={local_size} and LOCAL_RANK={local_rank}; ranks count from 0"
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.sequence import chunk_starts
 
@@ -104,13 +104,10 @@ def _block(q_first: int, k_first: int, chunk: int, window: int | None, bounds: l
 
 
 def _shifted(call: Call, q_shift: int, k_shift: int) -> Call:
-    return Call(
-        call.q_start + q_shift,
-        call.q_stop + q_shift,
-        call.k_start + k_shift,
-        call.k_stop + k_shift,
-        call.causal,
-        call.window,
-        call.offset,
-        call.boundaries,
+    return replace(
+        call,
+        q_start=call.q_start + q_shift,
+        q_stop=call.q_stop + q_shift,
+        k_start=call.k_start + k_shift,
+        k_stop=call.k_stop + k_shift,
     )

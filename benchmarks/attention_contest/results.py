@@ -71,11 +71,11 @@ def share_of_ideal(entry: Entry, name: str, kind: str = "forward_backward") -> f
     return entry["modes"][ONE_GPU][kind] / entry["gpus"] / mode[kind]
 
 
-def tflops(entry: Entry, name: str, kind: str = "forward_backward") -> float:
-    """TFLOP/s of each GPU that takes part."""
+def tflops(entry: Entry, name: str) -> float:
+    """TFLOP/s of each GPU that takes part, forward and backward."""
     ranks = entry["gpus"]
-    work = Row(**entry["row"]).flops(ranks) * (1 if kind == "forward" else 1 + BACKWARD_FLOPS)
-    return work / (1 if name == ONE_GPU else ranks) / entry["modes"][name][kind] / 1e9
+    work = Row(**entry["row"]).flops(ranks) * (1 + BACKWARD_FLOPS)
+    return work / (1 if name == ONE_GPU else ranks) / entry["modes"][name]["forward_backward"] / 1e9
 
 
 def finished(entry: Entry) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,15 +96,19 @@ def loss_by_position(
     A token's position is what the model can see before it: it counts from the start of its document under a document
     mask, else from the start of the sequence. `forward` runs `model`: the model itself or the engine around it.
     """
-    inner = torch.tensor(edges[1:-1], device=device)
-    with _head_by_range(model, len(edges) - 1, device) as head:
+    inner, head = torch.tensor(edges[1:-1], device=device), model.lm_head
+    by_range = _HeadByRange(head, len(edges) - 1, device)
+    model.lm_head = by_range  # type: ignore[assignment]  # GPT names the class of its own head
+    try:
         for micro_batches in batches:
             for micro_batch in micro_batches:
                 batch = cutter.cut(micro_batch).to(device)
-                head.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
+                by_range.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
                 forward(*batch)
-    dist.all_reduce(head.totals, group=mesh.zero_group)
-    return head.totals
+    finally:
+        model.lm_head = head
+    dist.all_reduce(by_range.totals, group=mesh.zero_group)
+    return by_range.totals
 
 
 class _HeadByRange(nn.Module):
@@ -128,17 +131,6 @@ class _HeadByRange(nn.Module):
             loss, count = self.head(rows[None], torch.cat([labels.flatten()[places], nothing])[None])
             self.totals[number] += torch.stack([loss.double(), count.double()])
         return self.totals.sum(dim=0)[0], self.totals.sum(dim=0)[1]
-
-
-@contextmanager
-def _head_by_range(model: GPT, count: int, device: torch.device) -> Iterator[_HeadByRange]:
-    head = model.lm_head
-    try:
-        by_range = _HeadByRange(head, count, device)
-        model.lm_head = by_range  # type: ignore[assignment]  # GPT names the class of its own head
-        yield by_range
-    finally:
-        model.lm_head = head
 
 
 def summary(totals: Tensor, edges: Sequence[int]) -> dict[str, Any]:
