@@ -83,13 +83,4 @@ class Stepper:
 
     def learning_rate(self, step: int) -> float:
         """Of the update that `step` (counted from 0) makes."""
-        optimizer = self.job.optimizer
-        return learning_rate_at(
-            step,
-            peak=optimizer.learning_rate,
-            warmup_steps=optimizer.warmup_steps,
-            total_steps=self.job.total_steps,
-            schedule=optimizer.schedule,
-            min_ratio=optimizer.min_learning_rate_ratio,
-            decay_fraction=optimizer.decay_fraction,
-        )
+        return learning_rate_at(step, self.job.optimizer, self.job.total_steps)
