@@ -5,8 +5,6 @@ Shapes: G groups of documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
@@ -17,23 +15,11 @@ GROUPS = 4096
 """Documents are looked at in this many groups of neighbours at most, so that a billion cost no more than thousands."""
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Neighbouring documents of a shard, together: none empty, in the corpus's order."""
-
-    shard_of: Int64
-    """[G]."""
-    first: Int64
-    """[G] first document, in the shard."""
-    last: Int64
-    """[G] the one after the last document."""
-    starts: Int64
-    """[G] where the first begins, in the shard's tokens."""
-    lengths: Int64
-    """[G] tokens."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+_GROUP = np.dtype([(name, np.int64) for name in ("shard", "first", "last", "start", "length")])
+"""Neighbouring documents of a shard, together: first document and the one after the last, counted in the shard, where
+the first begins in the shard's tokens, and tokens. None is empty."""
+_Groups = npt.NDArray[np.void]
+"""[G] of _GROUP, in the corpus's order."""
 
 
 def split_corpus(corpus: Corpus, validation_fraction: float, seed: int) -> tuple[Corpus, Corpus | None]:
@@ -47,29 +33,27 @@ def split_corpus(corpus: Corpus, validation_fraction: float, seed: int) -> tuple
     assert not corpus.starts.any(), "already split"
     groups = _whole_corpus(corpus)
     if validation_fraction == 0:
-        return corpus.select("training", groups.shard_of, groups.starts, groups.lengths), None
+        return _selected(corpus, "training", groups), None
     target = max(1, round(validation_fraction * len(corpus)))
     while True:
         order = Permutation(len(groups), seed, "split")(np.arange(len(groups)))
-        held_out = _fitting(groups.lengths, order, target)
-        several = order[(groups.last - groups.first)[order] > 1]
+        held_out = _fitting(groups["length"], order, target)
+        several = order[(groups["last"] - groups["first"])[order] > 1]
         if held_out.any() or not len(several):
             break
         groups = _taken_apart(corpus, groups, int(several[0]))
     if held_out.any():
-        training, validation = (
-            corpus.select(name, groups.shard_of[kept], groups.starts[kept], groups.lengths[kept])
-            for name, kept in (("training", ~held_out), ("validation", held_out))
-        )
-        return training, validation
-    largest = int(np.argmax(groups.lengths))
-    kept = groups.lengths.copy()
-    kept[largest] -= target
-    one = slice(largest, largest + 1)
-    full = kept > 0
-    training = corpus.select("training", groups.shard_of[full], groups.starts[full], kept[full])
-    end = np.array([target], dtype=np.int64)
-    return training, corpus.select("validation", groups.shard_of[one], groups.starts[one] + kept[largest], end)
+        return _selected(corpus, "training", groups[~held_out]), _selected(corpus, "validation", groups[held_out])
+    largest = int(np.argmax(groups["length"]))
+    end = groups[largest : largest + 1].copy()
+    end["start"] += end["length"] - target
+    end["length"] = target
+    groups["length"][largest] -= target
+    return _selected(corpus, "training", groups[groups["length"] > 0]), _selected(corpus, "validation", end)
+
+
+def _selected(corpus: Corpus, name: str, groups: _Groups) -> Corpus:
+    return corpus.select(name, groups["shard"], groups["start"], groups["length"])
 
 
 def _fitting(lengths: Int64, order: Int64, target: int) -> npt.NDArray[np.bool_]:
@@ -90,28 +74,20 @@ def _whole_corpus(corpus: Corpus) -> _Groups:
     for shard, (low, high) in enumerate(zip(documents[:-1], documents[1:], strict=True)):
         inside = edges[(edges > low) & (edges < high)]
         parts.append(_grouped(corpus, shard, np.array([low, *inside, high], dtype=np.int64) - low))
-    return _joined(parts)
+    return np.concatenate(parts)
 
 
 def _taken_apart(corpus: Corpus, groups: _Groups, which: int) -> _Groups:
     """`groups` with one of them in GROUPS groups or fewer."""
-    first, last = int(groups.first[which]), int(groups.last[which])
+    shard, first, last, *_ = groups[which].tolist()
     edges = np.linspace(first, last, min(GROUPS, last - first) + 1).astype(np.int64)
-    middle = _grouped(corpus, int(groups.shard_of[which]), edges)
-    return _joined([_sliced(groups, slice(which)), middle, _sliced(groups, slice(which + 1, None))])
+    return np.concatenate([groups[:which], _grouped(corpus, shard, edges), groups[which + 1 :]])
 
 
 def _grouped(corpus: Corpus, shard: int, edges: Int64) -> _Groups:
     """The documents between `edges` of one shard, without empty groups."""
     starts = corpus.shards[shard].begin(edges)
-    lengths = np.diff(starts)
-    parts = _Groups(np.full(len(lengths), shard), edges[:-1], edges[1:], starts[:-1], lengths)
-    return _sliced(parts, lengths > 0)
-
-
-def _sliced(groups: _Groups, chosen: slice | npt.NDArray[np.bool_]) -> _Groups:
-    return _Groups(*(getattr(groups, name)[chosen] for name in _Groups.__dataclass_fields__))
-
-
-def _joined(parts: list[_Groups]) -> _Groups:
-    return _Groups(*(np.concatenate([getattr(p, name) for p in parts]) for name in _Groups.__dataclass_fields__))
+    groups = np.empty(len(edges) - 1, _GROUP)
+    groups["shard"], groups["first"], groups["last"] = shard, edges[:-1], edges[1:]
+    groups["start"], groups["length"] = starts[:-1], np.diff(starts)
+    return groups[groups["length"] > 0]
