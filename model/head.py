@@ -2,8 +2,8 @@
 
 Shapes: B batch, S sequence, E hidden_size, V vocabulary.
 
-Loss and projection live together so that the loss can be computed in chunks, a vocabulary-parallel head replaces this
-module and nothing else, and ZeRO-3 gathers the weight, tied or not, inside the head's own forward.
+Loss and projection are in the same module for three reasons: the loss can be computed in chunks, a vocabulary-parallel
+head replaces this module and nothing else, and ZeRO-3 gathers the weight, tied or not, inside the head's own forward.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Generation behind the attention seam: keys and values of the tokens seen so far, and how the next token attends.
+"""The key-value cache of generation: keys and values of the tokens seen so far, and how the next token attends.
 
 Shapes: B sequences, S tokens of one call, T tokens seen, C capacity, H query heads, K key/value heads, G = H / K query
 heads of each, D head_dim.
 
-The model knows nothing of it: for as long as a cache serves, it stands where attention stands. Prompts are padded on
-the right, so that every token keeps its own position and nothing real ever sees padding; the tokens generated for a row
+The model does not know of it: while a cache is in use, it takes the place of attention. Prompts are padded on the
+right, so that every token keeps its own position and nothing real ever sees padding. The tokens generated for a row
 overwrite its padding one by one.
 """
 

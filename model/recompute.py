@@ -1,4 +1,4 @@
-"""What a block computes again in the backward pass instead of keeping it: policies of activation checkpointing.
+"""What a block recomputes in the backward pass instead of keeping it: policies of activation checkpointing.
 
 | policy      | kept of a block                                   | computed again                               |
 |-------------|---------------------------------------------------|----------------------------------------------|

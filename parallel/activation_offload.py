@@ -1,8 +1,8 @@
-"""Activations in host memory from the forward pass to the backward pass.
+"""Keeps activations in host memory between the forward pass and the backward pass.
 
 A block's tensors leave for page-locked buffers while the block computes, and come back one block ahead of their use
-(the host offload of ALST, arXiv:2506.13996, section 3.4). Copies run on a stream of their own; streams wait for each
-other, the host for none of them. Buffers are made in the first forward pass and used again.
+(the host offload of ALST, arXiv:2506.13996, section 3.4). Copies run on their own stream. Streams wait for each other;
+the host waits for none of them. Buffers are made in the first forward pass and reused.
 
     forward    computes   block i         block i + 1
                copies     out of i        out of i + 1

@@ -3,11 +3,11 @@ sequence parallelism (arXiv:2205.05198, section 4.2.2: g and g-bar, here gather 
 
 Shapes: B batch, S sequence, E hidden_size, T ranks of the group.
 
-Of each pair one is the other's backward, so that gradients need no separate synchronisation. A group of one rank costs
+In each pair one is the other's backward, so gradients need no separate synchronisation. A group of one rank costs
 nothing.
 
-They are torch's functional collectives, as DTensor's are: a compiled backward pass (torch 2.11) lost what
-torch.distributed's own wrote into a tensor made there, and all gradients before it were zero.
+Like DTensor's, they are torch's functional collectives. With torch.distributed's own, a compiled backward pass (torch
+2.11) lost what they wrote into a tensor made there, and all gradients before it were zero.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Copies of rows that do not follow one another, by a GPU's copy engine.
+"""Copies rows that are not contiguous by a GPU's copy engine.
 
-torch hands a copy to the copy engine only where both ends are contiguous, and else starts a kernel, which has to wait
-for attention's to leave it a multiprocessor. The engine itself takes rows at any fixed distance (cudaMemcpy2DAsync).
+torch uses the copy engine only if both ends are contiguous. Otherwise it starts a kernel, which must wait until
+attention's kernel leaves it a multiprocessor. The engine itself takes rows at any fixed distance (cudaMemcpy2DAsync).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention whose forward and backward are replayed as CUDA graphs.
+"""Replays attention's forward and backward as CUDA graphs.
 
 At a few thousand tokens a rank, the host needs longer to issue attention (a dozen copies, a barrier or two, the kernels
 and their Python) than the GPU to run it. A graph is issued at once.

@@ -3,9 +3,9 @@
 
 Shapes: B batch, L = S / P local tokens, H query heads, K key/value heads, D head_dim, M buffer length.
 
-Keys and values lie interleaved in one buffer [M, 2, B, K, D], so that a piece of both is one contiguous message; in the
-backward pass gradients travel back to the owners of the keys in the same manner (`key_gradients`). The kernel sees all
-keys of a query at once: its output, LSE and dQ are final.
+Keys and values lie interleaved in one buffer [M, 2, B, K, D], so that a piece of both is one contiguous message. In the
+backward pass gradients travel back to the owners of the keys in the same way (`key_gradients`). The kernel sees all
+keys of a query at once, so its output, LSE and dQ are final.
 """
 
 from __future__ import annotations

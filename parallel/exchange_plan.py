@@ -1,15 +1,16 @@
-"""Who needs which keys: the plan of an exchange. Pure Python, the same on every rank: no tensor, no process group.
+"""The plan of an exchange: which rank needs which keys. Pure Python, the same on every rank: no tensor, no process
+group.
 
-P context_parallel_size, S sequence_length. Each rank holds one range of positions or two, its chunks: in the zigzag
-order, or so that documents balance (see `parallel.sequence`). A query chunk [a, b) sees one contiguous range of keys,
-[low, b): causality ends it at b, and it begins where the window of the first query or the first query's document
-begins. So each rank gathers at most two ranges of keys into a buffer, in the order of their positions, and attends
-without partial results to merge, without padding a document, and without fetching what its queries do not see.
+P context_parallel_size, S sequence_length. Each rank holds one or two ranges of positions, its chunks: in the zigzag
+order, or cut so that documents balance (see `parallel.sequence`). A query chunk [a, b) sees one contiguous range of
+keys, [low, b). Causality ends it at b. It begins where the window of the first query or the first query's document
+begins. So each rank gathers at most two ranges of keys into a buffer, in the order of their positions. It merges no
+partial results, pads no document, and fetches nothing that its queries do not see.
 
-Every query chunk is one kernel call, over a part of a buffer in which overlapping ranges lie as one. Or one call serves
-both chunks: to a kernel they are documents among others, as long as their keys lie one after the other. So where ranges
-overlap and calls are `joined`, keys that both chunks see lie twice. They are fetched once and copied, since a message
-costs more than a copy, and their gradients are added up before they travel.
+Every query chunk is one kernel call, over a part of a buffer in which overlapping ranges lie as one. Alternatively one
+call serves both chunks: to a kernel they are two documents, as long as their keys lie one after the other. So if ranges
+overlap and calls are `joined`, keys that both chunks see lie in the buffer twice. They are fetched once and copied,
+because a message costs more than a copy, and their gradients are added up before they travel.
 
 Positions are those of the full sequence. "Local" indices count within a rank's part, "buffer" indices within its
 buffer.

@@ -1,13 +1,11 @@
 """Flags between GPUs that read each other's memory: who may write what, and who may read it.
 
-For every slot, owner and reader there is one flag, in the memory of both: up from the moment the owner has filled its
-slot until the reader has read it. So only the owner raises it and only the reader lowers it, in turns, and each side
-waits for its own copy alone.
+There is one flag for every slot, owner and reader, stored in the memory of both. The owner raises it when it has filled
+its slot; the reader lowers it when it has read the slot. So they take turns, and each side waits for its own copy only.
 
 A GPU's front end sets and awaits flags in the order of a stream (CUDA's stream memory operations), as NCCL's
-collectives by copy engine do: waiting takes no kernel and holds no multiprocessor, and a CUDA graph can record it. What
-one method does is one call of the driver, described beforehand: such calls are a good part of what an exchange costs
-the host.
+collectives by copy engine do. Waiting takes no kernel and holds no multiprocessor, and a CUDA graph can record it. Each
+method makes one driver call, described beforehand, because such calls are a good part of an exchange's host time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The copies and sums around an attention kernel, each as one launch: by Triton on GPUs, by torch elsewhere.
+"""The copies and sums around an attention kernel, each in one launch: by Triton on GPUs, by torch elsewhere.
 
-At a few thousand tokens the host, not the GPU, sets the pace, and every operation of torch costs it tens of
-microseconds. Each function here is written down in torch; on GPUs `parallel.fused_triton` does the same, bit for bit.
+At a few thousand tokens the host, not the GPU, limits the speed, and every torch operation costs it tens of
+microseconds. Each function here is written in torch. On GPUs `parallel.fused_triton` does the same, bit for bit.
 
-Shapes: B batch, L local tokens, H query heads, K key/value heads, D head_dim; M length of a buffer of keys;
-U ranks that trade heads, T = U x L tokens of theirs, w heads of one group.
+Shapes: B batch, L local tokens, H query heads, K key/value heads, D head_dim; M length of a buffer of keys; U ranks
+that trade heads, T = U x L tokens of theirs, w heads of one group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`parallel.fused` in Triton: what each function does is written there. Imported on machines with GPUs only."""
+"""The functions of `parallel.fused` in Triton; what each does is written there. Imported on machines with GPUs only."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Gradients of stage 3 averaged over ranks of one host: sent as they are, added up in the type that accumulates.
+"""Averages stage 3's gradients over ranks of one host: sent in their own type, added in the type that accumulates.
 
 Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements of each rank's part; the last one may be
 shorter, and some may be empty.
 
-A reduce-scatter in fp32 needs fp32 gradients of all parts. Here each rank sends a part of its bf16 gradient to the rank
-that keeps it, which adds the P parts in fp32 to what earlier micro-batches left there: half the bytes, no cast before
-them, no pass after them, and a sum as exact. Every rank sends to every other one, which is for the links of a host.
+A reduce-scatter in fp32 needs fp32 gradients of all parts. Here each rank sends each part of its bf16 gradient to the
+rank that keeps that part. The keeper adds the P parts in fp32 to what earlier micro-batches left there. This takes half
+the bytes, no cast before and no pass after them, and the sum is as exact. Every rank sends to every other one, which
+suits the links of a host.
 """
 
 from __future__ import annotations

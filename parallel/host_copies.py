@@ -1,4 +1,4 @@
-"""Copies of this rank's tensors in host memory, made while the GPU computes on."""
+"""Copies this rank's tensors to host memory while the GPU keeps computing."""
 
 from __future__ import annotations
 

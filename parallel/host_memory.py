@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads and writes by itself, beside its kernels."""
+"""Page-locked host memory, which a GPU reads and writes beside its kernels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""dK and dV of an exchange: each rank's share of every key that it saw goes to the key's owner, who adds them up in
-fp32.
+"""dK and dV of an exchange: each rank sends its contribution for every key it saw to the key's owner, which adds them
+up in fp32.
 
 Shapes: B batch, L local tokens, K key/value heads, D head_dim, M buffer length.
 """

@@ -1,7 +1,7 @@
 """Fills a model that was built on the meta device, one module at a time, so that it never exists whole anywhere.
 
 Every parameter is drawn from its own random stream, seeded by the job's seed and its name, in chunks of whole rows. A
-rank draws only the chunks that its tensor-parallel slice touches, and every layout ends with the same full weights.
+rank draws only the chunks that its tensor-parallel slice touches. Every layout ends with the same full weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The mesh of processes: which rank stands where, and which ranks it talks to along each axis.
+"""The mesh of processes: the place of each rank, and the ranks it communicates with along each axis.
 
     rank = (dp * context_parallel_size + cp) * tensor_parallel_size + tp
 
-Tensor parallelism is innermost because it talks most (twice a layer, on the critical path) and so belongs inside one
-node; context parallelism comes next (once a layer, hidden behind attention); data parallelism is outermost. ZeRO shards
-over dp x cp together: every rank of that product holds the same tensor-parallel slice of the model.
+Tensor parallelism is innermost because it communicates most (twice a layer, on the critical path), so it belongs inside
+one node. Context parallelism comes next (once a layer, hidden behind attention). Data parallelism is outermost. ZeRO
+shards over dp x cp together, because every rank of that product holds the same tensor-parallel slice of the model.
 """
 
 from __future__ import annotations

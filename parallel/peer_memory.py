@@ -1,4 +1,4 @@
-"""Memory of GPUs of one host that read and write each other's (torch.distributed._symmetric_memory)."""
+"""Memory that GPUs of one host read and write directly (torch.distributed._symmetric_memory)."""
 
 from __future__ import annotations
 

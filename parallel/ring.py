@@ -2,9 +2,9 @@
 
 Shapes: B batch, L = S / P local tokens, H query heads, K key/value heads, D head_dim.
 
-Keys and values travel un-repeated, packed in one message of [2, B, L, K, D], while the kernel works on the ones at
-hand. Output and log-sum-exp are merged in fp32 with a max-shifted exponential that tolerates empty rows; dQ, and the
-dK, dV that travel with their keys, accumulate in fp32, so that the error does not grow with P.
+Keys and values travel un-repeated, packed in one message of [2, B, L, K, D], while the kernel works on the previous
+ones. Output and log-sum-exp are merged in fp32 with a max-shifted exponential that tolerates empty rows. dQ, and the dK
+and dV that travel with their keys, accumulate in fp32, so the error does not grow with P.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""How a sequence is cut over context-parallel ranks: zigzag, or as its documents balance.
+"""Cuts a sequence over context-parallel ranks: in zigzag order, or so that documents balance.
 
 Shapes: B batch, S sequence, P context_parallel_size.
 
-The sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r, so that under a causal mask every rank
-has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
-arXiv:2311.09431, kept with contiguous chunks). Packed documents upset that balance: a token sees its document only. And
-the last rank's chunks are neighbours, one to an attention kernel, while the others pay for a second one. So where
-nothing but an exchange of keys relies on the cut, each rank still takes one piece from either end of what the ranks
-before it left, S / P tokens together, but as much of them from the left as gives it its share of the work.
+Zigzag: the sequence is cut into 2P equal chunks and rank r holds chunks r and 2P-1-r. Under a causal mask every rank
+then has the same number of (query, key) pairs to compute at every step of the ring (Striped Attention's balance,
+arXiv:2311.09431, kept with contiguous chunks).
+
+Balanced cut: packed documents upset that balance, because a token sees only its document. Besides, the last rank's
+chunks are neighbours, one chunk to an attention kernel, while the others pay for a second one. So if nothing but an
+exchange of keys relies on the cut, the cut changes: each rank still takes one piece from either end of what the ranks
+before it left, S / P tokens together, but only as much from the left as gives it its share of the work.
 
 Labels are shifted before the cut, so that no rank needs its neighbour's token. Sequence parallelism cuts a rank's
 tokens again, in their local order, over its tensor-parallel peers (`parallel.tensor.Region`).

@@ -1,9 +1,9 @@
 """Training state on disk, in torch.distributed.checkpoint's format, keyed by full parameter names.
 
-ZeRO holds a flat range of this rank's slice of a parameter. A flat range of a row-major matrix is at most three
-rectangles (the end of a row, whole rows, the start of a row), and a slice only shifts them, so every rank writes its
-rectangles of the full tensors and reads those it needs, whatever mesh and stage wrote them. Nothing is gathered and
-nothing is converted.
+Every rank writes its rectangles of the full tensors and reads those it needs, whatever mesh and stage wrote them.
+Nothing is gathered and nothing is converted. This works because ZeRO holds a flat range of this rank's slice of a
+parameter. A flat range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the start of a
+row), and a slice only shifts them.
 
 Keys: parameter/NAME (fp32), exp_avg/NAME, exp_avg_sq/NAME, with NAME the model's own parameter name.
 """

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's file system over any flat folder of files."""
+"""Lets torch.distributed.checkpoint read and write any flat folder of files."""
 
 from __future__ import annotations
 

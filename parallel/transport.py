@@ -1,8 +1,8 @@
-"""How the ranks of one group hand each other parts of tensors: messages, or each other's memory.
+"""Moves parts of tensors between the ranks of one group, by messages or through each other's memory.
 
-A rank asks for a `slot`, fills it and calls `exchange`, as every rank of the group does, with slots of the same shape:
-peers take the rows of its slot that they need. Both ends know from the shapes alone which rows those are, so nothing
-but data travels.
+A rank asks for a `slot`, fills it and calls `exchange`. Every rank of the group does so, with slots of the same shape.
+Peers take the rows of its slot that they need. Both ends know from the shapes which rows those are, so only data
+travels.
 """
 
 from __future__ import annotations

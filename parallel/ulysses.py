@@ -1,14 +1,14 @@
 """Context-parallel attention by heads (DeepSpeed-Ulysses, arXiv:2309.14509), alone or around another operator.
 
-Shapes: B batch, L local tokens, U group size, T = U x L tokens of the group, H query heads, K key/value heads,
-D head_dim, w heads that one rank attends with at a time, of all the tensors that travel together.
+Shapes: B batch, L local tokens, U group size, T = U x L tokens of the group, H query heads, K key/value heads, D
+head_dim, w heads that one rank attends with at a time, of all the tensors that travel together.
 
 The ranks of the group trade their parts of all heads for all of the group's tokens of some heads, attend, and trade
-back. The inner operator sees its tokens in the order of positions: the whole sequence where the group is all of context
-parallelism, so its mask, packed documents and window need nothing more, and its kernel works on one long call, where it
-is at its best. Around a ring or an exchange over R groups the tokens are those of one rank in zigzag order of R.
+back. The inner operator sees its tokens in the order of positions. If the group is all of context parallelism, that is
+the whole sequence: its mask, packed documents and window need nothing more, and its kernel works on one long call,
+where it is fastest. Around a ring or an exchange over R groups, the tokens are those of one rank in zigzag order of R.
 
-While the inner operator works on one group of heads the others travel: only the first arrival and the last departure
+While the inner operator works on one group of heads the others travel. Only the first arrival and the last departure
 are exposed, so the first and the last group are the smallest.
 """
 

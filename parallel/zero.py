@@ -1,9 +1,9 @@
-"""ZeRO by DeepSpeed (arXiv:1910.02054) over dp x cp: training. With the other `parallel.zero_*` the only
-file that speaks DeepSpeed's vocabulary.
+"""ZeRO training by DeepSpeed (arXiv:1910.02054) over dp x cp. Only this file and the other `parallel.zero_*` use
+DeepSpeed's vocabulary.
 
-Context parallelism is folded into what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters and
-their gradients are averaged together, so that a mean over all tokens comes out right if each rank scales its summed
-loss by the size of that group. DeepSpeed's own sequence-parallel hooks are not used: with them stage 3 never reduces
+Context parallelism is part of what DeepSpeed calls data parallel: all ranks of dp x cp hold the same parameters, and
+their gradients are averaged together. So a mean over all tokens comes out right if each rank scales its summed loss by
+the size of that group. DeepSpeed's own sequence-parallel hooks are not used, because with them stage 3 never reduces
 over cp.
 """
 

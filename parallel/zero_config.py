@@ -1,4 +1,4 @@
-"""ZeRO's settings, and the same in DeepSpeed's words: its configuration and its view of the mesh."""
+"""ZeRO's settings, and their form for DeepSpeed: its configuration and its view of the mesh."""
 
 from __future__ import annotations
 

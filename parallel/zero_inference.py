@@ -1,7 +1,7 @@
-"""A model that only computes, over dp x cp: parameters in the type they compute in, no gradients, no optimizer.
+"""A model for inference over dp x cp: parameters in the type they compute in, no gradients, no optimizer.
 
 At stage 3 each rank keeps its share of every parameter and gathers a unit at a time (DeepSpeed's ZeRO-Inference,
-arXiv:2207.00032); below it each holds its whole tensor-parallel slice.
+arXiv:2207.00032). Below stage 3 each rank holds its whole tensor-parallel slice.
 """
 
 from __future__ import annotations

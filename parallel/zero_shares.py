@@ -1,11 +1,11 @@
-"""Stage 3's parameters gathered by reading every rank's share where it lies, on GPUs of one host: by copy engine, where
-a kernel of NCCL's would hold multiprocessors.
+"""Gathers stage 3's parameters on GPUs of one host: each rank reads the others' shares where they lie, by copy engine.
+A kernel of NCCL's would hold multiprocessors.
 
 Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements of each rank's share of it, M elements
 of a rank's shares of all parameters.
 
-A share changes once a step. So peers need not be met at each gathering, as by messages: they are met before a change,
-when everybody has read what was there, and after it.
+A share changes once a step. So ranks need not synchronise at each gathering, as messages do. They synchronise before a
+change, when everybody has read the old values, and after it.
 """
 
 from __future__ import annotations

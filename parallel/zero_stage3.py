@@ -2,11 +2,11 @@
 
 Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements of each rank's part.
 
-DeepSpeed 0.19.8 copies every parameter once more after it has been gathered, casts, copies and divides gradients in
-passes of their own before they are reduced, and lets the host wait between micro-batches. Without that, the step of the
-8B shape on two GPUs takes 3.5 % less time (docs/log.md). Each function here gives one optimizer or one model another
-method of the same name; the numbers stay what they are. What GPUs of one host do without messages is in `zero_shares`
-and `gradient_exchange`.
+DeepSpeed 0.19.8 copies every parameter once more after it has been gathered. It casts, copies and divides gradients in
+separate passes before they are reduced, and lets the host wait between micro-batches. Without that, the step of the 8B
+shape on two GPUs takes 3.5 % less time (docs/log.md). Each function here replaces a method of one optimizer or one
+model by another of the same name; the numbers do not change. What GPUs of one host do without messages is in
+`zero_shares` and `gradient_exchange`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training changes, where DeepSpeed keeps it: each parameter's fp32 weight and AdamW moments, at each stage."""
+"""Finds each parameter's fp32 weight and AdamW moments inside DeepSpeed, at each stage."""
 
 from __future__ import annotations
 

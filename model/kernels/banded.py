@@ -1,10 +1,11 @@
-"""What the fused kernels share: a mask reduced to the band that flash-attention understands.
+"""The part that the fused kernels share: a mask reduced to the band that flash-attention understands.
 
 Flash-attention's mask is a window around the diagonal that ends in the bottom right corner of a Sq x Sk rectangle:
-query i sees key j if -left <= j - i - (Sk - Sq) <= right. It cannot say a negative bound (it reads one as "unbounded"),
-and backends disagree about rows that see nothing (lse +inf, 0, -inf). Both go away when the rectangle is first trimmed
-to the rows and columns that see something: bounds are then never negative and no row is empty. All of it is decided
-from shapes on the host; a plain causal square or a full rectangle is never trimmed, so it costs nothing.
+query i sees key j if -left <= j - i - (Sk - Sq) <= right. It cannot express a negative bound (it reads one as
+"unbounded"), and backends disagree about rows that see nothing (lse +inf, 0, -inf). Both problems disappear if the
+rectangle is first trimmed to the rows and columns that see something: then bounds are never negative and no row is
+empty. All of it is decided from shapes on the host. A plain causal square or a full rectangle is never trimmed, so it
+costs nothing.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads, D head_dim, Tq = B * Sq and Tk = B * Sk packed
 tokens.

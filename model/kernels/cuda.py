@@ -1,4 +1,4 @@
-"""What the CUDA kernels ask of the machine before they say they can run."""
+"""What the CUDA kernels need of the machine before they report that they can run."""
 
 from __future__ import annotations
 

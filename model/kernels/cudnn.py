@@ -1,9 +1,9 @@
-"""Backend `cudnn`: the attention of the cuDNN that CUDA builds of torch bring along; needs no package.
+"""Backend `cudnn`: the attention of the cuDNN that CUDA builds of torch include; needs no package.
 
-Of what cuDNN can do torch asks for no window, only for the causal triangle that starts at the top left, and for ragged
-batches as an experiment behind an environment variable. A bias would allow any mask, but as a matrix of Sq x Sk whose
-hidden tiles are computed all the same. So this backend takes full rectangles and causal squares. It declares no
-deterministic backward: torch itself calls this attention non-deterministic.
+torch uses only part of cuDNN: no window, the causal triangle that starts at the top left only, and ragged batches as an
+experiment behind an environment variable. A bias would allow any mask, but as a matrix of Sq x Sk whose hidden tiles
+are computed all the same. So this backend takes full rectangles and causal squares. It declares no deterministic
+backward, because torch itself calls this attention non-deterministic.
 
 cuDNN builds a plan for each new combination of shapes and strides (a fraction of a second), so lengths should not vary.
 

@@ -2,10 +2,10 @@
 
 Shapes: N tokens, C tokens of a chunk, E hidden_size, V vocabulary (the rows of the weight that are here).
 
-The gradients are computed in the forward pass, while a chunk's logits are there, so that they cost no second product
-with the weight (Liger Kernel, arXiv:2410.10989, section 3.2). The loss is a sum, so its upstream gradient is a single
-number, which the backward pass multiplies in. What a forward pass leaves behind is the gradient of the hidden states
-[N, E] and that of the weight [V, E], the latter accumulated over the chunks in fp32.
+The gradients are computed in the forward pass, while a chunk's logits exist, so they need no second product with the
+weight (Liger Kernel, arXiv:2410.10989, section 3.2). The loss is a sum, so its upstream gradient is a single number,
+which the backward pass multiplies in. A forward pass leaves behind the gradient of the hidden states [N, E] and that of
+the weight [V, E]; the latter accumulates over the chunks in fp32.
 """
 
 from __future__ import annotations

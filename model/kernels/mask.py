@@ -1,4 +1,4 @@
-"""Who sees whom: the mask of an attention call, and the documents that are packed in its rows.
+"""The mask of an attention call: which query sees which key, and the documents that are packed in its rows.
 
 Shapes: B batch, S sequence, N documents.
 """

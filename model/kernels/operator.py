@@ -1,12 +1,12 @@
-"""Causal self-attention as one operator: autograd, compilers and recomputation see it whole.
+"""Causal self-attention as one operator: autograd, compilers and recomputation treat it as a unit.
 
 Shapes: B batch, S tokens of a row on this device, H query heads, K key/value heads, D head_dim.
 
 `ringzero::attention` is registered with torch.library, so that a compiled block calls it without looking inside and a
-recomputation policy can name it: its outputs (out, lse, kept) are what its backward needs beside q, k and v, so that
-nothing is attended twice. Operators take numbers and tensors only; `number` says which `AttentionOperator` runs, and
-`lse_shape` and `kept_shape` what it returns: torch keeps compiled graphs on disk, where all that tells them apart is
-what stands in them, and operators of two runs may share a number and differ in what they keep.
+recomputation policy can name it. Its outputs (out, lse, kept) are what its backward needs beside q, k and v, so
+attention never runs twice. Operators take only numbers and tensors. `number` says which `AttentionOperator` runs;
+`lse_shape` and `kept_shape` say what it returns. The shapes are arguments because torch keeps compiled graphs on disk,
+and only arguments tell them apart: operators of two runs may share a number and differ in what they keep.
 """
 
 from __future__ import annotations

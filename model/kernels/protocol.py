@@ -1,11 +1,11 @@
-"""What an attention kernel takes, gives and may refuse.
+"""What an attention kernel takes, returns and may refuse.
 
 Shapes: B batch, Sq queries, Sk keys, H query heads, K key/value heads (H a multiple of K, never repeated), D head_dim.
 Scores are scale * q.k; query head h reads key/value head h // (H / K).
 
-Inputs may have any strides, and results can be written where they belong: `out`, `dq`, `dk` and `dv` take a slice of
-heads or of positions of a larger tensor. A kernel whose own interface takes such an output writes it directly, any
-other one copies; the caller sees no difference.
+Inputs may have any strides. Results can be written in place: `out`, `dq`, `dk` and `dv` take a slice of heads or of
+positions of a larger tensor. A kernel whose own interface takes such an output writes it directly, any other one
+copies; the caller sees no difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which attention kernel runs: by name, or the fastest that can."""
+"""Chooses the attention kernel: by name, or the fastest that can run."""
 
 from __future__ import annotations
 
