@@ -51,7 +51,7 @@ def zero_settings(job: JobConfig, mesh: ParallelMesh, device_type: str) -> ZeroS
 
 
 def build_attention(job: JobConfig, mesh: ParallelMesh, device: torch.device) -> tuple[list[AttentionFunction], str]:
-    """Each block's side of the attention seam for this mesh, and a sentence saying which kernel serves it and why."""
+    """Each block's attention function for this mesh, and a sentence that says which kernel it uses and why."""
     config = job.model
     kernel, reason = select_kernel(
         config.attention_backend,

@@ -30,7 +30,7 @@ calls, two messages), 3.58 in two groups of heads and 5.10 in three (each group 
 
 @dataclass(frozen=True)
 class Work:
-    """Of the busiest rank in one layer, forward and backward."""
+    """The work of the busiest rank in one layer, forward and backward."""
 
     pairs: int
     """(query, key) pairs that causality and the window leave, in all its heads."""
@@ -38,7 +38,7 @@ class Work:
     """Queries, in all heads."""
     head_dim: int
     calls: int
-    """Of a kernel."""
+    """Kernel calls."""
     messages: int
     """Times that all ranks hand each other something."""
     exposed_bytes: int

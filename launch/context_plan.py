@@ -38,13 +38,13 @@ class ContextPlan:
     """M: tokens whose keys an exchanging rank holds, its own among them, of all rows of a micro-batch; with room
     for some twice where one call serves both chunks."""
     fetched_bytes: int
-    """Of their keys and values."""
+    """Bytes of their keys and values."""
     traffic: int
     """Bytes that the busiest rank receives in one layer's forward and backward."""
     head_groups: int
     """Groups that a rank's heads travel in, one while another is computed."""
     milliseconds: float
-    """Of one layer's forward and backward, by the model of `context_cost`."""
+    """One layer's forward and backward, by the model of `context_cost`."""
     reason: str = "as configured"
     spare_memory: bool = True
     """Layers may keep what they fetched for the backward pass."""

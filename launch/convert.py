@@ -133,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_tensors(files: SafetensorsFolder, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """As `check_shapes`; a tied head may be stored a second time, and old files hold RoPE's frequencies."""
+    """Like `check_shapes`, but a tied head may be stored a second time, and old files hold RoPE's frequencies."""
     ignored = {"lm_head.weight"} if tied else set()
     found = {
         name: shape

@@ -59,10 +59,10 @@ class Cutter:
     rank: int
     pin: bool = False
     balanced: bool = False
-    """So that ranks have equal work; else in zigzag order."""
+    """Whether to cut so that ranks have equal work; else in zigzag order."""
     window: int | None = None
     query_heads: int = 1
-    """Of one rank. Like the window (of the blocks that see most), they decide what is equal."""
+    """Query heads of one rank. With the window (of the blocks that see most), they decide what equal work is."""
 
     @classmethod
     def of(cls, job: JobConfig, mesh: ParallelMesh, device: torch.device) -> Cutter:

@@ -51,10 +51,10 @@ class InputPlace:
 
 @dataclass(frozen=True)
 class _Item:
-    """What is read, in order: a block, or a file's end, which may have come too soon."""
+    """An item that was read, in order: a block, or a file's end, which may have come too soon."""
 
     place: InputPlace
-    """Where reading goes on after it."""
+    """Where reading continues after it."""
     file: int
     read: int
     """Bytes of the file on disk."""
@@ -144,7 +144,7 @@ class Preparation:
         return f"{said}; correct --input, or --field ({self.options.field})"
 
     def _forget(self) -> None:
-        """Of what was written so far nothing is gone on from."""
+        """Removes what was written so far, so that nothing continues from it."""
         for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
             beside(self.prefix, leftover).unlink(missing_ok=True)
 

@@ -72,7 +72,7 @@ def _wait_for_name(place: Place) -> None:
 
 @contextmanager
 def _said_after(seconds: float, text: str, place: Place) -> Iterator[None]:
-    """Says `text` if the block takes longer."""
+    """Warns with `text` if the block takes longer."""
     timer = threading.Timer(seconds, _warn, [text, place])
     timer.daemon = True
     timer.start()

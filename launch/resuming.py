@@ -60,7 +60,7 @@ def cursor_of(job: JobConfig, corpora: Corpora, progress: Progress | None) -> Da
 
 
 def beginning(resumed: Resumed | None, initial: str | None) -> Iterator[str]:
-    """Lines on what the run goes on from; none where it starts from random weights."""
+    """Lines that say what the run continues from; none if it starts from random weights."""
     if resumed is not None:
         yield f"resumed from step {resumed.progress.step}, {resumed.progress.tokens:,} tokens seen"
         for change in resumed.told:

@@ -47,7 +47,7 @@ _TOLD = (
     RunDirectoryError,
     WeightsError,
 )
-"""What the user can mend, in a sentence."""
+"""Errors that a user can fix; reported as one sentence, without a traceback."""
 _ENTROPY_TOKENS = 1 << 24
 """Validation tokens that the bigram entropy is counted on, at most."""
 
@@ -102,7 +102,7 @@ def _lock(job: JobConfig, place: Place) -> BinaryIO | None:
 def _train(
     job: JobConfig, place: Place, device: torch.device, device_note: str, health: Health, stop: StopVote
 ) -> bool:
-    """Whether the run is complete; it is not where it was stopped."""
+    """Trains; returns whether the run is complete, which it is not if it was stopped."""
     if job.training.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(job.job.seed)
@@ -174,7 +174,7 @@ class _UnreadableStep(CorpusError):
     """Data that cannot be read while training: only the ranks of one replica know."""
 
     def __init__(self, message: str, *, leads: bool):
-        """`leads`: this rank speaks for its replica."""
+        """`leads`: this rank reports for its replica."""
         super().__init__(message)
         self.leads = leads
 

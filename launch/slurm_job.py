@@ -175,7 +175,7 @@ class Slice:
         return [listed] if listed is not None else []
 
     def _fact(self, name: str) -> str | None:
-        """What Slurm says of this job; None where it has nothing to say."""
+        """What Slurm reports about this job; None if it reports nothing."""
         found = re.search(rf"\b{name}=(\S+)", _slurm("scontrol", "show", "job", "--oneliner", self.job_id).stdout)
         return found[1] if found and found[1] not in ("(null)", "None") else None
 

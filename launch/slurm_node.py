@@ -177,7 +177,7 @@ class Node:
                 print(verdict, end="", flush=True)
 
     def _tell_and_kill(self, status: int) -> None:
-        """Says who died and of what, then ends what is left of the step, on all nodes."""
+        """Reports which rank died and how, then ends the rest of the step on all nodes."""
         if status != HUNG:
             self._tell(status)
         time.sleep(0.5)  # for srun to have read it

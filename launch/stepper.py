@@ -1,6 +1,4 @@
-"""What one rank does with its engine: a training step, an evaluation. The trainer decides when, and handles the
-results.
-"""
+"""Steps and evaluates with one rank's engine. The trainer decides when, and handles the results."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ class Stepper:
     def __init__(self, job: JobConfig, mesh: ParallelMesh, engine: ZeroEngine):
         self.job, self.mesh, self.engine = job, mesh, engine
         self.timer = StepTimer(engine.device)
-        """Told of the parts of each step."""
+        """Times the parts of each step."""
         self._cutter = Cutter.of(job, mesh, engine.device)
 
     def cut(self, micro_batches: Iterable[MicroBatch]) -> list[HostBatch]:
@@ -82,5 +80,5 @@ class Stepper:
         return math.isfinite(outcome.loss) and (math.isfinite(outcome.grad_norm) or skipped_by_scaler)
 
     def learning_rate(self, step: int) -> float:
-        """Of the update that `step` (counted from 0) makes."""
+        """The learning rate of the update that `step` (counted from 0) makes."""
         return learning_rate_at(step, self.job.optimizer, self.job.total_steps)

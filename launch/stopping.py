@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 class StopRequests:
     """Whether this process was asked to stop. Made in the main thread, before the model is built.
 
-    A thread hears the signals, for the main one may be inside a collective that a dead rank will never join.
+    A thread receives the signals, because the main thread may be inside a collective that a dead rank never joins.
     """
 
     def __init__(self, place: Place) -> None:

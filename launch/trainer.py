@@ -50,8 +50,8 @@ class Trainer:
     ):
         """`validation_facts` are logged beside the validation loss.
 
-        `stop()` is asked once a step, and answers the same on every rank: save and return early. `pace` is told what
-        begins, for a watchdog that looks at it; without `stragglers` slow ranks are not looked for.
+        `stop()` is called once a step. True, at the same step on every rank, means: save and return early. `pace` notes
+        what begins, for the watchdog. Without `stragglers` nobody looks for slow ranks.
         """
         self.job, self.stepper, self.engine, self.timer = job, stepper, stepper.engine, stepper.timer
         self.training, self.validation, self.validation_facts = training, validation, validation_facts
@@ -62,8 +62,8 @@ class Trainer:
         self._expected: dict[str, float] | None = None
 
     def run(self, progress: Progress, losses: Mapping[str, float] | None = None) -> Progress:
-        """Trains from `progress` to the end; evaluates and saves at the configured intervals and at the end, and saves
-        where it is told to stop. Returns how far it came.
+        """Trains from `progress` to the end. Evaluates and saves at the configured intervals and at the end. If told to
+        stop, it saves and returns early. Returns the progress it reached.
 
         `losses` are the last ones before a resume: step -> loss. Raises NonFiniteLoss, and CheckpointError if the last
         save fails (an earlier one does as checkpoint.on_save_error says).
@@ -151,7 +151,7 @@ class Trainer:
         )
 
     def _log(self, outcome: StepOutcome, progress: Progress, clock: StepClock) -> None:
-        """Tells of a step, and of whatever has come up since the one before."""
+        """Logs a step, and what has happened since the last one logged."""
         parts, seconds = self.timer.collect(), clock.read(outcome.step)
         with clock.paused():
             scaler = self.engine.loss_scaler_state
@@ -207,7 +207,7 @@ class Trainer:
             self._report(self.checkpoints.outcome(wait=True), required=last)
 
     def _report(self, saved: Saved | None, *, required: bool = False) -> None:
-        """Tells how a save ended. Raises CheckpointError where a failed one has to end the job."""
+        """Reports how a save ended. Raises CheckpointError if a failed one has to end the job."""
         if saved is None:
             return
         if saved.complete:
@@ -226,5 +226,5 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _due(step: int, interval: int) -> bool:
-    """Whether something is done after `step` that is done so often; never for 0."""
+    """Whether something that is done every `interval` steps is due after `step`; never for 0."""
     return interval > 0 and step % interval == 0

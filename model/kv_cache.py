@@ -24,7 +24,7 @@ from model.kernels import Documents
 
 
 def cache_bytes(config: ModelConfig, sequences: int, capacity: int, key_heads: int, dtype: torch.dtype) -> int:
-    """Of the buffers of all layers, with `key_heads` of each on this device."""
+    """Bytes of the buffers of all layers, with `key_heads` of each on this device."""
     numbers = 2 * config.num_hidden_layers * sequences * capacity * key_heads * config.head_dim
     return numbers * dtype.itemsize
 

@@ -120,7 +120,7 @@ class ActivationOffload:
         return None if self._stream is None else self._stream.record_event()
 
     def _hold(self, event: torch.cuda.Event | None) -> None:
-        """What is issued from now on comes after `event`; the host goes on."""
+        """Makes work issued from now on wait for `event`; the host does not wait."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 

@@ -41,7 +41,7 @@ class RecordedAttention(AttentionOperator):
         self.plain, self.recorded = plain, recorded
         self._idle: dict[tuple[Any, ...], list[_Recording]] = defaultdict(list)
         self._busy: dict[int, tuple[tuple[Any, ...], _Recording, StorageWeakRef]] = {}
-        """By the address of the LSE that a forward handed out: the shapes, and what tells whether the LSE is alive."""
+        """By the address of the LSE that a forward returned: shapes, recording, and whether that LSE is still alive."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         alike = documents is None and torch.is_grad_enabled()

@@ -98,7 +98,7 @@ class ExchangeAttention(AttentionOperator):
         self.size, self.rank = transport.group.size(), transport.rank
         self._planned_for: Documents | None = None
         self._planned: dict[tuple[int, ...], list[_Rows]] = {}
-        """By shape: a trade of heads around this has groups of several sizes."""
+        """Plans by shape: a trade of heads around this has groups of several sizes."""
 
     def saved_shapes(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`kept` has room for all keys that the window leaves: documents decide how much of it is used."""
@@ -282,11 +282,11 @@ class ExchangeAttention(AttentionOperator):
 
 
 def _part(tensor: Tensor, queries: tuple[slice, slice] | None) -> Tensor:
-    """Of [B, L, H, D], some rows and tokens."""
+    """Some rows and tokens of [B, L, H, D]."""
     return tensor if queries is None else tensor[queries]
 
 
 def _some(both: tuple[Tensor, Tensor], keys: slice | None) -> tuple[Tensor, Tensor]:
-    """Of keys and values [B, M, K, D], some."""
+    """Some of the keys and values [B, M, K, D]."""
     k, v = both
     return both if keys is None else (k[:, keys], v[:, keys])

@@ -38,7 +38,7 @@ faster kernels of one call (92.3 %)."""
 
 
 def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
-    """Whether calls had better be joined, where a kernel takes variable lengths."""
+    """Whether one joined call is faster, for a kernel that takes variable lengths."""
     chunk = local_tokens // 2
     return chunk <= _JOINED_TOKENS and query_heads * chunk <= _JOINED_UP_TO
 
@@ -109,7 +109,7 @@ class ExchangePlan:
     """Both places in the buffer of all keys that lie twice, fetched ones before own ones. `own` and pieces name the
     first place only."""
     receives: dict[int, tuple[Piece, ...]]
-    """By peer. In the backward pass gradients of the same pieces travel the other way."""
+    """Pieces by peer. In the backward pass gradients of the same pieces travel the other way."""
     sends: dict[int, tuple[Piece, ...]]
     calls: tuple[ExchangeCall, ...]
     """Those with remote keys first, and of these the one with more: its gradients have the longest way to go."""
@@ -177,7 +177,7 @@ def _as_one(calls: list[ExchangeCall], joined: bool) -> list[ExchangeCall]:
 
 
 def _bounds(call: ExchangeCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of queries and keys, if need be with all as one document."""
+    """Document bounds of queries and keys; all are one document if the call has none."""
     if call.query_bounds is not None and call.key_bounds is not None:
         return call.query_bounds, call.key_bounds
     return (0, call.q_stop - call.q_start), (0, call.k_stop - call.k_start)

@@ -46,7 +46,7 @@ class Batch:
 
     @cached_property
     def _described(self) -> list[Any]:
-        """As the driver wants them."""
+        """The operations in the form that the driver takes."""
         from cuda.bindings import driver
 
         kinds = driver.CUstreamBatchMemOpType
@@ -91,7 +91,7 @@ class Flags:
         return Operation(False, self._address(self.rank, owner, reader), value)
 
     def _address(self, holder: int, owner: int, reader: int) -> int:
-        """Of the copy that `holder`, the owner or the reader, has."""
+        """The address of the copy that `holder`, the owner or the reader, has."""
         ranks = len(self.pads)
         word = 2 * self.slot * ranks + reader if holder == owner else (2 * self.slot + 1) * ranks + owner
         return self.pads[holder] + 4 * word

@@ -51,7 +51,7 @@ class KeyGradients:
 
     @contextmanager
     def of(self, keys: slice | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where one call's dk and dv [B, keys, K, D] are wanted; all of the buffer's for None."""
+        """The place for one call's dk and dv [B, keys, K, D]; the whole buffer for None."""
         keys = keys or slice(0, self.plan.buffer_length)
         if self.written is None or keys.start >= self.written.stop or keys.stop <= self.written.start:
             yield sides(self.slot[keys])

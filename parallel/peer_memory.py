@@ -41,7 +41,7 @@ def peer_memory_allocated() -> int:
 
 
 class PeerMemory:
-    """As many bytes on each rank of a group, for all of its ranks. Torch's allocator does not count them."""
+    """The same number of bytes on each rank of a group, open to all of them. Torch's allocator does not count them."""
 
     def __init__(self, size: int, device: torch.device, group: ProcessGroup):
         """Collective over the group, whose GPUs must `reach_each_other`."""

@@ -186,7 +186,7 @@ def _ranges(*ranges: tuple[int, int]) -> Part:
 
 
 def document_rows(boundaries: Sequence[int], batch: int, sequence_length: int) -> list[list[int]]:
-    """Of each sequence of a batch, its own documents: from 0 to S."""
+    """The document boundaries of each sequence of a batch, from 0 to S."""
     rows: list[list[int]] = []
     for row in range(batch):
         first = row * sequence_length

@@ -119,7 +119,7 @@ class SymmetricTransport:
         self._takes = torch.cuda.Stream(device, priority=-1)
         self._memory: PeerMemory  # with the flags, from the first slot on
         self._flags: list[Flags]
-        """By slot."""
+        """The flags of each slot."""
         self._bytes = 0
         self._uses = 0
         self._recent: list[_Taken] = []
@@ -161,7 +161,7 @@ class SymmetricTransport:
 
     @property
     def _number(self) -> int:
-        """Of the present slot."""
+        """The number of the present slot."""
         return self._uses % self._SLOTS
 
     def _slot_of(self, owner: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

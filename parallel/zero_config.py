@@ -59,7 +59,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: nn.Module, units: Sequence[nn.Module]) -> Self:
-        """Of modules that may be partitioned already."""
+        """The sizes of `model`, whose modules may be partitioned already."""
         whole = [_shape(parameter) for parameter in model.parameters()]
         shapes = [[_shape(parameter) for parameter in unit.parameters()] for unit in units]
         matrices = [[math.prod(shape) for shape in unit if len(shape) > 1] for unit in shapes]

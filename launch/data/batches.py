@@ -136,7 +136,7 @@ class Batches:
     offset: int = 0
     """Global sample of step 0, had global_batch_size always been what it is now; negative where it was smaller."""
     note: Callable[[int, Int64, list[Sample]], None] | None = None
-    """Told of each step that is read: the step, the global sample indices, the samples."""
+    """Called for each step that is read, with the step, the global sample indices and the samples."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0, self

@@ -30,7 +30,7 @@ class Shard:
     """
 
     name: str
-    """What errors call it: the path without `.bin`, or the source of a text."""
+    """Its name in errors: the path without `.bin`, or the source of a text."""
     tokens: Tokens
     """[T]."""
     pointers: Int64
@@ -98,7 +98,7 @@ class Corpus:
     """Runs of the documents of shards, one after the other, read through `read`. A split copies nothing."""
 
     name: str
-    """What errors call it: "training", "validation"."""
+    """Its name in errors: "training", "validation"."""
     shards: tuple[Shard, ...]
     shard_of: Int64
     """[R] the shard that each run lies in."""

@@ -58,7 +58,7 @@ class DataLog:
             self._give_up(error)
 
     def note(self, step: int, indices: Int64, samples: list[Sample]) -> None:
-        """Of a step counted from 0: see `launch.data.batches.Batches`."""
+        """Notes a step, counted from 0: see `launch.data.batches.Batches`."""
         if self._file is None:
             return
         entry = {"step": step + 1, "samples": len(samples), "digest": total_digest(indices.tolist(), samples)}

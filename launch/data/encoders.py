@@ -19,10 +19,10 @@ BYTES = "bytes"
 
 
 class Encoder(Protocol):
-    """What makes token ids of texts, and texts of token ids."""
+    """Turns texts into token ids, and token ids into texts."""
 
     dtype: np.dtype
-    """Of the tokens in a corpus."""
+    """The type of tokens in a corpus."""
     vocab_size: int
     identity: str
     """Changes whenever the tokens of a text would."""
@@ -158,7 +158,7 @@ def tokenizer_for(path: Path) -> str:
 
 
 def encoder_of(tokenizer: str) -> Encoder:
-    """Of `bytes`, or of the tokenizer.json at a path. Raises CorpusError."""
+    """The encoder of `bytes`, or of the tokenizer.json at a path. Raises CorpusError."""
     return ByteEncoder() if tokenizer == BYTES else TokenizerEncoder(tokenizer)
 
 

@@ -19,7 +19,7 @@ from launch.data.data_log import WHOLE, read_paths
 
 @dataclass(frozen=True)
 class Noted:
-    """What all ranks together noted of a step."""
+    """The notes of all ranks about a step."""
 
     samples: int
     digest: int
@@ -31,7 +31,7 @@ class RunRecord:
 
     cursor: DataCursor
     noted: dict[int, Noted]
-    """By step, counted from 0."""
+    """The notes by step, counted from 0."""
     samplers: dict[str, SequenceSampler]
     """Those of the cursor's corpora that can be read."""
 
@@ -89,7 +89,7 @@ def _left_out(directory: Path, cursor: DataCursor, job: JobConfig) -> dict[str, 
 
 
 def _noted(directory: Path) -> dict[int, Noted]:
-    """By step. A line that a kill cut short is left out, as at a resume. Raises CorpusError."""
+    """The notes by step. A line that a kill cut short is left out, as at a resume. Raises CorpusError."""
     found: dict[int, Noted] = {}
     for path in sorted(directory.glob("dp-*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):

@@ -61,15 +61,15 @@ class Block:
     start: Start
     following: Start
     first: bool
-    """Of plain text: the document begins here."""
+    """For plain text: whether the document begins here."""
     last: bool
-    """Of plain text: the document ends here."""
+    """For plain text: whether the document ends here."""
     read: int = 0
     """Bytes of the file on disk read so far, for a progress bar."""
 
 
 def kind_of(path: Path) -> Kind:
-    """By the name, whatever it is compressed with: .jsonl .ndjson .json, .parquet, else plain text."""
+    """The kind of a file by its name, however it is compressed: .jsonl .ndjson .json, .parquet, else plain text."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
     return _KINDS.get(suffixes[-1], "text") if suffixes else "text"
 

@@ -39,7 +39,7 @@ class Flight:
 
 
 def read_flight() -> Flight | None:
-    """None if a recorder does not answer, as when the device's driver hangs."""
+    """What the recorders know, or None if one does not answer, as when the device's driver hangs."""
     try:
         return flight_of(_dumps())
     except TimeoutError:

@@ -36,18 +36,18 @@ class Member:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says."""
+    """The report of one rank."""
 
     rank: int
     time: float
-    """Of the wall clock."""
+    """Seconds of the wall clock."""
     activity: str
     seconds: float
     """Since that began."""
     stack: list[str]
-    """Of the training thread, innermost first."""
+    """The training thread's frames, innermost first."""
     flight: Flight | None = None
-    """None while torch's flight recorder has not answered."""
+    """What torch's flight recorders say; None while they have not answered."""
     neighbours: dict[int, str] = field(default_factory=dict)
     """Rank -> state of the processes of its node, as Linux shows them."""
 

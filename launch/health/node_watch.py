@@ -32,7 +32,7 @@ class Pulse:
     rank: int
     pid: int
     looks: int
-    """So far: a pulse that stays the same is of a rank that does not run."""
+    """Looks so far. If the number does not change, the rank is not running."""
     activity: str
     left: float
     """Seconds until that takes too long; negative from then on."""
@@ -45,7 +45,7 @@ class Pulses:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        """By which other processes of the node find it, while the one that made it lives."""
+        """The path by which other processes of the node find it, while the process that made it lives."""
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (open for as long as this lives)
 
     @classmethod
@@ -60,7 +60,7 @@ class Pulses:
         os.pwrite(self._file.fileno(), text.ljust(_SLOT), slot * _SLOT)
 
     def read(self) -> dict[int, Pulse]:
-        """By slot; without one that is being written just now."""
+        """The pulses by slot, without one that is being written at this moment."""
         text = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
         found = {}
         for slot in range(len(text) // _SLOT):
@@ -106,7 +106,7 @@ class NodeWatch:
             self.look(time.monotonic())
 
     def look(self, now: float) -> None:
-        """By the monotonic clock."""
+        """Looks once at all ranks. `now` is of the monotonic clock."""
         pulses = self._pulses.read()
         # Whoever stops a whole node stops this process too; that time does not count.
         passed, self._looked = min(now - self._looked, 5 * _TICK), now

@@ -38,7 +38,7 @@ LOADS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank has measured; None where it has no part in it."""
+    """The measurements of one rank; None for those it takes no part in."""
 
     matmul: float
     """FLOP/s."""
@@ -205,7 +205,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _write_rate(path: Path, load: Load) -> float | None:
-    """None where it cannot be written; the run itself will say so."""
+    """Bytes per second, or None if it cannot be written; the run itself will report that."""
     block = os.urandom(1 << 20)  # what some file systems do not compress
     begun = time.perf_counter()
     try:

@@ -30,7 +30,7 @@ class Child:
     pid: int
     alive: bool
     status: int
-    """Of a dead one: what its parent will read, positive as an exit status, negative as a signal."""
+    """How a dead one ended, as its parent will read it: positive an exit status, negative a signal."""
     environment: dict[str, str]
     """Empty for a dead or dying one."""
 

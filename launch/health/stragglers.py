@@ -38,7 +38,7 @@ class Slowest:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look has brought."""
+    """The result of one look."""
 
     scalars: dict[str, float]
     """For TensorBoard and metrics.jsonl."""
@@ -89,7 +89,7 @@ class Stragglers:
 
 
 def slowest(work: Sequence[float], data: Sequence[float]) -> Slowest:
-    """By the seconds of each rank, of the fixed work and of waiting for data."""
+    """The slowest rank, by each rank's seconds of fixed work and of waiting for data."""
     found = []
     for what, times, least in (("computing", work, 0.0), ("reading data", data, _LEAST_DATA_SECONDS)):
         floored = [max(seconds, least) for seconds in times]

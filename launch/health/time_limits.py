@@ -22,7 +22,7 @@ class Activity:
     kind: str
     step: int
     began: float
-    """By the monotonic clock."""
+    """Seconds of the monotonic clock."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.step}" if self.kind == STEP else f"{self.kind} at step {self.step}"
@@ -39,7 +39,7 @@ class Pace:
         self.current = Activity("start", 0, time.monotonic())
 
     def begin(self, kind: str, step: int) -> None:
-        """What was going on has ended, and this begins."""
+        """Notes that the previous activity has ended and this one begins."""
         before, now = self.current, time.monotonic()
         if before.kind not in self._durations:
             self._durations[before.kind] = deque(maxlen=_REMEMBERED)

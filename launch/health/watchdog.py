@@ -1,16 +1,16 @@
-"""Notices that a run hangs, tells who is missing, and ends it so that it can go on elsewhere.
+"""Notices that a run hangs, reports who is missing, and ends the run so that it can continue elsewhere.
 
 Each rank has a thread that looks once a second at what the training thread has last begun. It waits for no device and
-for no collective; the training thread only notes the time of each step. The threads of all ranks talk through files in
-the run directory: a store would live in one of the ranks, and be silent exactly when that one is stopped, and messages
-between the others would need connections that nobody uses in weeks.
+no collective; the training thread only notes the time of each step. The threads of all ranks talk through files in the
+run directory. A store would live in one of the ranks, and be silent exactly when that one is stopped. Messages between
+the others would need connections that nobody uses for weeks.
 
     a rank waits longer than its limit      it raises the alarm; all who hear it write down where they are
-    12 s later                              the first of those who did says what they found, and who did not
+    12 s later                              the first of those who did reports what they found, and who did not
     health.hang_grace_seconds later         unless the step has ended meanwhile, all of them end with HUNG
 
-From the alarm on the run is asked to stop: if what was missing comes back, it saves and ends as for a signal. Where no
-rank can run, or the file system hangs, the node speaks for its ranks (`launch/health/node_watch.py`).
+From the alarm on the run is asked to stop: if the missing rank comes back, the run saves and ends as after a signal. If
+no rank can run, or the file system hangs, the node reports for its ranks (`launch/health/node_watch.py`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Watchdog:
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def _open(self) -> TextIO:
-        """What faulthandler may write into at any time. Without a place for it the run goes on, and is watched less."""
+        """A file that faulthandler may write into at any time. Without it the run continues, and is watched less."""
         try:
             self._folder.make()
             return open(self._folder.stacks(self._rank), "w+")

@@ -30,7 +30,7 @@ class Footprint:
 
 
 def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[Recompute]) -> Footprint:
-    """Of `job` on one rank of `mesh`, with one policy of recomputation for each block. `device` is "cpu" or "cuda"."""
+    """The memory of `job` on one rank of `mesh`, with a recomputation policy per block. `device` is "cpu" or "cuda"."""
     precision, stage, size = job.resolve_precision(device), job.parallel.zero_stage, mesh.tensor_parallel_size
     parameters = count_parameters(job.model, size)
     states = estimate_states(

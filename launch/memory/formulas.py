@@ -28,7 +28,7 @@ class States:
     master_weights: int
     moments: int
     host: int = 0
-    """Of these, in host memory."""
+    """How many of these bytes are in host memory."""
 
     @property
     def total(self) -> int:
@@ -112,7 +112,7 @@ class Activations:
     tile: int
     """What one tile of a feed-forward layer holds while it is computed again (mlp_tile_tokens)."""
     freed: int = 0
-    """Of `kept`, what the last blocks have given back when the first block is computed again."""
+    """The part of `kept` that the last blocks have freed when the first block is computed again."""
     host: int = 0
     """What blocks keep in host memory (offload_activations)."""
 

@@ -40,7 +40,7 @@ class Monitor:
         """Step `step` is done: moves the bar, needs no value from the device."""
 
     def log_step(self, record: StepRecord) -> None:
-        """What a step gave, since the record before."""
+        """The results of a step, and of those since the record before."""
 
     def log_validation(self, step: int, loss: float, extra: Mapping[str, float]) -> None:
         """The validation loss after `step` updates, and scalars to stand beside it."""

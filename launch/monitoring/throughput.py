@@ -65,7 +65,7 @@ class Throughput:
     """The constants that turn seconds per step into rates."""
 
     tokens_per_step: int
-    """Of the whole job: global_batch_size * sequence_length."""
+    """Tokens of the whole job: global_batch_size * sequence_length."""
     devices: int
     """Processes of the job, one device each."""
     flops_causal: float
@@ -73,11 +73,11 @@ class Throughput:
     flops_full: float
     """Per token, counting the full square."""
     peak_flops: float | None
-    """Of one device, per second; None leaves the utilisation out."""
+    """Peak FLOP/s of one device; None leaves the utilisation out."""
 
     @classmethod
     def of_job(cls, job: JobConfig, devices: int, device: torch.device) -> Throughput:
-        """Of `job` on so many devices, all of them like `device`."""
+        """The constants of `job` on this many devices, all of them like `device`."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return cls(
             tokens_per_step=job.tokens_per_step,

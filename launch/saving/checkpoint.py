@@ -232,7 +232,7 @@ class Checkpoints:
             )
 
     def _check_same_run(self, path: str, manifest: dict[str, Any]) -> list[str]:
-        """What differs and may. Raises CheckpointError with what differs and must not."""
+        """The allowed differences. Raises CheckpointError with those that are not allowed."""
         refused, told = resume_checks.differences(manifest["settings"], self.settings, self.accept_changes)
         if refused:
             kind = "model" if refused[0].startswith("model.") else "run"
@@ -251,7 +251,7 @@ class Checkpoints:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def path(self, step: int) -> str:
-        """What a user calls the checkpoint of `step`."""
+        """The name of the checkpoint of `step`, for users."""
         return f"{self.storage.location}/{step_name(step)}"
 
 

@@ -37,7 +37,7 @@ class CheckpointFiles:
 
 
 class _SummedStream:
-    """As much of a file as its writers use. Closing is left to the block that opened it."""
+    """The methods of a file that its writers use. The block that opened it closes it."""
 
     def __init__(self, stream: BinaryIO):
         self.bytes = self.crc32 = 0

@@ -41,12 +41,12 @@ class Ranks:
         return results[0][0]
 
     def all(self, flag: bool) -> bool:
-        """Whether every rank says so."""
+        """Whether the flag is set on every rank."""
         least = torch.tensor(int(flag))
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
         return bool(least)
 
 
 def in_words(error: BaseException) -> str:
-    """OSErrors and our own speak for themselves; of others the type says what they are."""
+    """The message of an OSError or of one of our own errors; others get their type in front."""
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"

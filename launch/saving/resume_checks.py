@@ -64,7 +64,7 @@ def acceptable_keys() -> str:
 
 
 def settings(job: JobConfig) -> Settings:
-    """What of the job is stored with its checkpoints."""
+    """The settings of the job that are stored with its checkpoints."""
     sections = job.model_dump(mode="json")
     model = {f"model.{key}": value for key, value in sections["model"].items() if key not in JOB_KEYS}
     keys = (key.split(".") for key in (*_FIXED, *_STEERED))
@@ -84,7 +84,7 @@ def differences(there: Settings, here: Settings, accepted: Collection[str]) -> t
 
 
 def batch_hash(batches: Batches, step: int) -> str:
-    """Of the token ids and labels of a step's global batch, in their order: the same on every layout."""
+    """A hash of the token ids and labels of a step's global batch, in order: the same on every layout."""
     digest = hashlib.blake2b(digest_size=16)
     for sample in batches.samples(batches.global_batch(step)):
         digest.update(sample.input_ids.astype("<i8").tobytes())
@@ -106,7 +106,7 @@ def other_batch(there: Mapping[str, str], here: Mapping[str, str]) -> str | None
 
 
 def unlike_recent(loss: float, recent: Mapping[str, float]) -> str | None:
-    """What is odd about the first loss after a resume, beside those before the checkpoint; None if nothing is."""
+    """A warning if the first loss after a resume is far from those before the checkpoint; else None."""
     if not recent:
         return None
     low, high = min(recent.values()), max(recent.values())

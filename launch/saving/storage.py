@@ -28,7 +28,7 @@ class Storage(Protocol):
     """Checkpoints by name. Methods raise OSError, or what the object store's client raises, where storage fails."""
 
     location: str
-    """What a user calls the place."""
+    """The name of the place, for users."""
 
     def names(self) -> list[str]:
         """Complete checkpoints, and whatever else lies beside them under a final name."""

@@ -73,7 +73,7 @@ class Submission:
         return self.folder / CONFIG
 
     def log(self, job_id: int | str) -> Path:
-        """What a job says."""
+        """The log of a job."""
         return self.folder / f"job-{job_id}.log"
 
     def saved_step(self) -> int:

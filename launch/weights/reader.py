@@ -37,7 +37,7 @@ class Weights(ABC):
     """One model's parameters, by our names."""
 
     origin: str
-    """What errors call them."""
+    """Their name in errors."""
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
 

@@ -220,7 +220,7 @@ def _whole(target: Tensor | None, like: Tensor, positions: slice) -> Tensor | No
 
 
 def _part(whole: Perhaps, positions: slice) -> Perhaps:
-    """Of dim 1, and nothing of nothing. Views cost the host: all of a tensor is the tensor itself."""
+    """A part of dim 1; None of None. Views cost host time, so all of a tensor is the tensor itself."""
     return whole if whole is None or positions.stop - positions.start == whole.shape[1] else whole[:, positions]
 
 

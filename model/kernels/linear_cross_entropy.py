@@ -130,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(tokens: int, vocabulary_size: int) -> Iterator[slice]:
-    """As few chunks as fit, of about equal length."""
+    """The fewest chunks that fit, of about equal length."""
     count = max(1, -(-tokens // chunk_tokens(vocabulary_size)))
     length = max(1, -(-tokens // count))
     return (slice(first, first + length) for first in range(0, tokens, length))

@@ -26,7 +26,7 @@ NO_TARGETS: Targets = (None, None, None)
 
 
 class Saved(NamedTuple):
-    """What a backward has of its forward: the inputs and the results."""
+    """What a backward gets from its forward: the inputs and the results."""
 
     q: Tensor
     k: Tensor

@@ -32,7 +32,7 @@ class KernelUnavailable(ValueError):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a kernel takes. Anything else it refuses."""
+    """What a kernel accepts. It refuses anything else."""
 
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
