@@ -142,6 +142,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
 """Name and type of every section, in the order of the reference."""
 
 
+_LONGEST_FILE = 1_000_000
+"""Characters of a job file. A data set given by mistake would keep the YAML reader busy for minutes."""
+
+
 def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> JobConfig:
     """The job in the YAML file `path`, changed by `section.key=value` overrides, of which the last counts.
 
@@ -149,11 +153,15 @@ def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None =
     device. Raises ConfigError with every violation of the file, the overrides and the rules.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); check the path given to --config"
         raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
         raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
+    if len(text) > _LONGEST_FILE:
+        reason = f"has more than {_LONGEST_FILE:,} characters, which no job has; check the path given to --config"
+        raise ConfigError(str(path), [Violation((), reason, place=str(path))])
     return JobConfig.model_validate(read_job(SECTIONS, text, str(path), overrides, world_size))

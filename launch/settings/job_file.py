@@ -156,7 +156,6 @@ def _placed(violation: Violation, places: Mapping[KeyPath, str], source: str) ->
         return violation
     path = violation.path
     around = [path[:depth] for depth in range(len(path), 0, -1) if path[:depth] in places]
-    inside = [known for known in places if path and known[: len(path)] == path]
-    exact = around[:1] if around[:1] == [path] else []
-    known = next(iter([*exact, *inside, *around]), None)
-    return replace(violation, place=places[known] if known is not None else source)
+    if around[:1] != [path]:
+        around = [*(known for known in places if path and known[: len(path)] == path), *around]
+    return replace(violation, place=places[around[0]] if around else source)

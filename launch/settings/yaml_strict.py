@@ -74,6 +74,8 @@ def read_yaml(text: str) -> YamlDocument:
         node = loader.get_single_node()
         if node is not None:
             document.value = _build(loader, node, (), document)
+    except RecursionError:
+        document.problems.append(YamlProblem(1, (), "not valid YAML: nested too deep; a job is sections of keys"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = " ".join(part for part in (error.context, error.problem) if part)
@@ -113,6 +115,8 @@ def _unusable(value: object) -> str | None:
     """What is wrong with a scalar that YAML allows and nothing after it can hold."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return f"an integer of {len(str(abs(value)))} digits; none here is beyond 64 bits (19 digits)"
+    if isinstance(value, str) and "\0" in value:
+        return f"no text: character {value.index(chr(0))} is NUL, which no path can hold; leave it out"
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()

@@ -205,6 +205,7 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
             "an integer of 19 digits; none here is beyond",
         ),
         ('training.sample_prompt="\\ud83d"', "training.sample_prompt", "character 0 is half of a pair (a surrogate)"),
+        ('model.init_from="a\\0b"', "model.init_from", "no text: character 1 is NUL, which no path can hold"),
     ],
 )
 def test_a_fault_names_its_key_value_and_remedy(tmp_path: Path, override: str, place: str, message: str) -> None:
@@ -253,6 +254,13 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
 )
 def test_files_that_are_no_job(tmp_path: Path, text: str, message: str) -> None:
     assert message in report(tmp_path, text=text)
+
+
+def test_files_of_another_kind_are_refused_at_once(tmp_path: Path) -> None:
+    """A data set, or its manifest."""
+    assert "not valid YAML: nested too deep" in report(tmp_path, text="[" * 9000 + "]" * 9000)
+    long = "".join(f"row{i}: {i}\n" for i in range(100_000))
+    assert "has more than 1,000,000 characters, which no job has; check the path" in report(tmp_path, text=long)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
