@@ -14,8 +14,8 @@ from launch.data.batches import MicroBatch
 from launch.feed import Cutter, HostBatch
 from launch.monitoring.timing import StepTimer
 from launch.monitoring.tracing import OPTIMIZER
-from launch.outcome import StepOutcome
 from launch.schedule import learning_rate_at
+from launch.step_outcome import StepOutcome
 from parallel.mesh import ParallelMesh
 from parallel.zero import ZeroEngine
 

@@ -20,10 +20,10 @@ from launch.health.time_limits import STEP, Pace
 from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.timing import StepClock
 from launch.monitoring.tracing import DATA, StepTracer
-from launch.outcome import StepOutcome
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress, Saved
 from launch.saving.resume_checks import LAST_LOSSES, unlike_recent
+from launch.step_outcome import StepOutcome
 from launch.stepper import Stepper
 from parallel.peer_memory import peer_memory_allocated
 

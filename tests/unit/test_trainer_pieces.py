@@ -18,7 +18,7 @@ from launch.data.encoders import encoder_of
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
-from launch.outcome import StepOutcome
+from launch.step_outcome import StepOutcome
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launch.outcome import StepOutcome
+from launch.step_outcome import StepOutcome
 
 pytestmark = pytest.mark.gpu
 
