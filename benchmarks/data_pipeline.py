@@ -30,7 +30,7 @@ from launch.data.blend import Blend
 from launch.data.corpora import open_corpus
 from launch.data.indexed import HEADER, MAGIC
 from launch.data.indexed_writer import IndexedWriter
-from launch.data.split import split_corpus
+from launch.data.validation_split import split_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 16_000

@@ -17,7 +17,7 @@ from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.indexed import open_indexed
 from launch.data.sources import load_text
-from launch.data.split import split_corpus
+from launch.data.validation_split import split_corpus
 from launch.plurals import counted
 
 

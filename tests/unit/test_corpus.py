@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launch.data.bigram import conditional_bigram_entropy
 from launch.data.corpora import Corpora
 from launch.data.corpus import Corpus, CorpusError
-from launch.data.split import split_corpus
+from launch.data.validation_split import split_corpus
 from tests.unit.made_corpora import contents, corpus_of, edges
 
 

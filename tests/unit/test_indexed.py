@@ -20,7 +20,7 @@ from launch.data.corpus import Corpus, CorpusError
 from launch.data.indexed import HEADER, fingerprint, open_indexed
 from launch.data.indexed_writer import IndexedWriter
 from launch.data.sorted_search import search_left
-from launch.data.split import GROUPS, split_corpus
+from launch.data.validation_split import GROUPS, split_corpus
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron-Core misses packages of NVIDIA's that its data set has no use for

@@ -17,7 +17,7 @@ from launch.data.bigram import conditional_bigram_entropy
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.encoders import TokenizerEncoder
 from launch.data.sources import load_text
-from launch.data.split import split_corpus
+from launch.data.validation_split import split_corpus
 from tests.unit.made_corpora import edges
 
 
