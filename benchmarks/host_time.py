@@ -33,7 +33,7 @@ from model.kernels import AttentionOperator, Documents, KernelOperator
 from model.kernels.flash_attn_4 import FlashAttn4Kernel
 from parallel import fused, peer_memory, transport, ulysses
 from parallel.exchange import ExchangeAttention
-from parallel.flags import Batch
+from parallel.peer_flags import Batch
 from parallel.transport import SymmetricTransport
 from parallel.ulysses import UlyssesAttention
 

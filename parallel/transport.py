@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.flags import Flags
+from parallel.peer_flags import Flags
 from parallel.peer_memory import PeerMemory, reach_each_other
 
 Rows = Callable[[int, int], list[slice]]

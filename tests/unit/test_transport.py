@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from parallel import peer_memory, transport
-from parallel.flags import Batch
+from parallel.peer_flags import Batch
 from parallel.transport import SymmetricTransport
 
 Operation = tuple[Any, ...]
