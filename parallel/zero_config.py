@@ -137,6 +137,8 @@ def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
+        # Before and after every micro-batch, from the third step on, it would wait until the device has done all.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from model.attention import attention_of_blocks, kernel_attention
@@ -225,6 +227,27 @@ def test_state_and_gradient(stage: int) -> None:
                 error = np.abs(end[f"{moment}/{name}"] - value).max() / np.abs(value).max()
                 assert error < 2e-5, f"{moment}/{name}, {tp_size} x {cp_size} x {dp_size}"
             assert not np.array_equal(end[f"parameter/{name}"], start[f"parameter/{name}"]), "and the step was made"
+
+
+# -- the host's pace ---------------------------------------------------------------------------------------------------
+
+
+def _waits_for_the_device() -> list[list[int]]:
+    """How often the host waits until the device has done all it was given: in each step, of an engine of each stage."""
+    mesh, found = ParallelMesh.create(MeshShape(data_parallel_size=2)), []
+    for stage in range(4):
+        engine, waits = make_engine(mesh, stage, 0.05), []
+        for _ in range(4):
+            with mock.patch.object(type(get_accelerator()), "synchronize") as synchronize:
+                train_step(engine)
+            waits.append(synchronize.call_count)
+        found.append(waits)
+    return found
+
+
+def test_the_host_does_not_wait_for_the_device() -> None:
+    """DeepSpeed's timers begin with the third step."""
+    assert run_distributed(_waits_for_the_device, 2) == [[[0] * 4] * 4] * 2
 
 
 # -- state that is offloaded -------------------------------------------------------------------------------------------
