@@ -4,11 +4,10 @@
     python launch/audit_data.py RUN --quick         without reading the tokens again
     python launch/audit_data.py RUN --show STEP     the documents of one step (counted from 1, as in metrics.jsonl)
 
-Three things are held against each other: what the ranks noted while they trained (RUN/data/dp-*.jsonl), what the data
-cursor says they should have read (RUN/data/cursor.json), and the corpora: those that RUN/config.yaml names, and those
-that the run has left out since, where RUN/data/corpora.json says they lie. Paths in there are relative to the working
-directory, as when training. Exit status: 0 nothing repeated or lost, 1 something was, 2 the records or corpora cannot
-be read.
+It compares what the ranks noted while they trained (RUN/data/dp-*.jsonl), what the data cursor says they should have
+read (RUN/data/cursor.json), and the corpora: those that RUN/config.yaml names, and those that the run has left out
+since, whose paths RUN/data/corpora.json has. Paths are relative to the working directory, as in training. Exit status:
+0 nothing repeated or lost, 1 something was, 2 the records or corpora cannot be read.
 """
 
 from __future__ import annotations

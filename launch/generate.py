@@ -55,15 +55,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=user_path, required=True, help="a run, or a model that convert.py from-hf wrote")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
-    parser.add_argument("--prompt", action="append", default=[], help="text to go on from; repeat it for a batch")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; repeat it for a batch")
     parser.add_argument("--prompt_file", type=user_path, action="append", default=[], help="file with such a text")
     parser.add_argument("--max_tokens", type=int, default=128, help="most tokens to write (default: 128)")
     parser.add_argument(
-        "--temperature", type=float, default=Sampling.temperature, help="0: the likeliest (default: 0.8)"
+        "--temperature", type=float, default=Sampling.temperature, help="0: take the likeliest token (default: 0.8)"
     )
-    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="draw among so many (default: 0, all)")
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="draw among the K likeliest (default: all)")
     parser.add_argument(
-        "--top_p", type=float, default=Sampling.top_p, help="draw among this probability (default: 1, all)"
+        "--top_p",
+        type=float,
+        default=Sampling.top_p,
+        help="draw among the likeliest of this total probability (default: all)",
     )
     parser.add_argument("--seed", type=int, default=Sampling.seed, help="prompt i draws from seed + i (default: 0)")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")

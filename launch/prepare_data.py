@@ -2,8 +2,8 @@
 
     python launch/prepare_data.py --input FILES --tokenizer tokenizer.json --output PREFIX
 
-After a kill the same command goes on where it stopped; what it writes is the same, byte for byte, and does not depend
-on the workers. Exit status: 0 done, 1 failed, 2 the command is wrong.
+After a kill the same command continues where it stopped. The result is the same, byte for byte, and does not depend on
+the number of workers. Exit status: 0 done, 1 failed, 2 the command is wrong.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=expanduser, required=True, metavar="FILE", help=_INPUTS)
     parser.add_argument("--tokenizer", type=expanduser, required=True, metavar="FILE", help=_TOKENIZER)
-    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX", help="of the .bin and the .idx")
+    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX", help="path of .bin and .idx")
     parser.add_argument("--field", default="text", metavar="NAME", help="field or column of the text (default: text)")
     parser.add_argument("--end_of_document", metavar="TOKEN", help="to put after each document: <|endoftext|>")
     parser.add_argument(

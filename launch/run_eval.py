@@ -1,4 +1,4 @@
-"""Validation loss of a trained model, by position too: `deepspeed --num_gpus 4 launch/run_eval.py --run runs/NAME`.
+"""Validation loss of a trained model, also by position: `deepspeed --num_gpus 4 launch/run_eval.py --run runs/NAME`.
 
 Exit status: 0 done, 1 failed, 2 the configuration is wrong.
 """

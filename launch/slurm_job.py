@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopSignals()
     parser = argparse.ArgumentParser(prog="slurm_job.py")
     parser.add_argument("submission", type=Path)
-    parser.add_argument("--followed", action="store_true", help="another job goes on where this one is stopped")
+    parser.add_argument("--followed", action="store_true", help="another job continues where this one stops")
     options = parser.parse_args(arguments)
     return Slice(Submission.read(options.submission), stop).run(followed=options.followed)
 

@@ -70,7 +70,7 @@ def quickstart() -> Path:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=user_path, help="YAML file of the job (default: the quickstart)")
-    parser.add_argument("--check", action="store_true", help="tell whether the job is valid, and its layout; no GPU")
+    parser.add_argument("--check", action="store_true", help="say whether the job is valid, and its layout; no GPU")
     parser.add_argument("--world_size", type=int, help="for --check (default: as the slurm section asks, else tp x cp)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment is read instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one key")
