@@ -1,4 +1,5 @@
-"""Attention recorded as CUDA graphs while another thread page-locks memory, as the one that loads batches does."""
+"""Attention recorded as CUDA graphs: while another thread page-locks memory, as the one that loads batches does, and by
+ranks whose allocators give other addresses."""
 
 from __future__ import annotations
 
@@ -7,10 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.kernels import KERNELS, AttentionOperator, KernelOperator
 from parallel.cuda_graphs import RecordedAttention
+from parallel.exchange import ExchangeAttention
+from parallel.transport import SymmetricTransport, make_transport
+from tests.distributed.harness import run_distributed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,11 +25,16 @@ pytestmark = [
 LAYERS = 8
 
 
-def gradients(attend: AttentionOperator, inputs: list[Tensor]) -> list[Tensor]:
-    """Of layers that all wait for their backward pass, so that each holds a recording of its own."""
+def gradients(attend: AttentionOperator, inputs: list[Tensor], full: bool = False) -> list[Tensor]:
+    """Of layers that all wait for their backward pass, so that each holds a recording of its own, or that are computed
+    again if `full`."""
     q, k, v = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+
+    def layer(q: Tensor) -> Tensor:
+        return q + attend(q, k, v, None)
+
     for _ in range(LAYERS):
-        q = q + attend(q, k, v, None)
+        q = checkpoint(layer, q, use_reentrant=False) if full else layer(q)
     return list(torch.autograd.grad(q.float().square().sum(), leaves))
 
 
@@ -53,3 +64,32 @@ def test_recording_beside_a_thread_that_page_locks() -> None:
     for once in found:
         for one, expected in zip(once, gradients(plain, inputs), strict=True):
             assert torch.equal(one, expected)
+
+
+def _errors() -> list[float]:
+    """Of gradients by recordings to those without, relative; every rank holds other memory between its steps."""
+    device, rank = torch.device("cuda", torch.cuda.current_device()), dist.get_rank()
+    transports = [make_transport(dist.group.WORLD, device) for _ in range(2)]
+    if not isinstance(transports[0], SymmetricTransport):
+        return []
+    plain, other = (ExchangeAttention(one, KERNELS["torch_flash"], scale=0.125) for one in transports)
+    recorded = RecordedAttention(plain, other)
+    inputs = [torch.randn(1, 1024, heads, 64, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    errors, held = [], []
+    for step in range(6):
+        held.append([torch.empty(1 + 16384 * rank * part, device=device) for part in range(step)])
+        found, expected = (gradients(attend, inputs, full=True) for attend in (recorded, plain))
+        for one, two in zip(found, expected, strict=True):
+            errors.append(((one - two).float().norm() / two.float().norm()).item())
+        del held[-1][::2]
+    return errors
+
+
+def test_ranks_with_other_addresses_replay_the_same_recordings() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    missing = KERNELS["torch_flash"].availability()
+    if missing:
+        pytest.skip(f"torch_flash {missing}")
+    for errors in run_distributed(_errors, 2, device_type="cuda", timeout=120):
+        assert all(error < 1e-2 for error in errors), errors
