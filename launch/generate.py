@@ -61,12 +61,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, default=Sampling.temperature, help="0: take the likeliest token (default: 0.8)"
     )
-    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="draw among the K likeliest (default: all)")
+    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="draw among the K likeliest (default 0: all)")
     parser.add_argument(
         "--top_p",
         type=float,
         default=Sampling.top_p,
-        help="draw among the likeliest of this total probability (default: all)",
+        help="draw among the likeliest of this total probability (default 1: all)",
     )
     parser.add_argument("--seed", type=int, default=Sampling.seed, help="prompt i draws from seed + i (default: 0)")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
