@@ -70,9 +70,10 @@ class JobConfig(Section):
 
     @classmethod
     def of_run(cls, directory: Path) -> Self:
-        """The job that a run directory keeps, resolved. Raises ConfigError and OSError."""
+        """The job that a run directory keeps, resolved. Raises ConfigError."""
         path = directory / RUN_FILE
-        return cls.model_validate(read_job(SECTIONS, path.read_text(encoding="utf-8"), str(path), resolved=True))
+        text = _text(path, "give the directory of a run that has begun")
+        return cls.model_validate(read_job(SECTIONS, text, str(path), resolved=True))
 
     def to_yaml(self) -> str:
         """Every key with its resolved value; `from_yaml` reads it back equal."""
@@ -152,11 +153,17 @@ def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None =
     With `world_size` (processes of the job) the rules that need it are checked too. Touches no process group and no
     device. Raises ConfigError with every violation of the file, the overrides and the rules.
     """
+    text = _text(path, "check the path given to --config")
+    return JobConfig.model_validate(read_job(SECTIONS, text, str(path), overrides, world_size))
+
+
+def _text(path: Path, remedy: str) -> str:
+    """Of a file that holds a job. Raises ConfigError, with `remedy` where there is no such file."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
-        reason = f"cannot be read ({error.strerror}); check the path given to --config"
+        reason = f"cannot be read ({error.strerror}); {remedy}"
         raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
@@ -164,4 +171,4 @@ def load_job(path: Path, overrides: Sequence[str] = (), world_size: int | None =
     if len(text) > _LONGEST_FILE:
         reason = f"has more than {_LONGEST_FILE:,} characters, which no job has; check the path given to --config"
         raise ConfigError(str(path), [Violation((), reason, place=str(path))])
-    return JobConfig.model_validate(read_job(SECTIONS, text, str(path), overrides, world_size))
+    return text

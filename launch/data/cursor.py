@@ -58,7 +58,7 @@ class DataCursor:
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
             return cls(**{**fields, "history": tuple(Segment(**segment) for segment in fields["history"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorpusError(
                 f"the record of what the run has read is not readable ({error!r}); a run saved by another version of "
                 "this program cannot continue here: finish it there, or start another job.name"

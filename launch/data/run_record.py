@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,12 @@ class RunRecord:
     def read(cls, directory: Path) -> RunRecord:
         """Raises CorpusError, ConfigError or OSError where the records or the corpora cannot be read."""
         job = JobConfig.of_run(directory)
-        cursor = DataCursor.from_record(json.loads((directory / "data" / "cursor.json").read_text()))
-        corpora = load_corpora(job)
+        path = directory / "data" / "cursor.json"
+        try:
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{path}: cannot be read ({error}); a run writes it as it begins: restore it") from error
+        cursor, corpora = DataCursor.from_record(record), load_corpora(job)
         for name, corpus in corpora.training.items():
             if cursor.corpora.get(name) != corpus.fingerprint:
                 raise CorpusError(
@@ -92,16 +97,16 @@ def _noted(directory: Path) -> dict[int, Noted]:
     """The notes by step. A line that a kill cut short is left out, as at a resume. Raises CorpusError."""
     found: dict[int, Noted] = {}
     for path in sorted(directory.glob("dp-*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
                 continue
             try:
                 entry = json.loads(line)
-                step, samples, digest = entry["step"] - 1, entry["samples"], entry["digest"]
+                step, samples, digest = (index(entry[key]) for key in ("step", "samples", "digest"))
             except (ValueError, KeyError, TypeError) as error:
                 raise CorpusError(
                     f"{path}, line {number}: no record of a step ({error!r}); restore the file"
                 ) from error
-            before = found.get(step, Noted(0, 0))
-            found[step] = Noted(before.samples + samples, (before.digest + digest) % WHOLE)
+            before = found.get(step - 1, Noted(0, 0))
+            found[step - 1] = Noted(before.samples + samples, (before.digest + digest) % WHOLE)
     return found

@@ -80,7 +80,7 @@ def model_from(config: Config) -> ModelConfig:
     Raises UnsupportedModel where it is not one of the families, or uses what our model has not.
     """
     family = config.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UnsupportedModel(
             f"model_type {family!r} (architectures {config.get('architectures')}) is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}"

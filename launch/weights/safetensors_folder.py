@@ -135,6 +135,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {
+            str(tensor): str(file) for tensor, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder / INDEX} cannot be read ({error!r}); download it again") from error

@@ -200,18 +200,31 @@ def test_an_order_that_repeats_is_told(
 def test_records_and_corpora_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Simulated(tmp_path)
     run.train(0, 3, {"web": 0.7, "code": 0.3})
-    assert audited(tmp_path / "nowhere", capsys)[0] == 2
+    status, said = audited(tmp_path / "nowhere", capsys)
+    assert status == 2 and "give the directory of a run that has begun" in said
     records = {path: path.read_text() for path in (run.run / "data").glob("dp-*.jsonl")}
     for damage, complaint in [
         ("{}\n", "line 1: no record of a step (KeyError('step'))"),
+        ('{"step": 1.5, "samples": 4, "digest": 0}\n', "line 1: no record of a step (TypeError("),
+        ("\ufeff\udcff\n", "line 1: no record of a step (UnicodeDecodeError("),
         ("", "hold no whole step"),
     ]:
         for path in records:
-            path.write_text(damage)
+            path.write_bytes(damage.encode(errors="surrogateescape"))
         status, said = audited(run.run, capsys)
         assert status == 2 and complaint in said
     for path, text in records.items():
         path.write_text(text)
+    cursor = run.run / "data" / "cursor.json"
+    kept = cursor.read_text()
+    for damage, complaint in [
+        ("{", "cursor.json: cannot be read (Expecting property name"),
+        ("[]", "the record of what the run has read is not readable (AttributeError("),
+    ]:
+        cursor.write_text(damage)
+        status, said = audited(run.run, capsys)
+        assert status == 2 and complaint in said
+    cursor.write_text(kept)
     raw = bytearray((tmp_path / "web.bin").read_bytes())
     raw[5] ^= 1
     (tmp_path / "web.bin").write_bytes(raw)
