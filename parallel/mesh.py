@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.distributed import ProcessGroup
 
 
@@ -46,9 +48,11 @@ class MeshShape:
         dp, cp = divmod(rest, self.context_parallel_size)
         return tp, cp, dp
 
-    def rank_at(self, tp: int, cp: int, dp: int) -> int:
-        """The rank that stands at (tp, cp, dp)."""
-        return (dp * self.context_parallel_size + cp) * self.tensor_parallel_size + tp
+    @property
+    def grid(self) -> NDArray[np.int64]:
+        """[dp, cp, tp] the rank that stands there."""
+        sizes = self.data_parallel_size, self.context_parallel_size, self.tensor_parallel_size
+        return np.arange(self.world_size, dtype=np.int64).reshape(sizes)
 
     def __str__(self) -> str:
         return f"tp {self.tensor_parallel_size} x cp {self.context_parallel_size} x dp {self.data_parallel_size}"
@@ -75,15 +79,13 @@ class ParallelMesh:
         """Collective over the world: every rank must call it. Needs an initialised default process group."""
         world_size, rank = dist.get_world_size(), dist.get_rank()
         assert shape.world_size == world_size, f"mesh {shape} has {shape.world_size} ranks, the world {world_size}"
-        tps, cps, dps = (
-            range(n) for n in (shape.tensor_parallel_size, shape.context_parallel_size, shape.data_parallel_size)
-        )
+        lines = shape.grid.reshape(-1, shape.tensor_parallel_size)
         return cls(
             shape=shape,
             rank=rank,
-            tp_group=_own_group("tp", rank, [[shape.rank_at(t, c, d) for t in tps] for c in cps for d in dps]),
-            cp_group=_own_group("cp", rank, [[shape.rank_at(t, c, d) for c in cps] for t in tps for d in dps]),
-            zero_group=_own_group("dp x cp", rank, [[shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]),
+            tp_group=_own_group("tp", rank, lines),
+            cp_group=_own_group("cp", rank, shape.grid.swapaxes(1, 2).reshape(-1, shape.context_parallel_size)),
+            zero_group=_own_group("dp x cp", rank, lines.T),
         )
 
     def split_context(self, by_heads: int, device: torch.device) -> tuple[ProcessGroup, ProcessGroup]:
@@ -91,20 +93,17 @@ class ParallelMesh:
 
         Collective over the world. The groups are the split's own, so that its messages meet no others, and warm.
         """
-        tps, dps, cp_size = range(self.tp_size), range(self.dp_size), self.cp_size
-        rows = [[self.shape.rank_at(t, c, d) for c in range(cp_size)] for t in tps for d in dps]
-        neighbours = [row[start : start + by_heads] for row in rows for start in range(0, cp_size, by_heads)]
-        across = [row[place::by_heads] for row in rows for place in range(by_heads)]
+        split = self.shape.grid.swapaxes(1, 2).reshape(-1, self.cp_size // by_heads, by_heads)
+        neighbours, across = split.reshape(-1, by_heads), split.swapaxes(1, 2).reshape(-1, self.cp_size // by_heads)
         groups = _own_group("heads", self.rank, neighbours), _own_group("cp across heads", self.rank, across)
         _warm_up(groups, device)
         return groups
 
     def split_zero(self, size: int) -> ProcessGroup:
         """This rank's group of `size` neighbours in dp x cp. Collective over the world."""
-        tps, cps, dps = range(self.tp_size), range(self.cp_size), range(self.dp_size)
-        rows = [[self.shape.rank_at(t, c, d) for d in dps for c in cps] for t in tps]
-        neighbours = [row[start : start + size] for row in rows for start in range(0, len(row), size)]
-        return _own_group("secondary partition", self.rank, neighbours)
+        return _own_group(
+            "secondary partition", self.rank, self.shape.grid.reshape(-1, self.tp_size).T.reshape(-1, size)
+        )
 
     def warm_up(self, device: torch.device) -> None:
         """One collective in every group, on the device that will train. Collective over the world.
@@ -147,10 +146,10 @@ class ParallelMesh:
         return self.dp_size * self.cp_size
 
 
-def _own_group(name: str, rank: int, partition: list[list[int]]) -> ProcessGroup:
-    """Creates every group of the partition (each rank must take part in each creation) and returns this rank's."""
-    groups = [dist.new_group(ranks, group_desc=name) for ranks in partition]
-    return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
+def _own_group(name: str, rank: int, partition: NDArray[np.int64]) -> ProcessGroup:
+    """Creates a group of each row (each rank must take part in each creation) and returns this rank's."""
+    groups = [(ranks, dist.new_group(ranks, group_desc=name)) for ranks in partition.tolist()]
+    return next(group for ranks, group in groups if rank in ranks)
 
 
 def _warm_up(groups: tuple[ProcessGroup, ...], device: torch.device) -> None:

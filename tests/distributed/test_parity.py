@@ -157,7 +157,7 @@ def norm_without_the_tensor_parallel_mark() -> None:
 def secondary_partitions_of_consecutive_ranks() -> None:
     """As DeepSpeed makes them by itself: with tensor parallelism they mix slices of different ranks."""
     parallel.mesh.ParallelMesh.split_zero = lambda mesh, size: parallel.mesh._own_group(  # type: ignore[method-assign]
-        "secondary", mesh.rank, [list(range(first, first + size)) for first in range(0, mesh.shape.world_size, size)]
+        "secondary", mesh.rank, mesh.shape.grid.reshape(-1, size)
     )
 
 

@@ -16,15 +16,15 @@ def test_ranks_and_coordinates_are_each_others_inverse(shape: MeshShape) -> None
     places = [shape.coordinates(rank) for rank in range(shape.world_size)]
     axes = (shape.tensor_parallel_size, shape.context_parallel_size, shape.data_parallel_size)
     assert sorted(places) == sorted(product(*map(range, axes))), "each place is taken once"
-    assert [shape.rank_at(*place) for place in places] == list(range(shape.world_size))
+    assert [shape.grid[dp, cp, tp] for tp, cp, dp in places] == list(range(shape.world_size))
 
 
 def test_tensor_parallelism_is_innermost_and_data_parallelism_outermost() -> None:
     shape = MeshShape(tensor_parallel_size=2, context_parallel_size=3, data_parallel_size=4)
     assert shape.world_size == 24
-    assert [shape.rank_at(tp, 1, 2) for tp in range(2)] == [14, 15]
-    assert [shape.rank_at(1, cp, 2) for cp in range(3)] == [13, 15, 17]
-    assert [shape.rank_at(1, 1, dp) for dp in range(4)] == [3, 9, 15, 21]
+    assert shape.grid[2, 1].tolist() == [14, 15]
+    assert shape.grid[2, :, 1].tolist() == [13, 15, 17]
+    assert shape.grid[:, 1, 1].tolist() == [3, 9, 15, 21]
     assert shape.coordinates(15) == (1, 1, 2)
     assert str(shape) == "tp 2 x cp 3 x dp 4"
 
