@@ -162,7 +162,8 @@ def _activation_rows(
         rows.append(("activations", activations.kept, "of two of these blocks"))
     if activations.recomputed:
         rows.append(("recomputation", activations.recomputed, f"one block, {block}"))
-    chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp := job.parallel.tensor_parallel_size) // tp)
+    tp = job.parallel.tensor_parallel_size
+    chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp) // tp)
     rows.append(("head", activations.head, f"{HEAD_FORMULA}, c = min(t, {chunk:,})"))
     if activations.tile:
         rows.append(("tile", activations.tile, f"4 F b of {job.training.mlp_tile_tokens:,} tokens"))

@@ -63,9 +63,11 @@ class ContextPlan:
     @property
     def mode(self) -> str:
         """In words."""
-        parts = [f"heads over {self.by_heads}"] * (self.by_heads > 1) + [f"{self.keys} of keys over {self.by_keys}"] * (
-            self.by_keys > 1
-        )
+        parts = []
+        if self.by_heads > 1:
+            parts.append(f"heads over {self.by_heads}")
+        if self.by_keys > 1:
+            parts.append(f"{self.keys} of keys over {self.by_keys}")
         return " around ".join(parts) + " ranks"
 
 

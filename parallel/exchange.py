@@ -204,24 +204,24 @@ class ExchangeAttention(AttentionOperator):
 
     def _gather(self, planned: list[_Rows], k: Tensor, v: Tensor, kept: Tensor) -> list[_Job]:
         """Starts to fetch the keys that peers hold, straight to their places in the buffers, and to serve theirs."""
-        jobs = []
-        for rows, buffer in self._buffers(planned, k, kept):
-            plan, own_k, own_v = rows.plan, k, v
-            if rows.rows is not None:
-                own_k, own_v = k[rows.rows], v[rows.rows]
-            slot = self.transport.slot((k.shape[1], *buffer.shape[1:]), k)
-            pack_keys(own_k, own_v, slot, buffer, plan.own, plan.own_again)
+        return [self._fetch(rows, buffer, k, v) for rows, buffer in self._buffers(planned, k, kept)]
 
-            def taken(owner: int, reader: int, plan: ExchangePlan = plan) -> list[slice]:
-                pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
-                return [piece.local for piece in pieces]
+    def _fetch(self, rows: _Rows, buffer: Tensor, k: Tensor, v: Tensor) -> _Job:
+        plan = rows.plan
+        if rows.rows is not None:
+            k, v = k[rows.rows], v[rows.rows]
+        slot = self.transport.slot((k.shape[1], *buffer.shape[1:]), k)
+        pack_keys(k, v, slot, buffer, plan.own, plan.own_again)
 
-            def place(owner: int, parts: list[Tensor], plan: ExchangePlan = plan, buffer: Tensor = buffer) -> None:
-                for piece, part in zip(plan.receives.get(owner, ()), parts, strict=True):
-                    buffer[piece.at_receiver].copy_(part)
+        def taken(owner: int, reader: int) -> list[slice]:
+            pieces = plan.receives.get(owner, ()) if reader == self.rank else plan.sends.get(reader, ())
+            return [piece.local for piece in pieces]
 
-            jobs.append(_Job(rows, buffer, sides(buffer), self.transport.exchange(slot, taken, place)))
-        return jobs
+        def place(owner: int, parts: list[Tensor]) -> None:
+            for piece, part in zip(plan.receives.get(owner, ()), parts, strict=True):
+                buffer[piece.at_receiver].copy_(part)
+
+        return _Job(rows, buffer, sides(buffer), self.transport.exchange(slot, taken, place))
 
     def _rows(self, q: Tensor, documents: Documents | None) -> list[_Rows]:
         """The plan for this batch: made at its first layer, kept for the others."""
