@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,9 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from parallel.tensor import TensorShard
 from parallel.torch_files import StateFiles, reader, writer
-
-if TYPE_CHECKING:
-    from parallel.zero_state import StateFragment
+from parallel.zero_state import StateFragment
 
 
 class StateMismatch(ValueError):

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel
 
 from launch.data.batches import Batches
 from launch.data.cursor import ACCEPT_DATA
 from model.config import JOB_KEYS
-
-if TYPE_CHECKING:
-    from launch.config import JobConfig
 
 NEXT_BATCHES = 20
 """Global batches after a checkpoint whose tokens it vouches for."""
@@ -63,8 +62,8 @@ def acceptable_keys() -> str:
     return ", ".join([ACCEPT_DATA, "model.KEY", *_FIXED])
 
 
-def settings(job: JobConfig) -> Settings:
-    """The settings of the job that are stored with its checkpoints."""
+def settings(job: BaseModel) -> Settings:
+    """The settings of a `launch.config.JobConfig` that are stored with its checkpoints."""
     sections = job.model_dump(mode="json")
     model = {f"model.{key}": value for key, value in sections["model"].items() if key not in JOB_KEYS}
     keys = (key.split(".") for key in (*_FIXED, *_STEERED))
