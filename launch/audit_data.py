@@ -79,7 +79,7 @@ def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterato
 def stretches(sampler: SequenceSampler, first: int, last: int) -> tuple[Int64, Int64]:
     """Where the stretches of the corpus's samples first..last-1 begin and end, both [stretches], ascending."""
     windows = sampler.windows(np.arange(first, last)).tolist()
-    found = np.array([stretch for window in windows for stretch in sampler.packing.window(window)], dtype=np.int64)
+    found = np.array([stretch for window in windows for stretch in sampler.stretches(window)], dtype=np.int64)
     found = found.reshape(-1, 2)
     return tuple(found[np.argsort(found[:, 0])].T)
 
@@ -134,7 +134,7 @@ def show(run: RunRecord, step: int) -> None:
         sampler = run.samplers.get(name)
         if sampler is None:
             continue
-        for start, stop in sampler.packing.window(int(sampler.windows(np.array([number]))[0])):
+        for start, stop in sampler.stretches(int(sampler.windows(np.array([number]))[0])):
             for shard, head, tail in sampler.corpus.documents(start, stop):
                 print(f"    {shard}: documents {head} to {tail} (tokens {start} to {stop - 1} of the training part)")
 

@@ -72,8 +72,8 @@ class SequenceSampler:
             )
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.packing = PACKINGS[packing](corpus, sequence_length)
-        self.num_windows = self.packing.num_windows
+        self.stretches = PACKINGS[packing](corpus, sequence_length)
+        self.num_windows = -(-len(corpus) // sequence_length)
         self._seed, self._stream = seed, stream
 
     def windows(self, indices: Int64) -> Int64:
@@ -95,7 +95,7 @@ class SequenceSampler:
         input_ids = np.zeros(self.sequence_length, dtype=np.int64)
         labels = np.full(self.sequence_length, IGNORED_LABEL, dtype=np.int64)
         starts, position = [], 0
-        for start, stop in self.packing.window(window):
+        for start, stop in self.stretches(window):
             end, after = position + stop - start, min(stop + 1, len(self.corpus))
             tokens = self.corpus.read(start, after)
             input_ids[position:end] = tokens[: stop - start]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
 
 from launch.data.corpus import Corpus
 
@@ -21,32 +20,23 @@ Stretch = tuple[int, int]
 GROUP = 64
 """Windows that best_fit plans together. More would cut fewer documents and take longer to plan."""
 
-
-class Packing(Protocol):
-    """A way of laying documents into windows."""
-
-    num_windows: int
-    """W."""
-
-    def window(self, index: int) -> list[Stretch]:
-        """The stretches of a window, in its order; together S tokens. What the corpus lacks to fill all W windows, less
-        than S, is missing in one of the last, or in several (best_fit)."""
+Packing = Callable[[int], list[Stretch]]
+"""Window -> its stretches, in its order; together S tokens. What the corpus lacks to fill all W windows, less than S,
+is missing in one of the last, or in several (best_fit)."""
 
 
-class Split:
+def _split(corpus: Corpus, sequence_length: int) -> Packing:
     """Documents one after the other as they lie in the corpus, cut where a window ends: window w is the tokens w * S to
     w * S + S - 1. The last window is as long as what is left."""
 
-    def __init__(self, corpus: Corpus, sequence_length: int) -> None:
-        self._tokens, self._length = len(corpus), sequence_length
-        self.num_windows = -(-len(corpus) // sequence_length)
+    def window(index: int) -> list[Stretch]:
+        start = index * sequence_length
+        return [(start, min(start + sequence_length, len(corpus)))]
 
-    def window(self, index: int) -> list[Stretch]:
-        start = index * self._length
-        return [(start, min(start + self._length, self._tokens))]
+    return window
 
 
-class BestFit:
+def _best_fit(corpus: Corpus, sequence_length: int) -> Packing:
     """Documents rearranged inside groups of GROUP windows, so that few are cut and nothing is padded.
 
     A group is GROUP * S consecutive tokens. Its documents (one longer than S: in pieces of S and a rest) go, longest
@@ -56,19 +46,14 @@ class BestFit:
     is known without planning those before it.
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int) -> None:
-        self._corpus, self._length = corpus, sequence_length
-        self.num_windows = -(-len(corpus) // sequence_length)
-        self._plan: Callable[[int], list[list[Stretch]]] = lru_cache(maxsize=256)(self._planned)
+    @lru_cache(maxsize=256)
+    def planned(group: int) -> list[list[Stretch]]:
+        begin = group * GROUP * sequence_length
+        end = min(begin + GROUP * sequence_length, len(corpus))
+        edges = [begin, *(corpus.document_starts(begin, end) + begin).tolist(), end]
+        return best_fit(list(zip(edges[:-1], edges[1:], strict=True)), sequence_length)
 
-    def window(self, index: int) -> list[Stretch]:
-        return self._plan(index // GROUP)[index % GROUP]
-
-    def _planned(self, group: int) -> list[list[Stretch]]:
-        begin = group * GROUP * self._length
-        end = min(begin + GROUP * self._length, len(self._corpus))
-        edges = [begin, *(self._corpus.document_starts(begin, end) + begin).tolist(), end]
-        return best_fit(list(zip(edges[:-1], edges[1:], strict=True)), self._length)
+    return lambda index: planned(index // GROUP)[index % GROUP]
 
 
 def best_fit(documents: list[Stretch], length: int) -> list[list[Stretch]]:
@@ -110,4 +95,4 @@ def _merged(stretches: list[Stretch]) -> list[Stretch]:
     return out
 
 
-PACKINGS: dict[str, Callable[[Corpus, int], Packing]] = {"split": Split, "best_fit": BestFit}
+PACKINGS: dict[str, Callable[[Corpus, int], Packing]] = {"split": _split, "best_fit": _best_fit}

@@ -155,7 +155,7 @@ def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
         whole = sampler.corpus.shards[0]
         for at, number in zip(*audit.cursor.draws(audit.indices(6)).get(name, ((), ())), strict=True):
             sample = source.samples(audit.indices(6))[at]
-            [(start, stop)] = sampler.packing.window(int(sampler.windows(np.array([number]))[0]))
+            [(start, stop)] = sampler.stretches(int(sampler.windows(np.array([number]))[0]))
             named = [d for _, first, last in sampler.corpus.documents(start, stop) for d in range(first, last + 1)]
             text = np.concatenate([whole.read(*whole.begin(np.array([d, d + 1])).tolist()) for d in named])
             found = sample.input_ids[: stop - start]

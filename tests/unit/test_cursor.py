@@ -144,7 +144,7 @@ def test_best_fit_cuts_a_fraction_of_the_documents_that_split_cuts() -> None:
     def cut_without_need(packing: str) -> int:
         """Documents that are cut though they fit in a sequence."""
         sampler = SequenceSampler(text, 2048, 0, packing)
-        ends = [stop for window in range(sampler.num_windows) for _, stop in sampler.packing.window(window)]
+        ends = [stop for window in range(sampler.num_windows) for _, stop in sampler.stretches(window)]
         documents = np.unique(np.searchsorted(edges, np.setdiff1d(ends, edges)))
         return int((lengths[documents] <= 2048).sum())
 
