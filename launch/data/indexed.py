@@ -71,7 +71,7 @@ def open_indexed(prefix: Path, vocab_size: int | None = None) -> Shard:
         tokens = _tokens(token_file, index_file, dtype, lengths, pointers)
     except OSError as error:
         raise CorpusError(f"{prefix}: cannot be read ({error}); check the file system and its permissions") from error
-    _check_order(index_file, lengths, pointers, dtype.itemsize)
+    _check_order(index_file, lengths, pointers, documents, dtype.itemsize)
     digest, smallest, largest = _sample(tokens, pointers, documents)
     index.madvise(mmap.MADV_RANDOM)  # bisected from here on: reading ahead would only push out what is needed
     summary = read_summary(prefix)
@@ -139,8 +139,8 @@ def _tokens(path: Path, index: Path, dtype: np.dtype, lengths: npt.NDArray[np.in
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
 
 
-def _check_order(path: Path, lengths: npt.NDArray[np.int32], pointers: Int64, itemsize: int) -> None:
-    """Raises CorpusError where a sequence of the sample does not begin where the one before it ends."""
+def _check_order(path: Path, lengths: npt.NDArray[np.int32], pointers: Int64, documents: Int64, itemsize: int) -> None:
+    """Raises CorpusError where a sequence or document of the sample does not begin where the one before it ends."""
     if len(pointers) and pointers[0] != 0:
         raise CorpusError(f"{path}: the first sequence begins at byte {pointers[0]}, not 0; write the corpus again")
     for start, stop in _blocks(len(pointers), _BLOCK // 8):
@@ -152,6 +152,14 @@ def _check_order(path: Path, lengths: npt.NDArray[np.int32], pointers: Int64, it
             raise CorpusError(
                 f"{path}: sequence {start + one + 1} begins at byte {begins[one + 1]}, but the one before it ends at "
                 f"{ends[one]}; only sequences that follow one another are read: write the corpus again"
+            )
+    for start, stop in _blocks(len(documents), _BLOCK // 8):
+        back = np.flatnonzero(np.diff(documents[start : stop + 1]) < 0)
+        if len(back):
+            one = start + int(back[0])
+            raise CorpusError(
+                f"{path}: document {one} begins at sequence {documents[one]}, but the next one at "
+                f"{documents[one + 1]}; write the corpus again"
             )
 
 

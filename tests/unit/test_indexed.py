@@ -247,6 +247,7 @@ def test_a_token_file_of_another_length(sound: Path, length: int) -> None:
         (34 + 12, "<q", 2, "the first sequence begins at byte 2, not 0"),
         (34 + 12 + 8, "<q", 58, "sequence 1 begins at byte 58, but the one before it ends at 60"),
         (34 + 36 + 24, "<q", 2, "its documents are sequences 0 to 2, but there are 3"),
+        (34 + 36 + 8, "<q", 5, "document 1 begins at sequence 5, but the next one at 2; write the corpus again"),
     ],
 )
 def test_a_bad_index(sound: Path, at: int, format: str, value: int, match: str) -> None:
