@@ -94,8 +94,9 @@ def issue(rank: int, size: int, steps: list[list[bool]]) -> Host:
         mock.patch.object(zero_shares, "torch", torch),
         mock.patch.object(zero_stage3, "torch", torch),
         mock.patch.object(zero_shares, "dist", SimpleNamespace(all_reduce=meet)),
+        mock.patch.object(zero_shares, "PeerMemory", lambda *_: memory),
     ):
-        shares = SharesInReach(model, optimizer, group, lambda *_: memory)
+        shares = SharesInReach(model, optimizer, group)
         for used in steps:
             for is_used in used:
                 with on(gathers):
