@@ -120,21 +120,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = load(options.output)
     if options.row:
         _measure_row(options)
-    elif options.merge or options.document or options.table:
-        for other in options.merge:
-            results |= load(other)
-        if options.merge:
-            save(results, options.output)
-        if options.document:
-            write_document(results, options.document)
-        print(table(results), comparison(results), sep="\n\n")
-    else:
-        _drive(options, results)
-        results = load(options.output)
-        print(table(results), comparison(results), sep="\n\n")
+        return
+    if options.merge:
+        save({key: row for path in [options.output, *options.merge] for key, row in load(path).items()}, options.output)
+    elif not (options.document or options.table):
+        _drive(options, load(options.output))
+    results = load(options.output)
+    if options.document:
+        write_document(results, options.document)
+    print(table(results), comparison(results), sep="\n\n")
 
 
 def _measure_row(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.step_lines import StepLines
@@ -68,8 +69,6 @@ class RunMonitor(Monitor):
     def _make_bar(self, progress_bar: str) -> Any:
         if progress_bar == "off" or (progress_bar == "auto" and not self._stream.isatty()):
             return None
-        from tqdm import tqdm
-
         return tqdm(total=self._total_steps, initial=self._first_step, unit="step", file=self._stream)
 
     def advance(self, step: int) -> None:
