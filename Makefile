@@ -50,10 +50,11 @@ test-cluster: $(STAMP)  ## Two nodes made of namespaces, under sshd and pdsh, an
 test-faults: $(STAMP)  ## kill -9 at bad moments, full disks, damaged files
 	$(ON_CPU) $(PYTEST) -m faults -rs --durations=0 $(ARGS)
 
-lint: $(STAMP)  ## ruff check, ruff format --check, mypy over the three packages
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy over the three packages, and over calls that no CPU makes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file mypy-calls.ini
 
 format: $(STAMP)  ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .

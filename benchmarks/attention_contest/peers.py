@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -50,8 +51,7 @@ def peers(stage: Stage) -> dict[str, Builder]:
 
 @cache
 def _ring_flash_attn_package() -> Any:
-    import transformers.modeling_flash_attention_utils as utilities
-
+    utilities: Any = import_module("transformers.modeling_flash_attention_utils")
     # ring-flash-attn 0.1.8 imports this name, which transformers 5 dropped, for an adapter that is not used here
     utilities.is_flash_attn_greater_or_equal_2_10 = lambda: True
     import ring_flash_attn

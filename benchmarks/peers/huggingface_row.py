@@ -95,7 +95,7 @@ def build(job: JobConfig, config: dict[str, Any], device: torch.device) -> Llama
         rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         max_position_embeddings=job.training.sequence_length,
-        attn_implementation=_ATTENTION[shape.attention_backend],
+        attn_implementation=_ATTENTION[shape.attention_backend],  # type: ignore[call-arg] # no field of the class
         dtype=torch.bfloat16,
     )
     with torch.device("meta"):

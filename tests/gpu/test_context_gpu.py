@@ -92,7 +92,8 @@ def _run(operator: AttentionOperator, tensors: list[Tensor], documents: Document
     """out, dq, dk, dv; a second layer runs in between."""
     q, k, v = (tensor.clone().requires_grad_() for tensor in tensors[:3])
     out = operator(q, k, v, documents)
-    between = operator(*(tensor.detach().mul(0.5).requires_grad_() for tensor in (q, k, v)), documents)
+    other_q, other_k, other_v = (tensor.detach().mul(0.5).requires_grad_() for tensor in (q, k, v))
+    between = operator(other_q, other_k, other_v, documents)
     between.backward(tensors[3])
     out.backward(tensors[3])
     assert q.grad is not None and k.grad is not None and v.grad is not None
