@@ -27,8 +27,9 @@ PRELOADED = [
     "torch.distributed.checkpoint",
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",  # deepspeed.initialize would: with it, most of torch's compiler
-    "parallel.zero",
-    "model.gpt",
+    "launch.run",  # with it, the trainer, and most of what tests of it import
+    "pytest",
+    "tests.distributed.preloaded",
 ]
 """What the server imports, which every rank would otherwise do by itself."""
 
