@@ -65,6 +65,10 @@ class Case:
     """What blocks keep, their input and without `recompute` attention's output, lies in host memory."""
 
     @property
+    def layout(self) -> tuple[int, int, int]:
+        return self.tp, self.cp, self.dp
+
+    @property
     def world_size(self) -> int:
         return self.tp * self.cp * self.dp
 
@@ -339,6 +343,12 @@ def run_cases(
     }
 
 
+@cache
+def errors_of_layout(layout: tuple[int, int, int]) -> dict[Case, Errors]:
+    """All cases of a layout share one world."""
+    return run_cases([case for case in all_cases() if case.layout == layout])
+
+
 def main() -> None:
     """Prints the table: for each case, the largest relative error of loss, gradient norm and weights."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -349,8 +359,7 @@ def main() -> None:
     for layout in LAYOUTS:
         if options.layout and options.layout != "x".join(map(str, layout)):
             continue
-        cases = [case for case in all_cases() if (case.tp, case.cp, case.dp) == layout]
-        for case, errors in run_cases(cases).items():
+        for case, errors in errors_of_layout(layout).items():
             print(f"{case!s:34} {errors.loss:9.1e} {errors.grad_norm:9.1e} {errors.weight:9.1e}", flush=True)
             worst = max(worst, errors.largest)
     print(f"largest error {worst:.1e}")

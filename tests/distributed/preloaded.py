@@ -1,8 +1,7 @@
-"""What ranks find done, as the server that they are forked from imports this last: their garbage collector does not look
-through what was imported, and what compiles on CPUs knows what this one can do.
+"""What ranks find done: the server that they are forked from imports this last.
 
-DeepSpeed collects garbage whenever it partitions a model. Frozen objects are left out of that, and the memory they lie
-in stays the server's. What vectors a CPU has is found out by a process that imports torch, once in each that compiles.
+DeepSpeed collects garbage whenever it partitions a model. What is frozen is left out of that, and the memory that holds
+it stays the server's. What vectors the CPU has is found out by a process that imports torch, for each that compiles.
 """
 
 import gc

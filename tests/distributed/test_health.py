@@ -20,18 +20,27 @@ USUAL, SLOW = 0.25, 2.5
 """Seconds that a disk of the tests takes for what was written; a real one may have other things to do."""
 
 
-def probed(folder: str, nodes: int, slow_writer: int | None) -> list[Rates]:
-    """With the ranks on so many nodes; rank `slow_writer` writes to a slow disk."""
+CASES = ((1, None, 1), (2, 2, 1), (3, 2, 1), (4, 3, 2))
+"""Nodes that the ranks are on, the rank that writes to a slow disk, and times probed: twice as after an outlier."""
+
+
+def probed(folder: str) -> list[list[Rates]]:
+    return [_probed(folder, *case) for case in CASES]
+
+
+def _probed(folder: str, nodes: int, slow_writer: int | None, times: int) -> list[Rates]:
     rank = dist.get_rank()
     members = [Member(one, f"node-{one * nodes // WORLD}", one) for one in range(WORLD)]
     fsync = probes.os.fsync
     probes.os.fsync = lambda number: time.sleep(SLOW if rank == slow_writer else USUAL)
     links = Links(rank, members)
-    for _ in range(2):  # as after an outlier
+    for _ in range(times):
         found = probe(CPU, rank, members, links, Path(folder))
     links.close()
     probes.os.fsync = fsync
+    dist.barrier()
     assert not list(Path(folder).iterdir())
+    dist.barrier()
     assert summary(found, 1.0).startswith("probed in 1.0 s")
     slow = [outlier for outlier in outliers(found, members, 0.3) if "writing" in outlier.what]
     expected = [f"node-{slow_writer * nodes // WORLD}"] if slow_writer is not None and nodes > 1 else []
@@ -40,10 +49,10 @@ def probed(folder: str, nodes: int, slow_writer: int | None) -> list[Rates]:
 
 
 def test_every_rank_knows_what_all_have_measured(tmp_path: Path) -> None:
-    for nodes, slow_writer in ((1, None), (2, 2), (3, 2), (4, 3)):
-        told = run_distributed(probed, WORLD, str(tmp_path), nodes, slow_writer)
-        assert told == [told[0]] * WORLD
-        for rank, rates in enumerate(told[0]):
+    by_rank = run_distributed(probed, WORLD, str(tmp_path))
+    assert by_rank == [by_rank[0]] * WORLD
+    for (nodes, *_), found in zip(CASES, by_rank[0], strict=True):
+        for rank, rates in enumerate(found):
             assert rates.matmul > 1e6
             alone = [one * nodes // WORLD for one in range(WORLD)].count(rank * nodes // WORLD) == 1
             assert (rates.node is None) == alone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -27,18 +26,13 @@ import parallel.transport
 from model.kernels.cpu import CpuKernel
 from parallel.sequence import Part
 from parallel.tensor import TensorShard
-from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, run_cases
-
-
-@cache
-def errors_of_layout(layout: tuple[int, int, int]) -> dict[Case, Errors]:
-    """All cases of a layout share one world: starting processes is what takes the time."""
-    return run_cases([case for case in all_cases() if (case.tp, case.cp, case.dp) == layout])
+from tests.distributed import parity
+from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, errors_of_layout, run_cases
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_layout_computes_what_one_process_computes(case: Case) -> None:
-    errors = errors_of_layout((case.tp, case.cp, case.dp))[case]
+    errors = errors_of_layout(case.layout)[case]
     assert errors.largest < TOLERANCE, errors
 
 
@@ -233,12 +227,29 @@ def test_gradients_summed_in_bf16_stay_within_its_rounding() -> None:
         assert errors.loss < 1e-4 and 1e-6 < errors.grad_norm < 4e-3, (case, errors)
 
 
-def test_make_parity_prints_the_table() -> None:
-    """The recipe as make would run it, on one layout."""
-    root = Path(__file__).resolve().parents[2]
+def test_make_parity_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the recipe says, on one layout, whose cases have been trained for the tests above."""
     # Inside `make test` a make announces its folder, unless told not to.
     ask = ["make", "--no-print-directory", "--dry-run", "parity", "ARGS=--layout 1x1x2"]
+    root = Path(__file__).resolve().parents[2]
     recipe = subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    done = subprocess.run(recipe, shell=True, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "1x1x2 stage 3 GQA untied" in done.stdout and "largest error" in done.stdout
+    settings, _, arguments = recipe.partition(" .venv/bin/python -m tests.distributed.parity ")
+    assert settings == "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1"
+    monkeypatch.setattr("sys.argv", ["parity.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    assert ended.value.code == 0
+    heading, *rows, last = capsys.readouterr().out.splitlines()
+    cases = [case for case in all_cases() if case.layout == (1, 1, 2)]
+    assert [row[:34].rstrip() for row in rows] == [str(case)[:34] for case in cases]
+    worst = max(errors.largest for errors in errors_of_layout((1, 1, 2)).values())
+    assert heading.endswith("(tolerance 1e-05)") and last == f"largest error {worst:.1e}"
+
+
+def test_the_table_fails_where_a_case_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {Case(1, 1, 2, 3, False): Errors(0.0, 2 * TOLERANCE, 0.0, "")}
+    monkeypatch.setattr(parity, "errors_of_layout", lambda layout: wrong)
+    monkeypatch.setattr("sys.argv", ["parity.py", "--layout", "1x1x2"])
+    with pytest.raises(SystemExit) as ended:
+        parity.main()
+    assert ended.value.code == 1 and "largest error 2.0e-05" in capsys.readouterr().out

@@ -26,7 +26,7 @@ class Forked(Started):
     def __init__(self, tiny: TinyJob, processes: int, *overrides: str, fault: Mapping[str, Any] | None = None):
         """`fault` as `injected/sitecustomize.py` describes it."""
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "launch.run"])
+        context.set_forkserver_preload(PRELOADED)
         self.log = tiny.folder / f"log-{uuid.uuid4().hex}"
         self.log.touch()
         world = {"WORLD_SIZE": processes, "LOCAL_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}

@@ -67,7 +67,7 @@ def _main(script: str, arguments: list[str], folder: Path) -> None:
 def run_in(folder: Path, script: str, arguments: list[str]) -> str:
     """What the command said; it must succeed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "launch.run"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_main, args=(script, arguments, folder))
     process.start()
     process.join(240)
