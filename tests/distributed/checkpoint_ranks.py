@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests do, and the full tensors that their parts make."""
+"""What the ranks of the checkpoint tests do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from fsspec.implementations.local import LocalFileSystem
 
 from launch import resuming
 from launch.build import build_engine
@@ -30,27 +29,10 @@ from launch.saving.checkpoint_records import Progress
 from launch.saving.storage import storage_at
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
+from tests.distributed.bucket_store import Bucket
+from tests.distributed.checkpoint_states import LocalParameter, RankState
 
 VOCABULARY, LENGTH, GLOBAL_BATCH, SAVED_AT, END = 61, 16, 4, 2, 4
-
-
-class Bucket(LocalFileSystem):
-    """An object store that processes share: it has no rename, no copy and no directories to be made."""
-
-    protocol = "bucket"
-    root_marker = "/"
-
-    def __init__(self, **options: Any):
-        super().__init__(**options | {"auto_mkdir": True})
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> Any:
-        return LocalFileSystem._strip_protocol(str(path).removeprefix("bucket://"))
-
-    def mv(self, *_arguments: object, **_options: object) -> None:
-        raise NotImplementedError("an object store has no rename")
-
-    rename = move = mv_file = cp_file = copy = mv
 
 
 fsspec.register_implementation("bucket", Bucket, clobber=True)
@@ -88,27 +70,6 @@ class Layout:
                precision: {self.precision}, gradient_clipping: 0.5}}
             """
         )
-
-
-@dataclass(frozen=True)
-class LocalParameter:
-    """One parameter on one rank: the fp32 state it holds, and the copy it computes with."""
-
-    local_shape: tuple[int, ...]
-    full_shape: tuple[int, ...]
-    dim: int | None
-    start: int | None
-    """Of the flat range of the local tensor that this rank keeps; None where it keeps nothing."""
-    state: dict[str, np.ndarray]
-    working: np.ndarray
-
-
-@dataclass(frozen=True)
-class RankState:
-    tp_rank: int
-    step_count: int
-    loss_scaler: dict[str, float]
-    parameters: dict[str, LocalParameter]
 
 
 class Rank:
@@ -330,52 +291,3 @@ def _names(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.iterdir())
     dist.barrier()
     return names
-
-
-def assemble(ranks: Sequence[RankState]) -> dict[str, np.ndarray]:
-    """KIND/NAME -> the full tensor, by concatenation alone; every element must be kept by exactly one rank."""
-    full: dict[str, np.ndarray] = {}
-    tp_size = max(rank.tp_rank for rank in ranks) + 1
-    for name, one in ranks[0].parameters.items():
-        for kind in ("parameter", "exp_avg", "exp_avg_sq"):
-            slices = []
-            for tp_rank in range(tp_size):
-                flat = np.full(np.prod(one.local_shape), np.nan, dtype=np.float32)
-                for part in (rank.parameters[name] for rank in ranks if rank.tp_rank == tp_rank):
-                    if part.start is not None:
-                        target = flat[part.start : part.start + part.state[kind].size]
-                        assert np.isnan(target).all(), f"{kind} of {name} is kept twice"
-                        target[:] = part.state[kind]
-                assert not np.isnan(flat).any(), f"{kind} of {name} is kept by nobody in part"
-                slices.append(flat.reshape(one.local_shape))
-            if one.dim is None:
-                assert all(np.array_equal(slices[0], other) for other in slices), f"{kind} of {name} differs over tp"
-                whole = slices[0]
-            else:
-                whole = np.concatenate(slices, axis=one.dim)
-                real, padding = np.split(whole, [one.full_shape[one.dim]], axis=one.dim)
-                assert not padding.any(), f"{kind} of {name}: the vocabulary's padding is not zero"
-                whole = real
-            assert whole.shape == one.full_shape
-            full[f"{kind}/{name}"] = whole
-    return full
-
-
-def check_working_copies(ranks: Sequence[RankState], precision: str, stage: int) -> None:
-    """What computes is the fp32 state, rounded to the precision that computes."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision if stage else "fp32", torch.float32)
-    full = assemble(ranks)
-    for rank in ranks:
-        for name, local in rank.parameters.items():
-            master = full[f"parameter/{name}"]
-            if local.dim is not None:
-                width = local.local_shape[local.dim]
-                master = np.take(
-                    master,
-                    range(rank.tp_rank * width, min((rank.tp_rank + 1) * width, master.shape[local.dim])),
-                    axis=local.dim,
-                )
-                missing = [(0, size - have) for size, have in zip(local.local_shape, master.shape, strict=True)]
-                master = np.pad(master, missing)
-            rounded = torch.from_numpy(np.ascontiguousarray(master)).to(dtype).float().numpy()
-            assert np.array_equal(local.working, rounded), f"{name} does not compute with its fp32 state"

@@ -16,8 +16,6 @@ from tests.distributed.checkpoint_ranks import (
     SAVED_AT,
     Layout,
     Written,
-    assemble,
-    check_working_copies,
     fail_saves,
     look_at,
     lose_the_connection,
@@ -28,6 +26,7 @@ from tests.distributed.checkpoint_ranks import (
     save_often,
     write,
 )
+from tests.distributed.checkpoint_states import assemble, check_working_copies
 from tests.distributed.harness import run_distributed
 
 LAYOUTS = [
