@@ -14,7 +14,8 @@ from launch.build import build_engine
 from launch.stepper import Stepper
 from parallel.mesh import MeshShape, ParallelMesh
 from tests.distributed.harness import run_distributed
-from tests.distributed.parity import STEPS, Case, Rows, dense_twin
+from tests.distributed.parity import Rows, dense_twin
+from tests.distributed.parity_cases import STEPS, Case
 
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 

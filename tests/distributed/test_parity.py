@@ -27,7 +27,8 @@ from model.kernels.cpu import CpuKernel
 from parallel.sequence import Part
 from parallel.tensor import TensorShard
 from tests.distributed import parity
-from tests.distributed.parity import LAYOUTS, TOLERANCE, Case, Errors, all_cases, errors_of_layout, run_cases
+from tests.distributed.parity import TOLERANCE, Errors, errors_of_layout, run_cases
+from tests.distributed.parity_cases import LAYOUTS, Case, all_cases
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)

@@ -1,158 +1,43 @@
 """Tensor-parallel layers against their dense twins: outputs and all gradients, fp32 and fp64, T = 2 and 4.
 
-The layers are made as training makes them: a plan applied on the meta device, then filled with the twin's slices. The
-vocabulary's padding is filled with large numbers: were it to count anywhere, it would show.
-
-Shapes: B batch, S sequence, E hidden_size, V vocabulary, F intermediate features, T tensor_parallel_size.
+Shapes as in `tests.distributed.tensor_twins`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional
 
-from model.head import Head
 from model.kernels import linear_cross_entropy
-from model.layers import RMSNorm
 from parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
-    TensorShard,
-    apply_tensor_parallel,
-    check_head_divisibility,
-    style_of,
-    sum_partial_gradients,
 )
 from parallel.vocab import VocabParallelEmbedding, VocabParallelHead, padded_vocabulary
 from tests.distributed.harness import run_distributed
-
-B, S, E, F = 2, 12, 8, 24
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Gives every parameter fp64 values that depend on its name alone."""
-    for name, parameter in model.named_parameters():
-        parameter.data = random(*parameter.shape, seed=sum(name.encode()))
-    return model
-
-
-def close(result: Tensor, expected: Tensor, what: str) -> None:
-    """Largest difference, relative to the largest element, or 1; a rank of padding only has nothing to compare."""
-    assert result.shape == expected.shape
-    if not expected.numel():
-        return
-    assert result.data_ptr() != expected.data_ptr(), "compared with itself"
-    error = (result.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert error < TOLERANCES[result.dtype], f"{what} is off by {error}"
-
-
-def parallel_twin(
-    build: Callable[[], nn.Module],
-    plan: dict[str, str],
-    group: ProcessGroup,
-    dtype: torch.dtype,
-    sequence_parallel: bool = False,
-) -> tuple[nn.Module, nn.Module, dict[str, TensorShard]]:
-    """(dense fp64, parallel in `dtype` with the dense one's slices and padding of 50, shards)."""
-    dense = randomize(build())
-    with torch.device("meta"):
-        model = build()
-    shards = apply_tensor_parallel(model, plan, group, sequence_parallel=sequence_parallel)
-    model.to_empty(device="cpu").to(dtype)
-    whole = dict(dense.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(50.0)
-            parameter[inside(shards[name])] = cut(whole[name], shards[name]).to(dtype)
-    sum_partial_gradients(model, shards, group)
-    return dense, model, shards
-
-
-def inside(shard: TensorShard) -> tuple[slice, ...]:
-    """The local tensor without its padding."""
-    return tuple(slice(size) for size in shard.sizes)
-
-
-def cut(full: Tensor, shard: TensorShard) -> Tensor:
-    return full[tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))]
-
-
-def compare_gradients(dense: nn.Module, model: nn.Module, shards: dict[str, TensorShard]) -> None:
-    whole = dict(dense.named_parameters())
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == whole.keys() == shards.keys(), "names do not change"
-    for name, parameter in parameters.items():
-        gradient, expected = parameter.grad, whole[name].grad
-        assert gradient is not None and expected is not None
-        close(gradient[inside(shards[name])], cut(expected, shards[name]), f"gradient of {name}")
-        padding = gradient.clone()
-        padding[inside(shards[name])] = 0
-        assert not padding.any(), "padding gets no gradient"
-
-
-def tensor_groups() -> Iterator[ProcessGroup]:
-    """This rank's groups of T = 4 and of T = 2; that of two is not made of neighbours."""
-    yield dist.new_group([0, 1, 2, 3])
-    pairs = {tuple(ranks): dist.new_group(ranks) for ranks in ([0, 2], [1, 3])}
-    yield next(group for ranks, group in pairs.items() if dist.get_rank() in ranks)
-
-
-# -- layers ------------------------------------------------------------------------------------------------------------
-
-
-class FeedForwardTwin(nn.Module):
-    """A norm and a region: column, row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entry, self.inner = RMSNorm(E, 1e-5), nn.Sequential(nn.Linear(E, F, bias=False), nn.SiLU())
-        self.inner.append(nn.Linear(F, E, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.entry(x))
-
-
-class Heads(nn.Module):
-    """A norm that acts on each rank's heads only, between column and row, which have biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.q, self.o = RMSNorm(6, 1e-5), nn.Linear(E, 24), nn.Linear(24, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(self.norm(self.q(x).unflatten(-1, (-1, 6))).flatten(-2))
-
-
-class HeadsTwin(nn.Module):
-    """A norm and a region of heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entry, self.inner = RMSNorm(E, 1e-5), Heads()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.entry(x))
-
-
-FEED_FORWARD_PLAN = {"entry": "region_input", "inner": "region_output", "inner.0": "column", "inner.2": "row"}
-HEADS_PLAN = {
-    "entry": "region_input",
-    "inner": "region_output",
-    "inner.q": "column",
-    "inner.norm": "partial_grad",
-    "inner.o": "row",
-}
+from tests.distributed.tensor_twins import (
+    FEED_FORWARD_PLAN,
+    HEAD_PLAN,
+    HEADS_PLAN,
+    B,
+    E,
+    F,
+    FeedForwardTwin,
+    HeadsTwin,
+    HeadTwin,
+    S,
+    close,
+    compare_gradients,
+    dense_loss,
+    parallel_twin,
+    random,
+    tensor_groups,
+)
 
 
 def check_region(
@@ -192,26 +77,6 @@ def check_embedding(group: ProcessGroup, dtype: torch.dtype, vocab_size: int) ->
     expected.backward(upstream)
     close(out, expected, "output")
     compare_gradients(dense, model, shards)
-
-
-class HeadTwin(nn.Module):
-    """The head, after what stands for the last norm."""
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.entry, self.head = nn.Identity(), Head(E, vocab_size)
-
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return self.head(self.entry(hidden), labels)
-
-
-HEAD_PLAN = {"entry": "region_input", "head": "vocab_head"}
-
-
-def dense_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The summed loss of whole logits by torch's own cross entropy."""
-    logits = head(hidden).flatten(0, 1)
-    return functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def check_head(group: ProcessGroup, dtype: torch.dtype, vocab_size: int, labels: Tensor) -> None:
@@ -309,7 +174,7 @@ def _faults() -> dict[str, str]:
         patch.setattr("parallel.vocab._combined", lambda statistics, group: statistics)
         attempt("statistics not combined", lambda: check_head(group, torch.float64, 61, labels))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.distributed.test_tensor.sum_partial_gradients", lambda model, shards, group: None)
+        patch.setattr("tests.distributed.tensor_twins.sum_partial_gradients", lambda model, shards, group: None)
         attempt(
             "norm gradient of a part of the tokens",
             lambda: check_region(FeedForwardTwin, FEED_FORWARD_PLAN, group, torch.float64, True),
@@ -328,67 +193,3 @@ def test_planted_faults_are_noticed() -> None:
             "norm gradient of a part of the tokens",
         }
         assert all("is off by" in message for message in found.values())
-
-
-# -- the plan ----------------------------------------------------------------------------------------------------------
-
-
-def _plans() -> bool:
-    world = dist.new_group([0, 1])
-    with torch.device("meta"):
-        untouched = FeedForwardTwin()
-    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
-    shards = apply_tensor_parallel(untouched, FEED_FORWARD_PLAN, alone)
-    assert type(untouched.inner[0]) is nn.Linear and shards == {
-        "entry.weight": TensorShard((E,)),
-        "inner.0.weight": TensorShard((F, E)),
-        "inner.2.weight": TensorShard((E, F)),
-    }
-    with torch.device("meta"):
-        model = FeedForwardTwin()
-        with pytest.raises(ValueError, match="'sideways' matches no module of FeedForwardTwin"):
-            apply_tensor_parallel(model, {"sideways": "column"}, world)
-        with pytest.raises(ValueError, match="unknown tensor-parallel style 'diagonal'"):
-            apply_tensor_parallel(model, {"inner.0": "diagonal"}, world)
-    rank = dist.get_rank()
-    shards = apply_tensor_parallel(model, FEED_FORWARD_PLAN, world, sequence_parallel=True)
-    assert shards == {
-        "entry.weight": TensorShard((E,), partial_gradient=True),
-        "inner.0.weight": TensorShard((F, E), 0, rank * 12, 12),
-        "inner.2.weight": TensorShard((E, F), 1, rank * 12, 12),
-    }
-    assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated yet"
-
-    with torch.device("meta"):
-        tied = nn.Sequential(nn.Embedding(61, E), Head(E, 61))
-        tied[1].weight = tied[0].weight
-    shards = apply_tensor_parallel(tied, {"0": "vocab_embedding", "1": "vocab_head"}, world)
-    assert tied[0].weight is tied[1].weight and tied[0].weight.shape == (31, E)
-    assert shards == {"0.weight": TensorShard((61, E), 0, rank * 31, 31 - rank)}
-    return True
-
-
-def test_plans_applied_and_refused() -> None:
-    assert all(run_distributed(_plans, 2))
-
-
-def test_the_first_matching_pattern_gives_the_style() -> None:
-    plan = {"layers.*.q_proj": "column", "layers.*": "row"}
-    assert style_of("layers.3.q_proj", plan) == "column"
-    assert style_of("layers.3.other", plan) == "row"
-    assert style_of("norm", plan) == "replicated"
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 8, 3), (32, 8, 16), (4, 1, 2)])
-def test_heads_that_do_not_split(heads: int, kv_heads: int, size: int) -> None:
-    with pytest.raises(ValueError) as caught:
-        check_head_divisibility(heads, kv_heads, size)
-    message = str(caught.value)
-    assert f"({heads})" in message and f"({kv_heads})" in message and f"({size})" in message
-    assert message.endswith("valid sizes here: 1, 2, 4, 8" if kv_heads == 8 else "valid sizes here: 1")
-
-
-def test_heads_that_split() -> None:
-    for size in (1, 2, 4, 8):
-        check_head_divisibility(32, 8, size)
-    assert [padded_vocabulary(61, size) for size in (1, 2, 4)] == [61, 62, 64]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model.kernels.select import KERNELS
-from tests.distributed.parity import Case, run_cases
+from tests.distributed.parity import run_cases
+from tests.distributed.parity_cases import Case
 
 pytestmark = [
     pytest.mark.gpu,
