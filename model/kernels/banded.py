@@ -72,7 +72,7 @@ def visible_block(mask: AttentionMask, queries: int, keys: int) -> Block | None:
     if window is not None:
         last_query = min(queries, keys - 1 - offset + window)  # later queries have left the last key behind
         first_key = max(0, offset - window + 1)  # the first query has left earlier keys behind
-    if first_query >= last_query or first_key >= last_key:
+    if first_query >= last_query:
         return None
     # Bounds that reach past the rectangle from every row are dropped: unbounded is the faster kernel.
     left = right = None
@@ -165,7 +165,7 @@ class BandedKernel(AttentionKernel):
 
 def direct(target: Tensor | None) -> Tensor | None:
     """`target` if a kernel's 16-byte stores can go to it, else None: the kernel then makes a tensor of its own."""
-    if target is None or target.data_ptr() % 16 or target.stride(-1) != 1:
+    if target is None or target.data_ptr() % 16:
         return None
     return target if all(stride * target.element_size() % 16 == 0 for stride in target.stride()[:-1]) else None
 

@@ -84,6 +84,13 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_sequence_length=256, attention_factor=1.3)},
         False,
     ),
+    "yarn, its ramp from the second pair to beyond the last": (
+        {
+            "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_sequence_length=4096, beta_fast=320.0),
+            "rope_theta": 10.0,
+        },
+        False,
+    ),
     "rope scaling": ({"rope_scaling": RopeScaling(factor=4.0, original_sequence_length=16), "rope_theta": 90.0}, False),
     "all at once": (
         {

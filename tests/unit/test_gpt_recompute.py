@@ -85,8 +85,10 @@ def test_a_feed_forward_layer_in_tiles_has_the_same_gradients(tile: int, checkpo
 
 
 def test_evaluation_does_not_recompute() -> None:
-    model = build(config_of(), recompute="full").eval()
+    model = build(config_of(), recompute="full")
     calls: list[int] = []
-    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model(**batch(packed=False))[0].backward()
-    assert len(calls) == 1
+    model.get_submodule("layers.0.attention").register_forward_pre_hook(lambda *_: calls.append(1))
+    for training, expected in ((True, 2), (False, 1)):
+        calls.clear()
+        model.train(training)(**batch(packed=False))[0].backward()
+        assert len(calls) == expected

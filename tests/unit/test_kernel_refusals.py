@@ -110,6 +110,8 @@ def test_key_documents_that_do_not_fit() -> None:
         forward((2, 4, 6), (10, 3, 13))
     with pytest.raises(ValueError, match="hold 25 tokens but the batch holds 2 x 13 = 26"):
         forward((6, 6), (13, 12))
+    with pytest.raises(ValueError, match="hold 11 tokens but the batch holds 2 x 6 = 12"):
+        forward((6, 5), (13, 13))
     with pytest.raises(ValueError, match="crosses position 13"):
         forward((6, 6), (12, 14))
     with pytest.raises(ValueError, match="the first 1 rows hold 1 documents of queries but 2 of keys"):
