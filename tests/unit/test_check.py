@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from launch.check import layout_report
 from launch.config import load_job
-from launch.memory.formulas import estimate_activations, estimate_states
+from launch.context_plan import ContextPlan
+from launch.memory import formulas
+from launch.memory.footprint import footprint
+from launch.memory.formulas import Activations, estimate_activations, estimate_states
 from launch.memory.parameters import count_parameters
-from launch.precision import Precision
+from launch.precision import BYTES, Precision
 from model.attention import kernel_attention
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -23,6 +28,8 @@ from model.head import Head
 from model.kernels import linear_cross_entropy, select_kernel
 from model.recompute import Recompute
 from model.rope import rotary_tables
+from parallel.mesh import MeshShape
+from parallel.zero_config import LIVE_PARAMETERS
 from tests.unit.job_files import weights_for
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -131,6 +138,138 @@ def test_states_by_stage(
     found = (states.parameters, states.gradients, states.master_weights, states.moments)
     assert found == (parameters, gradients, masters, moments)
     assert states.total == sum(found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload_parameters", "on_device"), [(1, False, 2000), (2, False, 2000), (3, False, 500), (3, True, 0)]
+)
+def test_what_an_offloaded_optimizer_leaves_on_the_device(stage: int, offload_parameters: bool, on_device: int) -> None:
+    """Of 1000 bf16 parameters on 4 ranks: the parameters, unless they go too."""
+    states = estimate_states(1000, stage, "bf16", 4, offload_optimizer=True, offload_parameters=offload_parameters)
+    assert states.on_device == on_device and states.host == states.total - on_device
+    assert states.total - states.parameters == 250 * (20 if stage == 3 else 22)
+
+
+def test_a_second_share_of_parameters_is_of_fewer_ranks() -> None:
+    assert estimate_states(1001, 3, "bf16", 4, secondary_partition_size=2).parameters == 2 * (251 + 501)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "stage", "precision", "copies"),
+    [
+        (1000, 3, "bf16", 2000),
+        (1000, 3, "fp32", 4000),
+        (10**10, 3, "bf16", 2 * LIVE_PARAMETERS),
+        (1000, 0, "bf16", 2000),
+        (1000, 0, "fp32", 0),
+        (1000, 1, "bf16", 0),
+    ],
+)
+def test_copies_to_compute_with(parameters: int, stage: int, precision: Precision, copies: int) -> None:
+    assert formulas.working_copies(parameters, stage, precision) == copies
+
+
+def test_a_footprint_adds_up() -> None:
+    """Of bf16 on one rank: fp32 states and bf16 copies at stage 0; residual streams are fp32 there."""
+    found = {}
+    for stage in (0, 1):
+        overrides = ["training.precision=bf16", f"parallel.zero_stage={stage}", "parallel.tensor_parallel_size=1"]
+        job = load_job(CONFIGS / "quickstart.yaml", [*overrides, "parallel.context_parallel_size=1"], 1)
+        found[stage] = footprint(job, MeshShape(1, 1, 1), "cuda", ["none"] * job.model.num_hidden_layers)
+    number, tokens = count_parameters(job.model), job.training.micro_batch_size * job.training.sequence_length
+    assert found[0].peak == (16 + 2) * number + found[0].activations.peak
+    assert found[1].peak == (2 + 6 + 12) * number + found[1].activations.peak
+    streams = 2 * tokens * job.model.hidden_size * (2 * job.model.num_hidden_layers + 1)
+    assert found[0].activations.kept - found[1].activations.kept == streams
+
+
+def amount(formula: str, **letters: float) -> float:
+    """Bytes by a formula as a check prints it: what stands side by side is multiplied."""
+    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), {"max": max}, letters)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("tokens", "tile"), [(96, None), (96, 32), (16, None)])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_rank_of_two_holds_what_the_printed_formulas_say(
+    qk_norm: bool, sequence_parallel: bool, tokens: int, tile: int | None, precision: Precision
+) -> None:
+    """With 16 tokens the weight's gradients outweigh a chunk of logits."""
+    config = shape(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=24, qk_norm=qk_norm)
+    letters = {
+        "t": tokens,
+        "c": tokens,
+        "b": BYTES[precision],
+        "E": 64,
+        "D": 24,
+        "tp": 2,
+        "F": 40,
+        "H": 4,
+        "K": 2,
+        "V": 66,
+    }
+
+    def estimate(
+        recompute: Recompute | list[Recompute],
+        context: ContextPlan | list[ContextPlan | None] | None = None,
+        autocast: bool = False,
+        offload: bool = False,
+    ) -> Activations:
+        return estimate_activations(
+            config,
+            tokens=tokens,
+            tensor_parallel_size=2,
+            sequence_parallel=sequence_parallel,
+            context=context,
+            precision=precision,
+            autocast=autocast,
+            recompute=recompute,
+            mlp_tile_tokens=tile,
+            offload=offload,
+        )
+
+    block = amount(formulas.block_formula(qk_norm, sequence_parallel, tile is not None), **letters)
+    state = amount("t E b", **letters) / (2 if sequence_parallel else 1)
+    found = estimate("none")
+    assert found.kept == 3 * block + state and found.recomputed == found.context == 0
+    wide = estimate("none", autocast=True)  # the residual stream and the head's weight in fp32
+    assert wide.kept - found.kept == 7 * (amount("t 4 E", **letters) / (2 if sequence_parallel else 1) - state)
+    assert wide.head == amount(formulas.HEAD_FORMULA, **letters | {"b": 4})
+    assert found.head == amount(formulas.HEAD_FORMULA, **letters)
+    assert found.tile == (amount("4 F b", **letters) * tile if tile else 0)
+    if not sequence_parallel:
+        for policy, formula in formulas.KEPT_FORMULAS.items():
+            found = estimate(policy)
+            assert found.kept == 3 * amount(formula, **letters) + state and found.recomputed == block
+    ring = ContextPlan(1, 3, "ring", 0, 0, 0, 1, 0.0)
+    exchange = ContextPlan(1, 3, "exchange", 250, 0, 0, 1, 0.0)
+    heads = ContextPlan(2, 1, "exchange", 0, 0, 0, 1, 0.0)
+    both = ContextPlan(2, 3, "exchange", 500, 0, 0, 1, 0.0)
+    by_heads = amount(formulas.HEADS_FORMULA, f=1, **letters)
+    inside = letters | {"t": 2 * tokens, "H": 2, "K": 1}  # each of two ranks has half of the heads of both's tokens
+    assert estimate("full", ring).context == amount(formulas.RING_FORMULA, **letters)
+    assert estimate("full", exchange).context == amount(formulas.EXCHANGE_FORMULA, M=250, **letters)
+    assert estimate("full", heads).context == by_heads
+    assert estimate("full", both).context == by_heads + amount(formulas.EXCHANGE_FORMULA, M=500, **inside)
+    assert estimate("full", replace(both, keys="ring")).context == by_heads + amount(formulas.RING_FORMULA, **inside)
+    assert estimate("full", replace(exchange, by_keys=2)).context == amount(formulas.EXCHANGE_FORMULA, M=250, **letters)
+    assert estimate("full", [heads, both, None]).context == estimate("full", both).context
+    # What was received is kept: of two ranks' keys those that were fetched, of traded heads all.
+    kept = estimate("none").kept
+    assert estimate("none", replace(exchange, by_keys=2)).kept - kept == 3 * amount("2 (250 - t) K D b", **letters)
+    traded = amount("2 t (H + K) D b", **letters)
+    assert estimate("none", heads).kept - kept == 3 * traded
+    assert estimate("full", heads).recomputed == block + traded and estimate("attention", heads).recomputed == block
+    # In host memory, but for the two largest blocks.
+    offloaded = estimate(["none", "none", "full"], offload=True)
+    assert (offloaded.kept, offloaded.host, offloaded.freed) == (2 * block + state, 2 * block + state, 0)
+
+
+def test_the_largest_group_of_heads_decides_what_four_slots_hold() -> None:
+    plan = ContextPlan(2, 1, "exchange", 0, 0, 0, 3, 0.0)  # four of eight KV heads in groups of 2, 1, 1
+    expected = amount(formulas.HEADS_FORMULA, t=96, f=0.5, H=16, K=8, D=24, b=2)
+    assert formulas.context_bytes(plan, 96, 16, 8, 24, 2) == expected
 
 
 def shape(**changes: object) -> ModelConfig:
