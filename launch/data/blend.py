@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 
@@ -29,12 +30,9 @@ class Blend:
         positive = {name: Fraction(weight) for name, weight in weights.items() if weight > 0}
         assert positive, weights
         self.names = tuple(positive)
-        whole, share, edges = sum(positive.values()), Fraction(0), [0]
-        for weight in positive.values():
-            share += weight / whole
-            edges.append(math.floor(share * _TURN))
-        self._edges = edges
-        self._inner = np.array(edges[1:-1], dtype=np.uint64)
+        *inner, whole = accumulate(positive.values())
+        self._edges = [math.floor(share / whole * _TURN) for share in inner]
+        self._inner = np.array(self._edges, dtype=np.uint64)
         self._phase = int.from_bytes(hashlib.blake2b(f"{seed}/blend".encode(), digest_size=8).digest(), "little")
 
     def corpora(self, samples: Int64) -> Int64:
@@ -44,7 +42,7 @@ class Blend:
 
     def counts(self, samples: int) -> dict[str, int]:
         """How many of the samples 0..samples-1 each corpus has."""
-        below = [0, *(self._points_below(edge, samples) for edge in self._edges[1:-1]), samples]
+        below = [0, *(self._points_below(edge, samples) for edge in self._edges), samples]
         return {name: below[i + 1] - below[i] for i, name in enumerate(self.names)}
 
     def _points_below(self, edge: int, samples: int) -> int:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -133,7 +134,19 @@ def test_best_fit_loses_nothing_and_cuts_little(lengths: list[int], length: int)
     tokens = [token for window in windows for start, stop in window for token in range(start, stop)]
     assert sorted(tokens) == list(range(ends[-1]))
     assert all(sum(stop - start for start, stop in window) <= length for window in windows)
-    assert all(window == sorted(window) for window in windows)
+    for window in windows:  # in order, none empty, and neighbours as one: where a stretch begins, so does a document
+        assert all(start < stop for start, stop in window)
+        assert all(one[1] < other[0] for one, other in pairwise(window))
+
+
+def test_best_fit_by_hand() -> None:
+    """The order of the data: no version may change it, or a resumed run would repeat some documents and lose others."""
+    lengths = [3, 9, 5, 2, 7, 4]  # in windows of 8: 8 of the 9, then 7, 5, 4, 3 beside 5, 2 beside 4, 1 beside 7
+    ends = np.cumsum(lengths).tolist()
+    documents = list(zip([0, *ends], ends, strict=False))
+    assert best_fit(documents, 8) == [[(3, 11)], [(11, 12), (19, 26)], [(0, 3), (12, 17)], [(17, 19), (26, 30)]]
+    # 6, then 4 and the first 3; the other 3 fits nowhere and is cut for the gaps of 2 and 1, window after window
+    assert best_fit([(0, 3), (3, 9), (9, 12), (12, 16)], 8) == [[(3, 11)], [(0, 3), (11, 16)]]
 
 
 def test_best_fit_cuts_a_fraction_of_the_documents_that_split_cuts() -> None:
@@ -196,6 +209,7 @@ def test_a_resume_without_a_change_adds_nothing_to_the_history() -> None:
     assert at.continued(30, at) == at
     changed = at.continued(30, cursor({"web": 0.5, "code": 0.5}))
     assert [segment.step for segment in changed.history] == [0, 30]
+    assert [step for step in (0, 29, 30, 31) if changed.changes_at(step)] == [30] and not at.changes_at(0)
     assert changed.continued(30, at) == at  # thought better of it before a step was done
     assert changed.continued(50, cursor({"web": 0.5, "code": 0.5})) == changed
 
