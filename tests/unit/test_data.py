@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launch.data.batches import Batches, SequenceSampler
+from launch.data.batches import Batches, Sample, SequenceSampler
 from launch.data.corpus import CorpusError
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from tests.unit.made_corpora import corpus_of
@@ -120,3 +120,12 @@ def test_validation_sees_each_window_once_and_blanks_the_rest() -> None:
     real = [(i, label) for ids, labels in everything for i, label in zip(ids, labels, strict=True) if label >= 0]
     assert sorted(i for i, _ in real) == list(range(60))
     assert all(label == i + 1 for i, label in real)
+
+
+def test_a_digest_tells_every_part_of_a_sample_apart() -> None:
+    ids, labels, starts = np.arange(6), np.arange(1, 7), np.array([2, 4])
+    sample = Sample(ids, labels, starts)
+    others = [Sample(ids + 1, labels, starts), Sample(ids, labels + 1, starts), Sample(ids, labels, starts[:1])]
+    digests = [sample.digest(0), sample.digest(1), sample.digest(1 << 60), *(other.digest(0) for other in others)]
+    assert len(set(digests)) == 6 and all(0 <= digest < 1 << 64 for digest in digests)
+    assert sample.digest(0) == 9849140633369562616, "runs are audited by what earlier versions have noted"

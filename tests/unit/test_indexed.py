@@ -275,6 +275,15 @@ def test_a_token_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.Monke
     assert corpus.read(0, 3000).max() == 0
     with pytest.raises(CorpusError, match=r"late, token 3,000: the token id 29 is beyond"):
         corpus.read(2990, 3010)
+    summary = tmp_path / "late.summary.json"
+    summary.write_text('{"tokens": 3090, "largest_token": 29}')  # of other tokens: not believed
+    open_indexed(tmp_path / "late", 29)
+    summary.write_text('{"tokens": 3091, "largest_token": 29}')
+    refused(tmp_path / "late", r"the token id 29 is beyond model.vocab_size \(29\)", 29)
+
+
+def test_tokens_take_two_bytes_as_long_as_their_ids_fit() -> None:
+    assert [indexed.token_type(size).itemsize for size in (256, 65_536, 65_537)] == [2, 2, 4]
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -66,6 +67,8 @@ def test_a_checkpoint_is_listed_from_its_completion_to_its_removal(storage: Stor
     write(storage, OTHER)
     storage.remove(NAME)
     assert storage.names() == [OTHER]
+    if "://" not in storage.location:
+        assert os.listdir(storage.location) == [OTHER], "what is removed takes no room"
     with pytest.raises(FileNotFoundError):
         storage.open(NAME, "__0_0.distcp")
 
