@@ -17,6 +17,7 @@ def exit_on_broken_pipe() -> Iterator[None]:
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and raises BrokenPipeError instead
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
     finally:
         signal.signal(signal.SIGPIPE, before)

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +51,7 @@ def place_in_world() -> Place:
     A launcher takes this process with it, even if it is killed and cannot pass that on. Variables that describe no
     world end the process with status 2 and a message: without its rank it can tell nobody else.
     """
+    _open_closed_streams()
     step = world_of_step(os.environ)
     if "WORLD_SIZE" not in os.environ and step is not None:
         os.environ.update(step)
@@ -68,6 +70,14 @@ def place_in_world() -> Place:
             file=sys.stderr,
         )
         raise SystemExit(2) from None
+
+
+def _open_closed_streams() -> None:
+    """Leads a standard stream that was closed (`>&-`) nowhere: the next file to be opened would be in its place, and
+    what libraries print would land in there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
 
 
 def _place_of(variables: Mapping[str, str]) -> Place:
@@ -146,8 +156,9 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
 
 def end_process(status: int) -> NoReturn:
     """Ends this process with `status`: an interpreter that tears down gloo's threads may abort, with another."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk under the log changes nothing about what was done
+            stream.flush()
     os._exit(status)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -17,6 +18,9 @@ from launch.monitoring.throughput import Throughput
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+_LOG = "standard output"
 
 
 class RunMonitor(Monitor):
@@ -132,11 +136,17 @@ class RunMonitor(Monitor):
         self._to_tensorboard(lambda writer: writer.add_text(tag, block, self._first_step))
 
     def message(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-            self._stream.flush()
-        else:
-            print(text, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+                self._stream.flush()
+            else:
+                print(text, file=self._stream, flush=True)
+        except OSError as error:  # tried again with the next line: a full disk under the log may be emptied
+            if _LOG not in self._lost:
+                self._lost.add(_LOG)
+                with suppress(OSError):  # it may be the same file
+                    print(f"{_LOG} cannot be written ({error}); the job goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

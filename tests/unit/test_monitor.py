@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,19 @@ def test_a_lost_disk_is_reported_once_and_the_rest_goes_on(tmp_path: Path, monke
     [complaint] = [line for line in stream.getvalue().splitlines() if "No space" in line]
     assert complaint.startswith("metrics.jsonl cannot be written any more")
     assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [1, 2]
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as stream:
+        monitor, _ = run(tmp_path, stream=stream)
+        monitor.log_step(record(1))
+        monitor.message("saved")
+        monitor.close()
+        with pytest.raises(OSError, match="No space left"):
+            stream.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or closing would raise, too
+    assert capsys.readouterr().err.count("standard output cannot be written ([Errno 28] No space left") == 1
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1]
 
 
 def test_a_silent_monitor_takes_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
