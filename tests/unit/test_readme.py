@@ -95,7 +95,7 @@ def test_every_command_runs(command: str, request: pytest.FixtureRequest) -> Non
         assert "Traceback" not in said
         return
     if words[:2] in (["python", "launch/submit.py"], ["python", "launch/status.py"]):
-        tested = python_strings("tests/cluster/test_slurm.py")
+        tested = " ".join(map(python_strings, ("tests/cluster/slurm_run.py", "tests/cluster/test_slurm.py")))
         assert words[1].removeprefix("launch/") in tested
         if words[1] == "launch/submit.py":
             dry = [sys.executable, *words[1:], *(["--dry-run"] if "--dry-run" not in words else [])]
