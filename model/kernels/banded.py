@@ -165,7 +165,7 @@ class BandedKernel(AttentionKernel):
 
 def direct(target: Tensor | None) -> Tensor | None:
     """`target` if a kernel's 16-byte stores can go to it, else None: the kernel then makes a tensor of its own."""
-    if target is None or target.data_ptr() % 16:
+    if target is None or target.data_ptr() % 16 or target.stride(-1) != 1:
         return None
     return target if all(stride * target.element_size() % 16 == 0 for stride in target.stride()[:-1]) else None
 

@@ -30,7 +30,7 @@ from model.kernels import (
     flash_attn_4,
     torch_flash,
 )
-from model.kernels.banded import Band, BandedKernel
+from model.kernels.banded import Band, BandedKernel, direct
 from tests.unit.flash_stand_ins import (
     cudnn_backward,
     cudnn_forward,
@@ -229,6 +229,16 @@ def test_cudnn_refuses_what_torch_does_not_ask_of_it(
     lse = q.new_zeros(2, 4, 7)
     with pytest.raises(KernelUnavailable, match="cudnn has no deterministic backward"):
         over_cudnn.backward(dout, q, k, v, q, lse, SCALE, AttentionMask(), deterministic=True)
+
+
+def test_only_rows_of_16_bytes_are_written_directly() -> None:
+    whole = torch.zeros(2, 6, 4, 32, dtype=torch.bfloat16)
+    for target in (whole, whole[:, 1:3], whole[:, :, 1:], whole.transpose(0, 1)):
+        assert direct(target) is target
+    odd = torch.zeros(1 + whole.numel(), dtype=torch.bfloat16)[1:].view_as(whole)
+    for target in (odd, whole[..., ::2], whole[..., 4:20], torch.zeros(2, 6, 4, 12, dtype=torch.bfloat16)):
+        assert direct(target) is None
+    assert direct(None) is None
 
 
 def test_flash_attn_3_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
