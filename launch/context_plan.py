@@ -6,6 +6,7 @@ rank, D head_dim, t tokens of one micro-batch on one rank, b bytes of a number.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -74,8 +75,9 @@ class ContextPlan:
 def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> ContextPlan | None:
     """None without context parallelism.
 
-    All blocks attend alike, as suits those with the widest window. `auto` takes the split that costs least
-    (`context_cost`). Documents are not known here: they only make exchanges cheaper.
+    All blocks attend alike; what the plan says of memory and traffic is of those with the widest window. `auto` takes
+    the split that costs a block least on average (`context_cost`). Documents are not known here: they only make
+    exchanges cheaper.
     """
     size, configured = mesh.context_parallel_size, job.parallel.context_parallel_mode
     if size == 1:
@@ -86,7 +88,7 @@ def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> Cont
         splits = splits[-1:]
     elif configured != "auto":
         splits = [1]
-    plans = [_plan(job, mesh, bytes_per_number, by_heads, job.model.widest_window) for by_heads in splits]
+    plans = [_plan_of_all(job, mesh, bytes_per_number, by_heads) for by_heads in splits]
     chosen = min(plans, key=lambda plan: plan.milliseconds)
     if plans[0].milliseconds <= (1 + _TIE) * chosen.milliseconds:
         chosen = plans[0]
@@ -118,6 +120,16 @@ def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
             f"{within} the {_EXCHANGE_BYTES // 2**20:,} MiB that auto allows"
         )
     return reason
+
+
+def _plan_of_all(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> ContextPlan:
+    """The plan of the blocks with the widest window, with the milliseconds that all blocks take on average."""
+    plan = _plan(job, mesh, width, by_heads, job.model.widest_window)
+    windows = Counter(job.model.windows)
+    total = sum(
+        count * _plan(job, mesh, width, by_heads, window, plan.keys).milliseconds for window, count in windows.items()
+    )
+    return replace(plan, milliseconds=total / windows.total())
 
 
 def _plan(

@@ -118,6 +118,13 @@ def test_what_auto_takes_where_nothing_was_measured() -> None:
     assert planned(32768, 8, 32, 8).mode == "heads over 8 ranks"
     assert planned(131072, 8, 16, 4).mode == "heads over 4 around exchange of keys over 2 ranks"
     assert planned(131072, 8, 32, 8, window=1024).mode == "exchange of keys over 8 ranks"
+    assert planned(131072, 8, 32, 8).mode == "heads over 4 around exchange of keys over 2 ranks"
+    mixed = a_job(131072, 8, 32, 8, window=1024)
+    shape = {"num_hidden_layers": 20, "full_attention_layers": (0, 10)}
+    mixed = mixed.model_copy(update={"model": mixed.model.model_copy(update=shape)})
+    plan = context_plan(mixed, MeshShape(1, 8, 1), 2)
+    assert plan is not None and plan.mode == "exchange of keys over 8 ranks", "most blocks have the window"
+    assert plan.fetched_tokens == planned(131072, 8, 32, 8, mode="exchange").fetched_tokens
     assert planned(8192, 8, 32, 8).mode == "exchange of keys over 8 ranks"
     assert planned(2**22, 8, 32, 1).mode == "ring of keys over 8 ranks"
 
