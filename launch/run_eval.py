@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 
 from launch.config import load_job
@@ -55,6 +56,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.first_bucket is not None and options.first_bucket < 1:
         parser.error(f"--first_bucket ({options.first_bucket}) must be at least 1")
+    folder = options.run if options.output is None else options.output.parent
+    if options.output is not None and (not folder.is_dir() or options.output.is_dir()):
+        parser.error(
+            f"--output {options.output} must be a file in a folder that exists; make {folder}, or name another"
+        )
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        parser.error(f"the result cannot be written to {folder}; name a file elsewhere with --output")
     return options
 
 
