@@ -6,8 +6,8 @@ rank, D head_dim, t tokens of one micro-batch on one rank, b bytes of a number.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from launch.config import JobConfig
@@ -88,7 +88,11 @@ def context_plan(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> Cont
         splits = splits[-1:]
     elif configured != "auto":
         splits = [1]
-    plans = [_plan_of_all(job, mesh, bytes_per_number, by_heads) for by_heads in splits]
+    plans = []
+    for by_heads in splits:
+        by_window = _by_window(job, mesh, bytes_per_number, by_heads)
+        average = fmean(by_window[window].milliseconds for window in job.model.windows)
+        plans.append(replace(by_window[job.model.widest_window], milliseconds=average))
     chosen = min(plans, key=lambda plan: plan.milliseconds)
     if plans[0].milliseconds <= (1 + _TIE) * chosen.milliseconds:
         chosen = plans[0]
@@ -100,12 +104,7 @@ def plans_of_blocks(job: JobConfig, mesh: MeshShape, bytes_per_number: int) -> l
     plan = context_plan(job, mesh, bytes_per_number)
     if plan is None:
         return [None] * job.model.num_hidden_layers
-    by_window = {
-        window: plan
-        if window == job.model.widest_window
-        else _plan(job, mesh, bytes_per_number, plan.by_heads, window, plan.keys)
-        for window in set(job.model.windows)
-    }
+    by_window = _by_window(job, mesh, bytes_per_number, plan.by_heads)
     return [by_window[window] for window in job.model.windows]
 
 
@@ -122,14 +121,12 @@ def _why(chosen: ContextPlan, plans: list[ContextPlan]) -> str:
     return reason
 
 
-def _plan_of_all(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> ContextPlan:
-    """The plan of the blocks with the widest window, with the milliseconds that all blocks take on average."""
-    plan = _plan(job, mesh, width, by_heads, job.model.widest_window)
-    windows = Counter(job.model.windows)
-    total = sum(
-        count * _plan(job, mesh, width, by_heads, window, plan.keys).milliseconds for window, count in windows.items()
-    )
-    return replace(plan, milliseconds=total / windows.total())
+def _by_window(job: JobConfig, mesh: MeshShape, width: int, by_heads: int) -> dict[int | None, ContextPlan]:
+    """For each window that blocks have, their plan; in all of them keys travel as suits the widest."""
+    widest = job.model.widest_window
+    plan = _plan(job, mesh, width, by_heads, widest)
+    others = set(job.model.windows) - {widest}
+    return {widest: plan} | {window: _plan(job, mesh, width, by_heads, window, plan.keys) for window in others}
 
 
 def _plan(
