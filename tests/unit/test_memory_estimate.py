@@ -201,6 +201,26 @@ def shape(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(values | changes)
 
 
+def on_one_rank(
+    config: ModelConfig,
+    tokens: int = 256,
+    precision: Precision = "fp32",
+    recompute: Recompute = "none",
+    mlp_tile_tokens: int | None = None,
+) -> Activations:
+    return estimate_activations(
+        config,
+        tokens=tokens,
+        tensor_parallel_size=1,
+        sequence_parallel=False,
+        context=None,
+        precision=precision,
+        autocast=False,
+        recompute=recompute,
+        mlp_tile_tokens=mlp_tile_tokens,
+    )
+
+
 def build(config: ModelConfig, device: str, recompute: Recompute = "none", tile: int | None = None) -> GPT:
     kernel, _ = select_kernel(
         "cpu", device_type="cpu", dtype=torch.float32, head_dim=config.head_dim, window=False, documents=False
@@ -258,17 +278,7 @@ def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, rec
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss, _ = model(input_ids, positions, labels=input_ids)
     head_gradients = 4 * (256 + config.vocab_size) * config.hidden_size
-    estimate = estimate_activations(
-        config,
-        tokens=256,
-        tensor_parallel_size=1,
-        sequence_parallel=False,
-        context=None,
-        precision="fp32",
-        autocast=False,
-        recompute=recompute,
-        mlp_tile_tokens=tile,
-    )
+    estimate = on_one_rank(config, recompute=recompute, mlp_tile_tokens=tile)
     # torch has no fused RMSNorm on CPUs: there each norm keeps its normalised input too.
     normalised = 64 * (1 if recompute == "full" else 1 + 2 * config.num_hidden_layers)
     if qk_norm and recompute == "none":
@@ -307,17 +317,7 @@ def test_what_policies_keep_is_what_blocks_compute() -> None:
             hidden = layer(hidden, rotary, None)
     inputs = 7 * hidden.nbytes  # of six blocks, and of the last norm
     for policy, kept in (("attention", found.attention), ("selective", found.attention + found.products)):
-        estimate = estimate_activations(
-            config,
-            tokens=256,
-            tensor_parallel_size=1,
-            sequence_parallel=False,
-            context=None,
-            precision="fp32",
-            autocast=False,
-            recompute=policy,
-        )
-        assert estimate.kept == inputs + kept
+        assert on_one_rank(config, recompute=policy).kept == inputs + kept
 
 
 class Peak(TorchDispatchMode):
@@ -355,16 +355,7 @@ def test_the_head_takes_what_is_estimated(
     labels = torch.randint(0, 4096, (1, tokens))
     with Peak() as peak:
         head(hidden, labels)[0].backward()
-    estimate = estimate_activations(
-        config,
-        tokens=tokens,
-        tensor_parallel_size=1,
-        sequence_parallel=False,
-        context=None,
-        precision=precision,
-        autocast=False,
-        recompute="none",
-    )
+    estimate = on_one_rank(config, tokens, precision)
     # torch's CPU has no product of bf16 numbers with an fp32 result: for a moment there is a bf16 one.
     slack = 0 if precision == "fp32" else 2 * 4096 * hidden_size
     assert 0.95 * estimate.head <= peak.bytes <= 1.02 * estimate.head + slack, (estimate.head, peak.bytes)
