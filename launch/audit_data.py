@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.data.batches import SequenceSampler
 from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples
@@ -27,6 +26,7 @@ from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
 from launch.plurals import counted
 from launch.settings.violations import ConfigError
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 
 _SAMPLES = 1 << 16
@@ -139,7 +139,7 @@ def show(run: RunRecord, step: int) -> None:
                 print(f"    {shard}: documents {head} to {tail} (tokens {start} to {stop - 1} of the training part)")
 
 
-@exit_on_broken_pipe()
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -25,6 +25,7 @@ from launch.atomic_files import completed_folder
 from launch.config import JobConfig
 from launch.data.encoders import BYTES, ByteEncoder, byte_tokenizer, tokenizer_for
 from launch.precision import DTYPES
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 from launch.weights.hugging_face import COMPANIONS, config_for, model_from, their_name
 from launch.weights.safetensors_folder import SHARD_BYTES, SafetensorsFolder, ShardWriter
@@ -39,6 +40,7 @@ from launch.weights.stored_model import (
 )
 
 
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.inference.sampling import Sampling
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 from launch.weights.stored_model import stored_model
 
 
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)

@@ -33,6 +33,7 @@ from launch.data.sources import matching_files
 from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
 from launch.plurals import counted
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 
 _SAVE_SECONDS = 5.0
@@ -226,6 +227,7 @@ class Preparation:
         return state
 
 
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)

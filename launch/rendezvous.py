@@ -13,6 +13,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from launch.environment import Place, end_process, node_name
 from launch.exit_status import STOPPED
+from launch.standard_output import say
 from launch.warning_filters import ignore_warnings_of_dependencies
 from parallel.zero import initialize_distributed
 
@@ -103,4 +104,4 @@ def _ended_by(stop: Callable[[], bool], seconds: float, place: Place) -> Iterato
 def _warn(text: str, place: Place) -> None:
     """Once a node."""
     if not place.local_rank:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}", sys.stderr)

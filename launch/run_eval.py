@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from launch.config import load_job
 from launch.environment import DeviceUnavailable, choose_device, end_process, place_in_world, report_failure
 from launch.settings.violations import ConfigError
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 from launch.weights.stored_model import RUN_FILE
 
 
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)

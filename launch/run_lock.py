@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.standard_output import say
+
 LOCK = "lock"
 _PATIENCE = 10.0
 """Seconds in which a run that is just ending may let go."""
@@ -53,10 +55,7 @@ def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 file.close()
-                print(
-                    f"warning: {run} is on a file system without locks ({error.strerror}): start no second job in it",
-                    flush=True,
-                )
+                say(f"warning: {run} is on a file system without locks ({error.strerror}): start no second job in it")
                 return None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from pydantic import BaseModel
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.config import SECTIONS
 from launch.settings.field_text import describe_default, describe_field, nested_model
+from launch.standard_output import output_matters
 
 _INTRODUCTION = """\
 # Configuration
@@ -22,6 +24,13 @@ sections that do not agree. Each comes with file, line, key, value and remedy, a
 before it touches a GPU. A key that is set but does nothing beside the others is reported by `--check` and when the
 job starts, and the job runs. YAML values mean what they look like: only `true` and `false` are truth values, `1e-4`
 is a number, `04:00:00` is text. Aliases are not read."""
+
+
+@output_matters
+def main() -> int:
+    """The command; returns the exit status."""
+    print(reference(), end="")
+    return 0
 
 
 def reference() -> str:
@@ -56,5 +65,4 @@ def _one_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_broken_pipe():
-        print(reference(), end="")
+    sys.exit(main())

@@ -23,6 +23,7 @@ from launch.health.health_folder import HealthFolder
 from launch.plurals import counted
 from launch.slurm.submission import Submission, point_latest, ready
 from launch.slurm.world import meeting_port
+from launch.standard_output import say
 
 _DEAF = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
 """Slurm signals all processes of a step, what starts a container included; only the ranks are to hear it."""
@@ -195,7 +196,7 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", flush=True)
+    say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
 
 if __name__ == "__main__":

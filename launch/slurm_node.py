@@ -27,6 +27,7 @@ from launch.health.health_folder import HealthFolder
 from launch.health.node_watch import PULSES, NodeWatch, Pulses
 from launch.health.processes import children, die_with_parent, ranks_beside
 from launch.slurm.submission import ready
+from launch.standard_output import say
 
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _CLEARED_UP = (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -147,8 +148,9 @@ class Node:
                 log.seek(self._shown)
                 said = log.read()
             self._shown += len(said)
-            sys.stdout.buffer.write(said)
-            sys.stdout.flush()
+            with suppress(OSError):  # the rank's own log has it
+                sys.stdout.buffer.write(said)
+                sys.stdout.flush()
 
     def _listen(self, launcher: int, watch: NodeWatch) -> None:
         """Answers a watchdog's alarm with what the ranks of this node are doing, and passes on the verdict of one."""
@@ -166,7 +168,7 @@ class Node:
                 watch.somebody_spoke()
             self._pass_on_verdict()
         except OSError as error:
-            print(f"{self._health.path}: {error}", flush=True)
+            say(f"{self._health.path}: {error}")
 
     def _pass_on_verdict(self) -> None:
         """Unless it is rank 0's, whose output is shown anyway."""
@@ -174,7 +176,7 @@ class Node:
             verdict = self._health.verdict(rank)
             if verdict and verdict != self._told:
                 self._told = verdict
-                print(verdict, end="", flush=True)
+                say(verdict.rstrip("\n"))
 
     def _tell_and_kill(self, status: int) -> None:
         """Reports which rank died and how, then ends the rest of the step on all nodes."""
@@ -193,9 +195,9 @@ class Node:
         host = socket.gethostname()
         culprits = by_signal or dict(list(dead.items())[:1])
         for rank, how in culprits.items():
-            print(self._obituary(rank, how, host), flush=True)
+            say(self._obituary(rank, how, host))
         if not culprits:
-            print(f"the launcher of {host} (ranks {self._first} to {self._last}) ended with {status}", flush=True)
+            say(f"the launcher of {host} (ranks {self._first} to {self._last}) ended with {status}")
 
     def _killed(self) -> dict[int, int]:
         """Rank -> status of those that a signal ended, other than the launcher's, in the order of their ends."""

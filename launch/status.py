@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.health.health_folder import HealthFolder
 from launch.slurm.submission import LATEST, Submission, newest_submission
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 
 
-@exit_on_broken_pipe()
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 where there is no such run."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from launch.environment import Place
 from launch.health.processes import children, local_rank
+from launch.standard_output import say
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
@@ -63,7 +64,7 @@ class StopRequests:
             os._exit(128 + signal.SIGINT)
         self._interrupted = True
         if self._place.rank == 0:
-            print("interrupted: stopping after this step, with a checkpoint; once more ends it at once", flush=True)
+            say("interrupted: stopping after this step, with a checkpoint; once more ends it at once")
 
     def _a_rank_of_this_node_is_gone(self) -> bool:
         present = {local_rank(child) for child in children(os.getppid()) if child.alive}

@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
 from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
 from launch.slurm.submission import CONFIG, SCRIPT, Submission, point_latest
+from launch.standard_output import output_matters
 from launch.user_path import user_path
 
 _LAUNCH = Path(__file__).resolve().parent
@@ -36,7 +36,7 @@ class UnknownJob(SubmitError):
     """An answer of sbatch without a job's id: a job may run from the folder, which stays."""
 
 
-@exit_on_broken_pipe()
+@output_matters
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.check import layout_report, planned_world_size
 from launch.config import load_job
 from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.precision import check_precision
 from launch.settings.violations import ConfigError
+from launch.standard_output import output_matters
 from launch.stopping import StopRequests
 from launch.user_path import user_path
 
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(job, place, device, device_note, stop)
 
 
+@output_matters
 def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
     """Prints the job's layout, or what is wrong with it; returns the exit status."""
     try:
-        with exit_on_broken_pipe():
-            if world_size is None:
-                world_size, reason = planned_world_size(load_job(path, overrides))
-                print(f"--world_size is not given: {reason}")
-            print(layout_report(load_job(path, overrides, world_size), world_size))
+        if world_size is None:
+            world_size, reason = planned_world_size(load_job(path, overrides))
+            print(f"--world_size is not given: {reason}")
+        print(layout_report(load_job(path, overrides, world_size), world_size))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from launch.health.processes import process_state
+from launch.standard_output import say
 
 PULSES = "RINGZERO_PULSES"
 """Variable that tells a rank where its node wants to see its pulse."""
@@ -137,5 +137,4 @@ class NodeWatch:
             for one in pulses.values()
         ]
         self.verdict = "\n".join([headline, *ranks]) + "\n"
-        sys.stdout.write(self.verdict)
-        sys.stdout.flush()
+        say("\n".join([headline, *ranks]))

@@ -19,6 +19,7 @@ from launch.health.probes import Links, outliers, probe, summary
 from launch.health.stragglers import Stragglers
 from launch.health.time_limits import Pace
 from launch.health.watchdog import Patience, Watchdog
+from launch.standard_output import say
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Health:
         if self.place.rank == 0:
             nodes = list(dict.fromkeys(outlier.node for outlier in slow))
             self.folder.write_suspects(nodes)
-            print("\n".join([*lines, f"no step before {', '.join(nodes)} is replaced"]), flush=True)
+            say("\n".join([*lines, f"no step before {', '.join(nodes)} is replaced"]))
         return None
 
     def stragglers(self, device: torch.device) -> Stragglers | None:

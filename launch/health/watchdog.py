@@ -33,6 +33,7 @@ from launch.health.health_folder import HealthFolder
 from launch.health.node_watch import Pulse
 from launch.health.processes import ranks_beside
 from launch.health.time_limits import Activity, Pace
+from launch.standard_output import say
 
 _STILL_FRESH = 120.0
 """Seconds between clocks and alarms within which a report belongs to the hang at hand."""
@@ -209,7 +210,7 @@ class Watchdog:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 def _last_dump(path: Path) -> str:

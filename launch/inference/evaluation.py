@@ -49,9 +49,8 @@ def evaluate_weights(
     result = evaluated(job, step, ParallelMesh.create(job.mesh_shape(place.world_size)), device, first_bucket)
     if place.rank == 0:
         path = output or Path(job.model.init_from) / f"evaluation-{Path(result['weights']).name}.json"
-        print(table(result), flush=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwritten to {path}")
+        print(f"{table(result)}\n\nwritten to {path}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

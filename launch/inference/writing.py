@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.data.encoders import Encoder
 from launch.environment import Place
 from launch.inference.cache_room import check_cache_fits, free_memory
@@ -76,9 +75,8 @@ def write_texts(request: Request, place: Place, device: torch.device) -> None:
     )
     seconds = time.perf_counter() - start
     if place.rank == 0:
-        with exit_on_broken_pipe():
-            for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
-                _print(request, number, prompt, tokens, tokenizer, ends)
+        for number, (prompt, tokens) in enumerate(zip(request.prompts, written, strict=True)):
+            _print(request, number, prompt, tokens, tokenizer, ends)
         count = sum(map(len, written))
         print(f"{counted(count, 'token')} in {seconds:.2f} s, {count / seconds:,.1f} tokens/s", file=sys.stderr)
     dist.barrier()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +11,6 @@ import numpy as np
 import pytest
 
 from launch import audit_data
-from launch.broken_pipe import exit_on_broken_pipe
 from launch.config import JobConfig
 from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from launch.data.cursor import BlendedSamples, DataCursor
@@ -121,24 +116,6 @@ def test_a_corpus_that_was_left_out_is_proven_too_where_it_still_lies(
     status, said = audited(run.run, capsys)
     assert status == 0 and "corpus web, which data.blend names no more: " in said and "web.bin missing" in said
     assert "left out of data.blend, and not where it was: only counted" in said
-
-
-@pytest.mark.parametrize(
-    "command", [["launch/audit_data.py", "RUN", "--show", "2"], ["launch/train.py", "--check"]], ids=" ".join
-)
-def test_a_command_whose_reader_leaves_ends_without_a_word(command: list[str], tmp_path: Path) -> None:
-    """As under `| head -0`: of Python's own ways one is a traceback, and one a complaint of the interpreter's end."""
-    run = Simulated(tmp_path)
-    run.train(0, 2, {"web": 1})
-    read, write = os.pipe()
-    os.close(read)
-    words = [str(run.run) if word == "RUN" else word for word in command]
-    with os.fdopen(write, "w") as nobody:
-        ended = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, text=True)
-    assert (ended.stderr, ended.returncode) == ("", -signal.SIGPIPE)
-    with exit_on_broken_pipe():
-        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN, "a run's sockets may not end it"
 
 
 def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,16 @@ def test_a_job_is_queued_again_while_it_makes_progress(
     assert "restarted 20 times of slurm.max_restarts (20)" in capsys.readouterr().out
     assert slice_of(made, monkeypatch, saves=200) == 0
     assert "job 7 is done: step 200 of 200" in capsys.readouterr().out
+
+
+def test_a_job_is_queued_again_though_the_disk_under_its_log_is_full(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = submitted()
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        slice_of(made, monkeypatch)
+    assert slurm.read_text().count("scontrol requeue 7") == 1
 
 
 def test_a_cancelled_and_a_failed_job_are_not_queued_again(
