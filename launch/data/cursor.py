@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from launch.data.batches import Sample, SequenceSampler
 from launch.data.blend import Blend
@@ -28,17 +30,25 @@ ACCEPT_DATA = "data"
 """What checkpoint.accept_changes calls a change of the data itself."""
 
 
-@dataclass(frozen=True)
+_STRICT = ConfigDict(strict=True, extra="forbid")
+"""A record is believed no further than its types: a damaged number would be counted up to for ever."""
+
+
+@validated_dataclass(frozen=True, config=_STRICT)
 class Segment:
     """Steps of one blend."""
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     """The first, counted from 0."""
-    global_batch_size: int
-    weights: dict[str, float]
+    global_batch_size: Annotated[int, Field(ge=1)]
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+    def __post_init__(self) -> None:
+        if not any(self.weights.values()):
+            raise ValueError(f"weights {self.weights} leave nothing to read")
 
 
-@dataclass(frozen=True)
+@validated_dataclass(frozen=True, config=_STRICT)
 class DataCursor:
     """The order of a run's samples, from its start to its last segment's end, which is open."""
 
@@ -47,8 +57,15 @@ class DataCursor:
     packing: str
     corpora: dict[str, str]
     """Fingerprint of each corpus that the run has drawn from, by name."""
-    history: tuple[Segment, ...]
+    history: Annotated[tuple[Segment, ...], Field(min_length=1)]
     """Ascending; the first is of the step at which the data began: 0, unless a change of the data was accepted."""
+
+    def __post_init__(self) -> None:
+        steps, drawn = [one.step for one in self.history], {name for one in self.history for name in one.weights}
+        if steps != sorted(set(steps)):
+            raise ValueError(f"the steps of the history {steps} do not ascend")
+        if unknown := drawn - set(self.corpora):
+            raise ValueError(f"the history names corpora without a fingerprint: {', '.join(sorted(unknown))}")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -59,8 +76,12 @@ class DataCursor:
                 raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
             return cls(**{**fields, "history": tuple(Segment(**segment) for segment in fields["history"])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = repr(error)
+            if isinstance(error, ValidationError):  # its text takes many lines
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise CorpusError(
-                f"the record of what the run has read is not readable ({error!r}); a run saved by another version of "
+                f"the record of what the run has read is not readable ({why}); a run saved by another version of "
                 "this program cannot continue here: finish it there, or start another job.name"
             ) from error
 

@@ -17,6 +17,9 @@ from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import DataCursor
 from launch.data.data_log import WHOLE, read_paths
 
+_LEAST_NOTED = 100
+"""One sample in so many, at least, must be noted: a step far from all others is damage, and would be counted up to."""
+
 
 @dataclass(frozen=True)
 class Noted:
@@ -32,7 +35,7 @@ class RunRecord:
 
     cursor: DataCursor
     noted: dict[int, Noted]
-    """The notes by step, counted from 0."""
+    """The notes by step, counted from 0; those from before the data began anew are in no step of the cursor's."""
     samplers: dict[str, SequenceSampler]
     """Those of the cursor's corpora that can be read."""
 
@@ -58,14 +61,26 @@ class RunRecord:
             raise CorpusError(
                 f"{directory / 'data'}: dp-*.jsonl hold no whole step; restore them, there is nothing to prove"
             )
+        there, noted = cursor.first_sample(run.steps.stop), run.samples_noted
+        if there > _LEAST_NOTED * noted:
+            raise CorpusError(
+                f"{directory / 'data'}: dp-*.jsonl hold {noted:,} of the {there:,} samples that cursor.json gives the "
+                f"steps {run.steps.start + 1:,} to {run.steps.stop:,}; restore these files"
+            )
         return run
 
     @property
     def steps(self) -> range:
         """The steps that all ranks have noted in full; the ranks may have read one more before they were stopped."""
         first = self.cursor.history[0].step
-        whole = [step for step, noted in self.noted.items() if noted.samples == self.size(step)]
+        whole = [step for step in self.noted if step >= first and self.noted[step].samples == self.size(step)]
         return range(first, max(whole, default=first - 1) + 1)
+
+    @property
+    def samples_noted(self) -> int:
+        """How many samples of these steps were noted, those of one noted twice once."""
+        steps = self.steps
+        return sum(min(noted.samples, self.size(step)) for step, noted in self.noted.items() if step in steps)
 
     def size(self, step: int) -> int:
         """The global batch size of a step."""

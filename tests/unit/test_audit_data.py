@@ -44,7 +44,9 @@ class Simulated:
             writer.write(rng.integers(0, 1000, lengths.sum()), lengths)
             writer.finish()
 
-    def train(self, start: int, stop: int, weights: dict[str, float], dp: int = 1, size: int = 4) -> None:
+    def train(
+        self, start: int, stop: int, weights: dict[str, float], dp: int = 1, size: int = 4, accept: tuple[str, ...] = ()
+    ) -> None:
         blend = ", ".join(f"{{path: {self.folder / name}, weight: {weight}}}" for name, weight in weights.items())
         text = JOB.format(run=self.run, packing=self.packing, blend=blend, size=size)
         job = JobConfig.from_yaml(text)
@@ -52,7 +54,7 @@ class Simulated:
         corpora = load_corpora(job)
         cursor = fresh_cursor(corpora, job)
         if self.record is not None:
-            cursor = DataCursor.from_record(self.record).continued(start, cursor)
+            cursor = DataCursor.from_record(self.record).continued(start, cursor, accept)
         self.record = cursor.record()
         for rank in range(dp):
             log = DataLog(self.run / "data", rank, dp, start or None, pytest.fail)
@@ -142,6 +144,16 @@ def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
     assert (status, "--show 10: the run's records hold steps 1 to 9; name one of them" in said) == (2, True)
 
 
+def test_data_that_began_anew_is_audited_from_there_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 9, {"web": 1})
+    assert run.record is not None
+    run.record["seed"] = 1  # as if the run had had another
+    run.train(5, 12, {"web": 0.5, "code": 0.5}, accept=("data",))
+    status, said = audited(run.run, capsys)
+    assert status == 0 and "steps 6 to 12: 28 samples" in said, said
+
+
 def test_a_step_that_was_lost_repeated_or_of_other_tokens_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,8 +204,33 @@ def test_records_and_corpora_that_cannot_be_read(tmp_path: Path, capsys: pytest.
         assert status == 2 and complaint in said
     for path, text in records.items():
         path.write_text(text)
+    far = '{"step": 100000000000, "samples": 4, "digest": 0}\n'  # none of these may be counted up to
+    run.file().write_text(records[run.file()] + far)
+    status, said = audited(run.run, capsys)
+    assert status == 2 and re.search(
+        r"hold [\d,]+ of the 400,000,000,000 samples .* the steps 1 to 100,000,000,000", said
+    )
+    run.file().write_text(records[run.file()])
     cursor = run.run / "data" / "cursor.json"
     kept = cursor.read_text()
+    segment = json.loads(kept)["history"][0]
+    for history, complaint in [
+        ([], "history: Tuple should have at least 1 item"),
+        ([segment | {"step": -1}], "step: Input should be greater than or equal to 0"),
+        ([segment | {"global_batch_size": 4.5}], "global_batch_size: Input should be a valid integer"),
+        ([segment | {"weights": {"web": "1"}}], "weights.web: Input should be a valid number"),
+        ([segment | {"weights": {"web": float("inf")}}], "weights.web: Input should be a finite number"),
+        ([segment | {"weights": {"web": 0}}], "weights {'web': 0.0} leave nothing to read"),
+        ([segment | {"weights": {"new": 1}}], "the history names corpora without a fingerprint: new"),
+        ([segment, segment], "the steps of the history [0, 0] do not ascend"),
+        (
+            [segment | {"global_batch_size": 10**11}, segment | {"step": 1}],
+            "samples that cursor.json gives the steps 1 to ",
+        ),
+    ]:
+        cursor.write_text(json.dumps(json.loads(kept) | {"history": history}))
+        status, said = audited(run.run, capsys)
+        assert status == 2 and complaint in said, said
     for damage, complaint in [
         ("{", "cursor.json: cannot be read (Expecting property name"),
         ("[]", "the record of what the run has read is not readable (AttributeError("),
