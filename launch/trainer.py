@@ -106,8 +106,10 @@ class Trainer:
                     break
         self.pace.begin("the end", progress.step)
         if start >= total:
-            self.monitor.message(f"step {start} of {total}: this run is already complete")
-            self._log_validation(start)
+            self.monitor.message(
+                f"step {start} of {total}: this run is already complete; raise training.max_steps (or max_tokens) to "
+                "train further, or start a new run under another job.name"
+            )
         return progress
 
     # -- inside --------------------------------------------------------------------------------------------------------

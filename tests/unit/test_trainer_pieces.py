@@ -13,12 +13,15 @@ import pytest
 import tokenizers
 import torch
 
+from launch.config import JobConfig
 from launch.data.batches import MicroBatch
 from launch.data.encoders import encoder_of
 from launch.environment import DeviceUnavailable, Place, choose_device, place_in_world, report_failure
 from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
+from launch.saving.checkpoint_records import Progress
 from launch.step_outcome import StepOutcome
+from launch.trainer import Trainer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
@@ -206,6 +209,33 @@ def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
     assert tokenizer.prompt("two one") == [0, 2, 1], "and does not end as one"
     assert tokenizer.prompt("") == [0]
     assert tokenizer.decode([0, 2, 1]) == "two one"
+
+
+# -- a run that is complete -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [3, 5])
+def test_a_complete_run_is_neither_trained_nor_evaluated_again(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    job = JobConfig.from_yaml(f"""
+job: {{run_directory: {tmp_path}}}
+model: {{vocab_size: 256, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+  num_key_value_heads: 1}}
+data: {{source: python_stdlib}}
+optimizer: {{learning_rate: 1e-3}}
+training: {{sequence_length: 8, global_batch_size: 1, max_steps: 3}}
+""")
+    stepper, monitor, checkpoints = Mock(), Mock(), Mock()
+    trainer = Trainer(job, stepper, Mock(), Mock(), {}, monitor, checkpoints, lambda: False, Mock(), None)
+    reached = trainer.run(Progress(step=done, tokens=8 * done))
+    assert reached.step == done
+    monitor.message.assert_called_once()
+    assert f"step {done} of 3: this run is already complete" in monitor.message.call_args.args[0]
+    monitor.log_validation.assert_not_called()  # metrics.jsonl would have the last evaluation twice
+    stepper.evaluate.assert_not_called()
+    checkpoints.save.assert_not_called()
 
 
 # -- what came of a step ---------------------------------------------------------------------------------------------
