@@ -99,7 +99,11 @@ class Preparation:
             return False
         summary = read_summary(self.prefix)
         if summary is None or summary.get("job") != self.job:
-            raise CorpusError(f"{self.prefix}: there is a corpus of other inputs; remove it or give another --output")
+            written = " and ".join(beside(self.prefix, ending).name for ending in ("bin", "idx"))
+            raise CorpusError(
+                f"{self.prefix}: there is a corpus of other inputs, tokenizer or fields; remove {written}, or give "
+                "another --output"
+            )
         return True
 
     def _write(self) -> None:
@@ -129,7 +133,7 @@ class Preparation:
         print(f"{self.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}")
         if self.rejected:
             left_out = counted(self.rejected, "bad record was", "bad records were")
-            print(f"{left_out} left out, as listed in {self.prefix}.rejected.jsonl")
+            print(f"{left_out} left out, as listed in {self.prefix}.rejected.jsonl; {self._first_rejected()}")
         else:
             beside(self.prefix, "rejected.jsonl").unlink()
 
@@ -141,8 +145,14 @@ class Preparation:
             f"{counted(self.rejected, 'record is', 'records are')} bad and the rest empty"
         )
         if self.rejected:
-            said += f" ({beside(self.prefix, 'rejected.jsonl')} says why)"
+            said += f" ({beside(self.prefix, 'rejected.jsonl')} says why; {self._first_rejected()})"
         return f"{said}; correct --input, or --field ({self.options.field})"
+
+    def _first_rejected(self) -> str:
+        """Often enough the reason for all, such as a wrong --field."""
+        with open(beside(self.prefix, "rejected.jsonl"), encoding="utf-8") as listing:
+            first = json.loads(listing.readline())
+        return f"the first: {first['file']}, record {first['record']}, {first['reason']}"
 
     def _forget(self) -> None:
         """Removes what was written so far, so that nothing continues from it."""
@@ -253,10 +263,7 @@ def _files(patterns: Sequence[str]) -> list[Path]:
     """Each file once, in the order given, those of a glob by name. Raises CorpusError."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        files = matching_files(pattern)
-        if not files:
-            raise CorpusError(f"--input: no file matches {pattern!r} (looked from {os.getcwd()}); correct it")
-        found |= dict.fromkeys(files)
+        found |= dict.fromkeys(matching_files(pattern, "--input"))
     return [Path(path) for path in found]
 
 

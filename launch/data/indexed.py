@@ -64,7 +64,7 @@ def open_indexed(prefix: Path, vocab_size: int | None = None) -> Shard:
         there = "neither is there" if len(missing) == 2 else "the other is there"
         raise CorpusError(
             f"{prefix}: {' and '.join(missing)} missing ({there}); a corpus is a .bin and an .idx, named without them: "
-            "correct the path, or copy the file again"
+            f"{_remedy(prefix)}"
         )
     try:
         index, dtype, lengths, pointers, documents = _index(index_file)
@@ -137,6 +137,17 @@ def _tokens(path: Path, index: Path, dtype: np.dtype, lengths: npt.NDArray[np.in
             "they were written"
         )
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
+
+
+def _remedy(prefix: Path) -> str:
+    """What to do where a corpus is not at `prefix`."""
+    named_without = prefix.with_suffix("")
+    if prefix.suffix in (".bin", ".idx") and all(beside(named_without, ending).is_file() for ending in ("bin", "idx")):
+        return f"write {named_without}"
+    remedy = "correct the path, or copy the file again"
+    if prefix.is_file() or beside(prefix, "bin").is_file():
+        remedy += "; docs/data.md says how a file of bare tokens becomes a corpus"
+    return remedy
 
 
 def _check_order(path: Path, lengths: npt.NDArray[np.int32], pointers: Int64, documents: Int64, itemsize: int) -> None:

@@ -38,8 +38,14 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, state: dict[str, int] | None = None) -> None:
-        """`state` is what `sync` returned; what was written after it is dropped. Without it, a fresh start."""
-        self.prefix, self.dtype = prefix, dtype
+        """`state` is what `sync` returned; what was written after it is dropped. Without it, a fresh start.
+
+        Raises ValueError for a type of token that the format lacks.
+        """
+        codes = {np.dtype(name): code for code, name in TOKEN_TYPES.items()}
+        if dtype not in codes:
+            raise ValueError(f"tokens of {dtype} cannot be written; give one of {', '.join(map(str, codes))}")
+        self.prefix, self.dtype, self._type_code = prefix, dtype, codes[dtype]
         if state and not beside(prefix, "bin.partial").exists() and not beside(prefix, "idx").exists():
             os.replace(beside(prefix, "bin"), beside(prefix, "bin.partial"))  # killed between the last two renames
         self.state = {"tokens": 0, "documents": 0, "sequences": 0, "largest_token": -1, "open": 0} | (state or {})
@@ -101,8 +107,7 @@ class IndexedWriter:
         lengths = np.memmap(lengths_file, dtype=np.int64, mode="r") if count else np.zeros(0, np.int64)
         parts = [lengths[start : start + _ENTRIES] for start in range(0, count, _ENTRIES)]
         sequences = sum(int((-(-part // LONGEST_SEQUENCE)).sum()) for part in parts)
-        code = next(code for code, name in TOKEN_TYPES.items() if np.dtype(name) == self.dtype)
-        file.write(HEADER.pack(MAGIC, VERSION, code, sequences, count + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, self._type_code, sequences, count + 1))
         for part in parts:
             file.write(_cut(part)[0].astype("<i4").tobytes())
         position = 0

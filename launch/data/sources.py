@@ -111,16 +111,24 @@ def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
         )
     paths: set[str] = set()
     for pattern in patterns:
-        matches = matching_files(pattern)
-        if not matches:
-            raise CorpusError(f"data.files: no file matches {pattern!r} (looked from {os.getcwd()}); correct the glob")
-        paths.update(os.path.abspath(path) for path in matches)
+        paths.update(os.path.abspath(path) for path in matching_files(pattern, "data.files"))
     return [_stat(Path(path), path) for path in sorted(paths)]
 
 
-def matching_files(pattern: str) -> list[str]:
-    """The file of that name, brackets and all, else those that the glob gives (`**` recurses), by name."""
-    return [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+def matching_files(pattern: str, key: str) -> list[str]:
+    """The file of that name, brackets and all, else those that the glob gives (`**` recurses), by name.
+
+    `key` is where errors say that the pattern stands. Raises CorpusError where there is no file.
+    """
+    if os.path.isfile(pattern):
+        return [pattern]
+    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if found:
+        return found
+    if os.path.isdir(pattern):
+        every = os.path.join(pattern, "**", "*.txt")
+        raise CorpusError(f"{key}: {pattern!r} is a folder; name the files in it, such as {every!r}")
+    raise CorpusError(f"{key}: no file matches {pattern!r} (looked from {os.getcwd()}); correct the glob")
 
 
 def _stat(path: Path, label: str) -> TextFile:

@@ -92,7 +92,7 @@ def _field(line: bytes, name: str) -> object:
     if not isinstance(found, dict):
         raise ValueError(f"a {type(found).__name__}, not an object with the field {name}")
     if name not in found:
-        raise ValueError(f"no field {name}; there are {', '.join(found) or 'none'}")
+        raise ValueError(f"no field {name}; its fields are {', '.join(found) or 'none'}")
     return found[name]
 
 

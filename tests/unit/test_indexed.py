@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 from bisect import bisect_left
@@ -27,6 +28,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset as older_megatron
 
+DATA_PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 
 
@@ -205,9 +207,25 @@ def sound(tmp_path: Path) -> Path:
 
 def test_missing_files(tmp_path: Path, sound: Path) -> None:
     refused(tmp_path / "nowhere", r"nowhere.idx and nowhere.bin missing \(neither is there\)")
+    refused(sound.with_suffix(".bin"), rf"web.bin.idx and web.bin.bin missing .*: write {sound}$")
+    np.save(tmp_path / "bare.npy", np.arange(9))
+    refused(tmp_path / "bare.npy", r"neither is there.*docs/data.md says how a file of bare tokens becomes a corpus")
     sound.with_suffix(".bin").unlink()
     refused(sound, r"web.bin missing \(the other is there\)")
     refused(tmp_path / "no*", r"data.blend: no .bin or .idx matches '.*no\*'")
+
+
+def test_the_pages_way_from_bare_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", DATA_PAGE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    texts = [[5, 6, 50256], [7, 50256], [8, 9]]
+    np.array(sum(texts, []), np.uint16).tofile("train.bin")
+    exec(program, {})
+    corpus = open_indexed(tmp_path / "corpus", 50257)
+    assert (corpus.tokens.tolist(), corpus.pointers.tolist()) == (sum(texts, []), [0, 2 * 3, 2 * 5])
+    assert corpus.documents.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"tokens of uint32 cannot be written; give one of uint8, .*int32"):
+        IndexedWriter(tmp_path / "other", np.dtype(np.uint32))
 
 
 def test_a_fault_names_the_key_that_the_path_stands_under(tmp_path: Path, sound: Path) -> None:

@@ -24,7 +24,7 @@ def test_bad_records_are_counted_listed_and_left_out(
     lines = jsonl(good).splitlines(keepends=True)
     bad = {
         3: (b'{"text": "unfinished\n', "JSONDecodeError"),
-        9: (b'{"body": "elsewhere"}\n', "no field text; there are body"),
+        9: (b'{"body": "elsewhere"}\n', "no field text; its fields are body"),
         20: (b'{"text": 7}\n', "text is 7, not text"),
         21: (b'{"text": null}\n', "text is null, not text"),
         40: (b'["text"]\n', "a list, not an object"),
@@ -58,7 +58,9 @@ def test_bad_records_are_counted_listed_and_left_out(
     inputs = [tmp_path / name for name in names]
     prepare(tokenizer, tmp_path / "out", *inputs)
     listed = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
-    assert f"{len(listed)} bad records were left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(listed)} bad records were left out, as listed in {tmp_path}/out.rejected.jsonl" in said
+    assert f"; the first: {tmp_path}/in.jsonl, record 3, JSONDecodeError: " in said
     first = [entry for entry in listed if entry["file"].endswith("/in.jsonl")]
     assert [entry["record"] for entry in first] == list(bad)
     for entry, (_, reason) in zip(first, bad.values(), strict=True):
@@ -98,7 +100,8 @@ def test_inputs_without_a_document_are_refused_and_the_mended_command_works(
     prepare(tokenizer, tmp_path / "out", tmp_path / "in[1].jsonl", status=1, options=("--field", "body"))
     assert (
         "out: no document in 1 file: 3 records are bad and the rest empty" in (said := capsys.readouterr().err)
-        and "out.rejected.jsonl says why); correct --input, or --field (body)" in said
+        and "out.rejected.jsonl says why; the first: " in said
+        and "record 1, no field body; its fields are text, id); correct --input, or --field (body)" in said
     )
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.lock", "out.rejected.jsonl"]
     prepare(tokenizer, tmp_path / "out", tmp_path / "in[1].jsonl")
@@ -116,9 +119,11 @@ def test_what_is_complete_is_left_alone_and_what_differs_is_refused(
     prepare(tokenizer, tmp_path / "out", tmp_path / "in.jsonl")
     assert "complete already" in capsys.readouterr().out
     prepare(tokenizer, tmp_path / "out", tmp_path / "in.jsonl", status=1, options=("--field", "body"))
-    assert "out: there is a corpus of other inputs; remove it or give another --output" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out: there is a corpus of other inputs, tokenizer or fields; remove out.bin and out.idx, or give" in said
     for arguments, match in (
         (["--input", f"{tmp_path}/*.md"], "no file matches"),
+        (["--input", f"{tmp_path}"], f"'{tmp_path}' is a folder; name the files in it, such as '{tmp_path}/**/*.txt'"),
         (
             ["--input", f"{tmp_path}/in.jsonl", "--end_of_document", "[NONE]"],
             "'[NONE]' is none of the tokenizer's ",
