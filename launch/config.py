@@ -87,8 +87,12 @@ class JobConfig(Section):
     @property
     def checkpoint_location(self) -> str:
         """Where this run's checkpoints are: a path or a URL."""
+        return self.checkpoint_location_from(self.run_path)
+
+    def checkpoint_location_from(self, run: Path) -> str:
+        """The same for a reader that finds the run directory at `run`."""
         directory = self.checkpoint.directory
-        return directory.replace("{name}", self.job.name) if directory else str(self.run_path / "checkpoints")
+        return directory.replace("{name}", self.job.name) if directory else str(run / "checkpoints")
 
     @property
     def tokens_per_step(self) -> int:

@@ -59,18 +59,12 @@ def open_weights(folder: Path, step: int | None = None, *, verify: bool = False)
         weights = _ConvertedWeights(folder)
     else:
         try:
-            storage = _checkpoints_of(folder)
+            storage = storage_at(JobConfig.of_run(folder).checkpoint_location_from(folder))
             weights = _CheckpointWeights(storage, newest_checkpoint(storage, step, verify=verify))
         except CheckpointError as error:
             raise WeightsError(str(error)) from error
     check_shapes(weights.shapes, parameter_shapes(model), weights.origin)
     return weights
-
-
-def _checkpoints_of(run: Path) -> Storage:
-    """Where a run's checkpoints are: beside its configuration, unless that names another place."""
-    job = JobConfig.of_run(run)
-    return storage_at(job.checkpoint_location if job.checkpoint.directory else str(run / "checkpoints"))
 
 
 class _ConvertedWeights(Weights):

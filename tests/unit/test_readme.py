@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import multiprocessing
-import os
 import re
 import shlex
 import socket
@@ -20,7 +18,7 @@ import torch.distributed as dist
 
 from launch.config import SECTIONS
 from launch.train import main as train
-from tests.distributed.harness import PRELOADED
+from tests.unit.commands import run_in
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -51,29 +49,6 @@ def python_strings(path: str) -> str:
 
 OF_A_RUN = ("generate", "run_eval", "convert", "audit_data")
 """Commands that need a trained run."""
-
-
-def _main(script: str, arguments: list[str], folder: Path) -> None:
-    """In a process of its own: `python launch/SCRIPT.py` in the folder, its words in the folder's log."""
-    os.chdir(folder)
-    with open("log", "ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    status = importlib.import_module(f"launch.{script}").main(arguments)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def run_in(folder: Path, script: str, arguments: list[str]) -> str:
-    """What the command said; it must succeed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_main, args=(script, arguments, folder))
-    process.start()
-    process.join(240)
-    said = (folder / "log").read_text(errors="replace")
-    assert process.exitcode == 0, said
-    return said
 
 
 @pytest.fixture(scope="module")
