@@ -1,4 +1,5 @@
-"""Proves from a run's records which documents each step saw, and that none was repeated or lost.
+"""Proves from a run's records which documents each step saw, that none was repeated or lost, and that steps which were
+to be skipped read nothing.
 
     python launch/audit_data.py RUN                 the whole run
     python launch/audit_data.py RUN --quick         without reading the tokens again
@@ -24,6 +25,7 @@ from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.cursor import BlendedSamples
 from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
+from launch.data.skipped import in_words
 from launch.plurals import counted
 from launch.settings.violations import ConfigError
 from launch.standard_output import output_matters
@@ -39,6 +41,10 @@ def faults_of_steps(run: RunRecord, *, quick: bool) -> Iterator[str]:
     known, source = set(run.samplers), BlendedSamples(run.samplers, run.cursor)
     for step in tqdm(run.steps, unit="step", disable=None):
         noted, size = run.noted.get(step, Noted(0, 0)), run.size(step)
+        if run.cursor.skips(step, step + 1):
+            if noted.samples:
+                yield f"step {step + 1}: to be skipped, but the ranks noted {counted(noted.samples, 'sample')}"
+            continue
         if noted.samples != size:
             how = "lost" if noted.samples < size else "repeated"
             found = counted(noted.samples, "sample")
@@ -51,6 +57,16 @@ def faults_of_steps(run: RunRecord, *, quick: bool) -> Iterator[str]:
         if digest != noted.digest:
             found = f"digest {noted.digest}, here {digest}"
             yield f"step {step + 1}: the ranks read other tokens than the corpora hold ({found})"
+
+
+def skipped_samples(run: RunRecord) -> dict[str, Int64]:
+    """Which of each corpus's own samples belong to steps that were skipped."""
+    found: dict[str, Int64] = {}
+    for steps in run.cursor.skips(run.steps.start, run.steps.stop):
+        samples = np.arange(run.cursor.first_sample(steps.start), run.cursor.first_sample(steps.stop))
+        for name, (_, numbers) in run.cursor.draws(samples).items():
+            found[name] = np.append(found.get(name, numbers[:0]), numbers)
+    return found
 
 
 def faults_of_draws(run: RunRecord, drawn: dict[str, int]) -> Iterator[str]:
@@ -68,7 +84,7 @@ def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterato
     """Tokens that an epoch of a corpus gives twice, or a whole epoch never."""
     for epoch, first in enumerate(range(0, drawn, sampler.num_windows)):
         last = min(first + sampler.num_windows, drawn)
-        start, stop = stretches(sampler, first, last)
+        start, stop = stretches(sampler, np.arange(first, last))
         if twice := int((start[1:] < stop[:-1]).sum()):
             yield f"corpus {name}, epoch {epoch + 1}: {counted(twice, 'stretch', 'stretches')} of tokens repeated"
         lost = len(sampler.corpus) - int((stop - start).sum())
@@ -76,9 +92,9 @@ def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterato
             yield f"corpus {name}, epoch {epoch + 1}: {counted(lost, 'token')} lost"
 
 
-def stretches(sampler: SequenceSampler, first: int, last: int) -> tuple[Int64, Int64]:
-    """Where the stretches of the corpus's samples first..last-1 begin and end, both [stretches], ascending."""
-    windows = sampler.windows(np.arange(first, last)).tolist()
+def stretches(sampler: SequenceSampler, samples: Int64) -> tuple[Int64, Int64]:
+    """Where the stretches of these of the corpus's samples begin and end, both [stretches], ascending."""
+    windows = sampler.windows(samples).tolist()
     found = np.array([stretch for window in windows for stretch in sampler.stretches(window)], dtype=np.int64)
     found = found.reshape(-1, 2)
     return tuple(found[np.argsort(found[:, 0])].T)
@@ -101,31 +117,40 @@ def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
     faults = list(faults_of_steps(run, quick=quick))
     drawn: dict[str, int] = {}
     faults += faults_of_draws(run, drawn)
-    read = run.cursor.first_sample(run.steps.stop)
-    print(f"steps {run.steps.start + 1} to {run.steps.stop}: {counted(read, 'sample')}")
+    skipped = skipped_samples(run)
+    end, left_out = run.cursor.first_sample(run.steps.stop), sum(map(len, skipped.values()))
+    print(f"steps {run.steps.start + 1} to {run.steps.stop}: {_samples(end, left_out)}")
     for segment in run.cursor.history:
         blend = ", ".join(f"{name} {weight:g}" for name, weight in segment.weights.items())
         print(f"  from step {segment.step + 1}: {segment.global_batch_size} a step; {blend}")
+    if skipped:
+        print(f"  skipped: {in_words(run.cursor.skips(run.steps.start, run.steps.stop))}")
     for name, count in drawn.items():
-        sampler = run.samplers.get(name)
+        sampler, unread = run.samplers.get(name), skipped.get(name, np.empty(0, np.int64))
+        line = f"corpus {name}: {_samples(count, len(unread))}"
         if sampler is None:
-            print(
-                f"corpus {name}: {counted(count, 'sample')}; left out of data.blend, and not where it was: only counted"
-            )
+            print(f"{line}; left out of data.blend, and not where it was: only counted")
             continue
         faults += faults_of_epochs(name, sampler, count)
         epochs, rest = divmod(count, sampler.num_windows)
         documents = counted(sampler.corpus.num_documents, "document")
-        line = f"corpus {name}: {counted(count, 'sample')}, {counted(epochs, 'epoch')} of {documents}"
-        if rest:
-            whole, part = documents_seen(sampler.corpus, *stretches(sampler, count - rest, count))
+        line += f", {counted(epochs, 'epoch')} of {documents}"
+        read = np.setdiff1d(np.arange(count - rest, count), unread)
+        if len(read):
+            whole, part = documents_seen(sampler.corpus, *stretches(sampler, read))
             line += f"; of the next epoch {counted(whole, 'document')} whole and {part:,} in part"
         print(line)
     return faults
 
 
+def _samples(count: int, skipped: int) -> str:
+    return counted(count, "sample") + (f", {skipped:,} of them skipped" if skipped else "")
+
+
 def show(run: RunRecord, step: int) -> None:
     """Prints the documents of a step, counted from 0."""
+    if run.cursor.skips(step, step + 1):
+        print(f"step {step + 1} was skipped: no rank read this")
     first = run.cursor.first_sample(step)
     draws = run.cursor.draws(run.indices(step)).items()
     rows = [(at, name, number) for name, pair in draws for at, number in np.transpose(pair).tolist()]
@@ -165,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"... and {len(faults) - _MOST_FAULTS} more")
     if not faults:
         by = ", by the records alone" if options.quick else ""
-        print(f"nothing was repeated within an epoch, and nothing was lost{by}")
+        but = " but the steps skipped" if run.cursor.skips(run.steps.start, run.steps.stop) else ""
+        print(f"nothing was repeated within an epoch, and nothing was lost{but}{by}")
     return int(bool(faults))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.config import JobConfig
 from launch.context_plan import ContextPlan, context_plan
+from launch.data.skipped import in_words, steps_skipped
 from launch.memory.footprint import footprint, local_tokens
 from launch.memory.formulas import (
     EXCHANGE_FORMULA,
@@ -83,7 +84,8 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
     local_length = training.sequence_length // mesh.context_parallel_size
     parameters, local = count_parameters(model), count_parameters(model, tp)
     padded = padded_vocabulary(model.vocab_size, tp)
-    total = job.total_steps
+    skipped = steps_skipped(training.skip_steps, 0, job.total_steps)
+    made = job.total_steps - sum(map(len, skipped))
     rows = {
         "heads per rank": f"{model.num_attention_heads // tp} query, {model.num_key_value_heads // tp} key/value "
         f"(of {model.num_attention_heads} and {model.num_key_value_heads}), head_dim {model.head_dim}",
@@ -93,13 +95,15 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
         "accumulation": f"{counted(accumulation, 'micro-batch', 'micro-batches')} x {training.micro_batch_size} x dp "
         f"{mesh.data_parallel_size} = {counted(training.global_batch_size, 'sequence')}, "
         f"{job.tokens_per_step:,} tokens a step",
-        "length": f"{counted(total, 'step')}, {total * job.tokens_per_step:,} tokens",
+        "length": f"{counted(made, 'step')}, {made * job.tokens_per_step:,} tokens",
         "parameters": f"{parameters:,}; {local:,} on one tensor-parallel rank",
         "vocabulary": f"{model.vocab_size:,}"
         + (f", padded to {padded:,} for tp {tp}" if padded > model.vocab_size else ", no padding"),
         "precision": _precision_note(job, device),
         "attention": _attention_note(job, mesh, device),
     }
+    if skipped:
+        rows["skipped"] = f"{in_words(skipped)} of {job.total_steps:,}: no rank reads their data"
     if job.training.activation_checkpointing == "auto":
         rows["recomputation"] = str(plan)
     if model.init_from is not None:

@@ -6,6 +6,7 @@ import math
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -69,14 +70,14 @@ class Trainer:
         save fails (an earlier one does as checkpoint.on_save_error says).
         """
         total, start = self.job.total_steps, progress.step
-        steps = range(start, total)
         self._losses = self._expected = dict(losses or {})
         evaluation, saving = self.job.training.evaluation_interval, self.job.checkpoint.save_interval
         unchecked: StepOutcome | None = None
-        clock = StepClock(start)
-        with prefetched(lambda step: self.stepper.cut(self.training.micro_batches(step)), steps) as batches:
-            for step in steps:
+        clock, steps = StepClock(), partial(self.training.steps, start, total)
+        with prefetched(lambda step: self.stepper.cut(self.training.micro_batches(step)), steps()) as batches:
+            for step in steps():
                 outcome = self._step(step, batches)
+                clock.count()
                 # Checked one step late: by then the values are there, and reading them does not hold up the device.
                 if unchecked is not None:
                     self._check_finite(unchecked)
@@ -139,22 +140,23 @@ class Trainer:
         ranks = [str(rank) for rank, flag in enumerate(flags.tolist()) if flag]
         where = f"on rank {', '.join(ranks)}" if ranks else "in the gradients only"
         self._report(self.checkpoints.outcome(wait=True))
-        # A checkpoint of the step before holds the very weights that failed; those before it led to a sound step.
+        # The newest checkpoint may hold the very weights that failed; those before it led to a sound step.
+        before = max(self.training.steps(0, outcome.step - 1), default=0)
         steps = self.checkpoints.steps()
-        sound = [step for step in steps if step < outcome.step - 1]
+        sound = [step for step in steps if step <= before]
         good = f"step-{sound[-1]:08d} in {self.checkpoints.storage.location}" if sound else "none"
         if sound and sound != steps:
-            good += f" (move step-{steps[-1]:08d} away to continue from it)"
+            good += f" (python launch/rollback.py {self.job.run_path} --step {sound[-1]} goes back to it)"
         raise NonFiniteLoss(
             f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; it arose {where}. "
             f"Last good checkpoint: {good}. "
             "Lower optimizer.learning_rate or training.gradient_clipping, lengthen optimizer.warmup_steps, or look at "
-            "the data of this step"
+            "the data of this step, which training.skip_steps can leave out"
         )
 
     def _log(self, outcome: StepOutcome, progress: Progress, clock: StepClock) -> None:
         """Logs a step, and what has happened since the last one logged."""
-        parts, seconds = self.timer.collect(), clock.read(outcome.step)
+        parts, seconds = self.timer.collect(), clock.read()
         with clock.paused():
             scaler = self.engine.loss_scaler_state
             slow = self.stragglers.look(parts.get("data", 0.0)) if self.stragglers else None

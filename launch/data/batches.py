@@ -18,6 +18,7 @@ import numpy as np
 from launch.data.corpus import Corpus, CorpusError, Int64
 from launch.data.packing import PACKINGS
 from launch.data.shuffle import Permutation
+from launch.data.skipped import StepRanges, steps_made
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 
@@ -135,12 +136,18 @@ class Batches:
     """Global samples from this index on are blank: every label is IGNORED_LABEL."""
     offset: int = 0
     """Global sample of step 0, had global_batch_size always been what it is now; negative where it was smaller."""
+    skipped: StepRanges = ()
+    """Steps that are not to be read."""
     note: Callable[[int, Int64, list[Sample]], None] | None = None
     """Called for each step that is read, with the step, the global sample indices and the samples."""
 
     def __post_init__(self) -> None:
         assert self.global_batch_size % (self.micro_batch_size * self.data_parallel_size) == 0, self
         assert 0 <= self.dp_rank < self.data_parallel_size, self
+
+    def steps(self, start: int, stop: int) -> Iterator[int]:
+        """Which of the steps from `start` up to `stop` are to be read."""
+        return steps_made(self.skipped, start, stop)
 
     def global_batch(self, step: int) -> Int64:
         """[global_batch_size] the global sample indices of a step (counted from 0)."""

@@ -16,6 +16,7 @@ from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.indexed import open_indexed
+from launch.data.skipped import in_words
 from launch.data.sources import load_text
 from launch.data.validation_split import split_corpus
 from launch.plurals import counted
@@ -130,7 +131,7 @@ def validation_sampler(corpora: Corpora, job: JobConfig) -> SequenceSampler:
 def training_batches(corpora: Corpora, job: JobConfig, cursor: DataCursor, dp_size: int, dp_rank: int) -> Batches:
     """What a data-parallel rank trains on, in the order of the run's cursor."""
     source = BlendedSamples(samplers(corpora, job), cursor)
-    return replace(_batches(source, job, dp_size, dp_rank), offset=cursor.offset)
+    return replace(_batches(source, job, dp_size, dp_rank), offset=cursor.offset, skipped=cursor.skipped)
 
 
 def validation_batches(corpora: Corpora, job: JobConfig, dp_size: int, dp_rank: int) -> Batches:
@@ -155,20 +156,23 @@ def fresh_cursor(corpora: Corpora, job: JobConfig) -> DataCursor:
         packing=job.data.packing,
         corpora={name: corpus.fingerprint for name, corpus in corpora.training.items()},
         history=(Segment(0, job.training.global_batch_size, weights),),
+        skipped=job.training.skip_steps,
     )
 
 
 def describe(corpora: Corpora, job: JobConfig, cursor: DataCursor, step: int) -> Sequence[str]:
-    """A line on each corpus: its size, and how much of it the run has read and will have read at its end."""
-    last = cursor.history[-1].weights
-    given, total = (cursor.given(cursor.first_sample(at)) for at in (step, max(step, job.total_steps)))
+    """A line on each corpus: its size, and how much of it the run has read and will have read at its end. And one on
+    the steps that are to be skipped."""
+    last, end = cursor.history[-1].weights, max(step, job.total_steps)
     whole = sum(last.values())
     lines = []
     for name, sampler in samplers(corpora, job).items():
-        epochs = [count[name] / sampler.num_windows for count in (given, total)]
+        epochs = [count[name] / sampler.num_windows for count in (cursor.read(step), cursor.read(end))]
         lines.append(
             f"corpus {name}: {len(sampler.corpus):,} tokens, {counted(sampler.corpus.num_documents, 'document')}, "
             f"weight {last.get(name, 0) / whole:.3f}; epochs read {epochs[0]:.2f}, "
             f"at the end of the job {epochs[1]:.2f}"
         )
+    if ahead := cursor.skips(step, end):
+        lines.append(f"{in_words(ahead)} will be skipped, as training.skip_steps says")
     return lines

@@ -3,7 +3,8 @@
     {"format": 1, "seed": 0, "sequence_length": 8192, "packing": "split",
      "corpora": {"web": FINGERPRINT, "code": FINGERPRINT},
      "history": [{"step": 0, "global_batch_size": 512, "weights": {"web": 0.7, "code": 0.3}},
-                 {"step": 4000, "global_batch_size": 512, "weights": {"web": 0.5, "code": 0.5}}]}
+                 {"step": 4000, "global_batch_size": 512, "weights": {"web": 0.5, "code": 0.5}}],
+     "skipped": [[4801, 5000]]}
 
 Global sample t comes from one corpus (`launch.data.blend`), and is that corpus's next sample: how many it has given
 before follows from the history. So the weights may change at a resume, and every corpus goes on where it was.
@@ -24,6 +25,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from launch.data.batches import Sample, SequenceSampler
 from launch.data.blend import Blend
 from launch.data.corpus import CorpusError, Int64
+from launch.data.skipped import StepRanges, check_ranges, in_words, steps_skipped
 
 FORMAT = 1
 ACCEPT_DATA = "data"
@@ -59,6 +61,8 @@ class DataCursor:
     """Fingerprint of each corpus that the run has drawn from, by name."""
     history: Annotated[tuple[Segment, ...], Field(min_length=1)]
     """Ascending; the first is of the step at which the data began: 0, unless a change of the data was accepted."""
+    skipped: StepRanges = ()
+    """Steps that read nothing; their samples keep their places in the order."""
 
     def __post_init__(self) -> None:
         steps, drawn = [one.step for one in self.history], {name for one in self.history for name in one.weights}
@@ -66,6 +70,7 @@ class DataCursor:
             raise ValueError(f"the steps of the history {steps} do not ascend")
         if unknown := drawn - set(self.corpora):
             raise ValueError(f"the history names corpora without a fingerprint: {', '.join(sorted(unknown))}")
+        check_ranges(self.skipped)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -74,7 +79,9 @@ class DataCursor:
             fields = {key: value for key, value in record.items() if key != "format"}
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
-            return cls(**{**fields, "history": tuple(Segment(**segment) for segment in fields["history"])})
+            history = tuple(Segment(**segment) for segment in fields["history"])
+            skipped = tuple((first, last) for first, last in fields.get("skipped", ()))  # older records have none
+            return cls(**fields | {"history": history, "skipped": skipped})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = repr(error)
             if isinstance(error, ValidationError):  # its text takes many lines
@@ -87,14 +94,16 @@ class DataCursor:
 
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"format": FORMAT, **asdict(self), "history": [asdict(segment) for segment in self.history]}
+        lists = {"history": [asdict(segment) for segment in self.history], "skipped": [[*one] for one in self.skipped]}
+        return {"format": FORMAT, **asdict(self), **lists}
 
     def continued(self, step: int, now: DataCursor, accepted: Collection[str] = ()) -> DataCursor:
         """This cursor, saved after `step` steps, going on as the fresh cursor `now` says.
 
-        Weights, corpora and global batch size may differ. Raises CorpusError where seed, sequence length, packing or
-        the content of a corpus do, since that would repeat some documents and lose others; where the key, or "data", is
-        among the `accepted`, the data begins anew with `step` instead.
+        Weights, corpora, global batch size and the steps to be skipped may differ. Raises CorpusError where seed,
+        sequence length, packing or the content of a corpus do, since that would repeat some documents and lose others;
+        where the key, or "data", is among the `accepted`, the data begins anew with `step` instead. Raises CorpusError
+        where other steps than before are skipped among those that are over.
         """
         [segment] = now.history
         anew = replace(now, history=(replace(segment, step=step),))
@@ -118,10 +127,17 @@ class DataCursor:
                     "one another name in data.blend, choose another job.name, or, to begin the data anew, name "
                     f"{ACCEPT_DATA} in checkpoint.accept_changes"
                 )
+        before, after = (in_words(steps_skipped(one.skipped, 0, step)) for one in (self, now))
+        if before != after:
+            raise CorpusError(
+                f"training.skip_steps left out {before} up to step {step} and leaves out {after} of them now; what is "
+                "over stays as it was: name the same of these steps again, or go back to a checkpoint before them "
+                "(python launch/rollback.py RUN --step STEP)"
+            )
         kept = tuple(one for one in self.history if one.step < step)
         if not kept or replace(segment, step=kept[-1].step) != kept[-1]:
             kept += (replace(segment, step=step),)
-        return replace(self, corpora=self.corpora | now.corpora, history=kept)
+        return replace(self, corpora=self.corpora | now.corpora, history=kept, skipped=now.skipped)
 
     def changes_at(self, step: int) -> bool:
         """Whether another blend or batch size begins with `step`."""
@@ -137,6 +153,17 @@ class DataCursor:
         """See `launch.data.batches.Batches`: of the last segment."""
         last = self.history[-1]
         return self.first_sample(last.step) - last.step * last.global_batch_size
+
+    def skips(self, start: int, stop: int) -> list[range]:
+        """Which of the steps from `start` up to `stop` read nothing."""
+        return steps_skipped(self.skipped, start, stop)
+
+    def read(self, step: int) -> Counter[str]:
+        """How many samples of each corpus the steps before `step` read."""
+        count = self.given(self.first_sample(step))
+        for steps in self.skips(self.history[0].step, step):
+            count -= self.given(self.first_sample(steps.stop)) - self.given(self.first_sample(steps.start))
+        return count
 
     def draws(self, samples: Int64) -> dict[str, tuple[Int64, Int64]]:
         """Of each corpus among global `samples` [n]: where in `samples` it stands, and which of its own samples stand

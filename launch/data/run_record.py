@@ -61,7 +61,7 @@ class RunRecord:
             raise CorpusError(
                 f"{directory / 'data'}: dp-*.jsonl hold no whole step; restore them, there is nothing to prove"
             )
-        there, noted = cursor.first_sample(run.steps.stop), run.samples_noted
+        there, noted = cursor.read(run.steps.stop).total(), run.samples_noted
         if there > _LEAST_NOTED * noted:
             raise CorpusError(
                 f"{directory / 'data'}: dp-*.jsonl hold {noted:,} of the {there:,} samples that cursor.json gives the "

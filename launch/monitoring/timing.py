@@ -55,15 +55,18 @@ class StepTimer:
 class StepClock:
     """How long steps take by the wall: the mean of all since the last reading, without the pauses between them."""
 
-    def __init__(self, step: int):
-        """`step`: those that are done."""
-        self._since, self._step = time.perf_counter(), step
+    def __init__(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
 
-    def read(self, step: int) -> float:
-        """Mean seconds of the steps since the last reading, up to `step`."""
+    def count(self) -> None:
+        """Another step is over."""
+        self._steps += 1
+
+    def read(self) -> float:
+        """Mean seconds of the steps counted since the last reading, of which there is one at least."""
         now = time.perf_counter()
-        seconds = (now - self._since) / (step - self._step)
-        self._since, self._step = now, step
+        seconds = (now - self._since) / self._steps
+        self._since, self._steps = now, 0
         return seconds
 
     @contextmanager

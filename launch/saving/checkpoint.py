@@ -199,11 +199,10 @@ class Checkpoints:
         found = self._damage(steps[-1])
         if found:
             sound = next((step for step in steps[-2::-1] if not self._damage(step)), -1)
-            newer = ", ".join(step_name(step) for step in steps if step > sound)
             offer = (
-                f"the newest sound one is {step_name(sound)}: move {newer} away to continue from there"
+                f"go back to the newest sound one: python launch/rollback.py RUN --step {sound}"
                 if sound >= 0
-                else f"there is no sound one; move {newer} away to start again"
+                else f"there is no sound one; move {', '.join(map(step_name, steps))} away to start again"
             )
             raise CheckpointError(f"checkpoint {path} is damaged: {found}; {offer}")
         manifest = read_manifest(self.storage, name)

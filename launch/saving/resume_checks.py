@@ -92,14 +92,16 @@ def batch_hash(batches: Batches, step: int) -> str:
 
 
 def next_batches(batches: Batches, step: int, rank: int, world_size: int) -> dict[str, str]:
-    """Step -> hash of this rank's share of the batches from `step` on. Every rank can read every batch."""
-    return {str(at): batch_hash(batches, at) for at in range(step + rank, step + NEXT_BATCHES, world_size)}
+    """Step -> hash of this rank's share of the batches from `step` on, without those that no step reads. Every rank can
+    read every batch."""
+    ahead = [*batches.steps(step, step + NEXT_BATCHES)][rank::world_size]
+    return {str(at): batch_hash(batches, at) for at in ahead}
 
 
 def other_batch(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """The first batch that differs, in words, or None."""
-    for step in sorted(there, key=int):
-        if there[step] != here.get(step):
+    """The first batch that differs, in words, or None. One that is skipped on either side is not compared."""
+    for step in sorted(there.keys() & here.keys(), key=int):
+        if there[step] != here[step]:
             return f"the batch of step {int(step) + 1} has hash {there[step][:12]} there and {here[step][:12]} here"
     return None
 

@@ -54,6 +54,10 @@ class Storage(Protocol):
     def remove(self, name: str) -> None:
         """Removes a complete checkpoint, which is no longer listed from the start of the removal."""
 
+    def set_aside(self, name: str, folder: str) -> None:
+        """Moves a complete checkpoint into a folder beside it, where nobody looks for it. Once it is listed no more, it
+        is whole there."""
+
 
 class LocalStorage:
     """A directory of a file system that all nodes share."""
@@ -98,6 +102,12 @@ class LocalStorage:
         doomed = self._partial(name)  # from now on nobody takes it for a checkpoint
         (self._directory / name).rename(doomed)
         shutil.rmtree(doomed)
+
+    def set_aside(self, name: str, folder: str) -> None:
+        (self._directory / folder).mkdir(exist_ok=True)
+        (self._directory / name).rename(self._directory / folder / name)
+        _sync_directory(self._directory / folder)
+        _sync_directory(self._directory)
 
     def _partial(self, name: str) -> Path:
         return self._directory / f"{name}.partial"
@@ -146,6 +156,11 @@ class ObjectStorage:
     def remove(self, name: str) -> None:
         self._fs.rm_file(self._path(name, MANIFEST))
         self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+    def set_aside(self, name: str, folder: str) -> None:
+        files = self._fs.find(f"{self._root}/{name}")
+        self._fs.copy(files, [self._path(folder, f"{name}/{path.rsplit('/', 1)[1]}") for path in files])
+        self.remove(name)
 
     def _path(self, name: str, file: str) -> str:
         return f"{self._root}/{name}/{file}"

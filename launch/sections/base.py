@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Step = Annotated[int, Field(ge=1)]
+StepRange = Annotated[tuple[_Step, _Step], Field(strict=False)]
+"""First and last step, counted from 1."""
 
 
 class Section(BaseModel):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from launch.data.skipped import check_ranges
 from launch.precision import check_precision
-from launch.sections.base import Section
+from launch.sections.base import Section, StepRange
 from launch.settings.rules import Job, idle, rule
 from parallel.sequence import check_sequence_length
 
@@ -25,6 +26,10 @@ class TrainingSection(Section):
     """Stop after this many optimizer steps."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Stop at the first step that has seen this many tokens; with max_steps too, whichever comes first."""
+    skip_steps: Annotated[tuple[StepRange, ...], Field(strict=False)] = ()
+    """Steps to leave out, as after a spike of the loss: [[1001, 1200]] neither reads the data of steps 1001 to 1200 nor
+    updates the weights. The steps keep their numbers in the log, the schedule and the limits above, and every other
+    step reads what it would have read. May change at a resume, for steps that are still to come."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs. fp16 adds loss scaling."""
     gradient_clipping: float = Field(default=1.0, ge=0)
@@ -105,6 +110,24 @@ def _global_batch_divides(job: Job) -> None:
 def _job_ends(job: Job) -> None:
     if job.training.max_steps is None and job.training.max_tokens is None:
         raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
+
+
+@rule(
+    "training.skip_steps",
+    "training.max_steps",
+    "training.max_tokens",
+    "training.global_batch_size",
+    "training.sequence_length",
+)
+def _skipped_steps_lie_in_the_run(job: Job) -> None:
+    skipped = job.training.skip_steps
+    check_ranges(skipped)
+    limited = job.training.max_steps is not None or job.training.max_tokens is not None
+    if skipped and limited and skipped[-1][1] >= job.training.total_steps:
+        raise ValueError(
+            f"skip_steps ends with {[*skipped[-1]]}, but the job's last step ({job.training.total_steps}) must be "
+            "made; leave that range out, or change max_steps or max_tokens"
+        )
 
 
 @rule("training.precision", "job.device")

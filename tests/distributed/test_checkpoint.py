@@ -203,10 +203,8 @@ def test_damage_is_refused_by_name_and_the_previous_one_offered(three: Path, tmp
         assert message is not None, expected
         assert message.startswith(f"checkpoint {directory}/step-00000003 is damaged: "), message
         assert expected in message
-        assert message.endswith(
-            "; the newest sound one is step-00000002: move step-00000003 away to continue from there"
-        ), message
-    assert "the newest sound one is step-00000001: move step-00000002, step-00000003 away" in said_two
+        assert message.endswith("; go back to the newest sound one: python launch/rollback.py RUN --step 2"), message
+    assert said_two.endswith("; go back to the newest sound one: python launch/rollback.py RUN --step 1")
     assert "there is no sound one; move step-00000001, step-00000002, step-00000003 away to start again" in said_all
     assert said_untouched is None
 

@@ -83,7 +83,8 @@ def test_a_gradient_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: 
     said = refused(tiny, "training.max_steps=9", "training.gradient_clipping=0", "optimizer.learning_rate=1e30")
     assert "resumed from step 3, " in said and "step 4/9  loss " in said
     assert "error: step 5: loss " in said and ", gradient norm inf; it arose in the gradients only. " in said, said
-    good = f"Last good checkpoint: step-00000003 in {tiny.checkpoints} (move step-00000004 away to continue from it). "
+    back = f"python launch/rollback.py {tiny.run} --step 3 goes back to it"
+    good = f"Last good checkpoint: step-00000003 in {tiny.checkpoints} ({back}). "
     assert good in said, said
     assert tiny.complete()[-1] == 4
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import rollback
 from tests.faults.launched import TinyJob
 from tests.faults.small_disk import small_disk
 
@@ -49,10 +50,10 @@ def test_a_truncated_checkpoint_is_refused_and_the_offer_works(tmp_path: Path) -
         assert job.wait() == 1, job.output[-8000:]
         assert (
             f"error: checkpoint {newest} is damaged: __0_0.distcp has {size - 100} bytes instead of {size}; "
-            "the newest sound one is step-00000002: move step-00000003 away to continue from there\n"
+            "go back to the newest sound one: python launch/rollback.py RUN --step 2\n"
         ) in job.output
         assert "Traceback" not in job.output
-    newest.rename(tmp_path / "step-00000003")
+    assert rollback.main([str(tiny.run), "--step", "2"]) == 0
     with tiny.alone() as job:
         assert job.wait() == 0, job.output[-8000:]
         assert "resumed from step 2, " in job.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from launch.data.cursor import BlendedSamples, DataCursor
 from launch.data.data_log import DataLog
 from launch.data.indexed_writer import IndexedWriter
 from launch.data.run_record import RunRecord
+from launch.plurals import counted
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +28,7 @@ model: {{vocab_size: 1000, hidden_size: 8, intermediate_size: 8, num_hidden_laye
          num_key_value_heads: 1}}
 data: {{source: indexed, packing: {packing}, blend: [{blend}]}}
 optimizer: {{learning_rate: 0.1}}
-training: {{sequence_length: 16, global_batch_size: {size}, max_steps: 1000}}
+training: {{sequence_length: 16, global_batch_size: {size}, max_steps: 1000, skip_steps: {skip}}}
 """
 
 
@@ -45,10 +47,17 @@ class Simulated:
             writer.finish()
 
     def train(
-        self, start: int, stop: int, weights: dict[str, float], dp: int = 1, size: int = 4, accept: tuple[str, ...] = ()
+        self,
+        start: int,
+        stop: int,
+        weights: dict[str, float],
+        dp: int = 1,
+        size: int = 4,
+        accept: tuple[str, ...] = (),
+        skip: str = "[]",
     ) -> None:
         blend = ", ".join(f"{{path: {self.folder / name}, weight: {weight}}}" for name, weight in weights.items())
-        text = JOB.format(run=self.run, packing=self.packing, blend=blend, size=size)
+        text = JOB.format(run=self.run, packing=self.packing, blend=blend, size=size, skip=skip)
         job = JobConfig.from_yaml(text)
         (self.run / "config.yaml").write_text(text)
         corpora = load_corpora(job)
@@ -60,7 +69,7 @@ class Simulated:
             log = DataLog(self.run / "data", rank, dp, start or None, pytest.fail)
             log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
             batches = replace(training_batches(corpora, job, cursor, dp, rank), note=log.note)
-            for step in range(start, stop):
+            for step in batches.steps(start, stop):
                 batches.micro_batches(step)
             log.close()
 
@@ -97,6 +106,39 @@ def test_a_run_that_was_moved_and_steered_is_sound(
     with open(run.file(1), "a") as file:
         file.write('{"step": 91, "samp')  # cut short by a kill
     assert audited(run.run, capsys, "--quick")[0] == 0
+
+
+def test_steps_that_were_skipped_are_proven_to_be_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a spike the run goes back to step 20 and leaves out 29 to 36, on another layout."""
+    run = Simulated(tmp_path)
+    run.train(0, 38, {"web": 0.7, "code": 0.3}, dp=2)
+    spiked = RunRecord.read(run.run).noted
+    run.train(20, 40, {"web": 0.7, "code": 0.3}, dp=4, skip="[[29, 36]]")
+    status, said = audited(run.run, capsys)
+    assert status == 0, said
+    assert "steps 1 to 40: 160 samples, 32 of them skipped\n" in said and "  skipped: steps 29 to 36\n" in said
+    assert "nothing was repeated within an epoch, and nothing was lost but the steps skipped\n" in said
+    audit = RunRecord.read(run.run)
+    assert sorted({*range(40)} - audit.noted.keys()) == [*range(28, 36)]
+    assert all(audit.noted[step] == spiked[step] for step in (*range(28), 36, 37)), "the order has moved"
+    for name, sampler in audit.samplers.items():  # what it says of documents, token by token
+        draws = {step: audit.cursor.draws(audit.indices(step)).get(name, ((), ()))[1] for step in range(40)}
+        drawn, numbers = sum(map(len, draws.values())), [n for step in audit.noted for n in draws[step]]
+        latest = [number for number in numbers if number >= drawn // sampler.num_windows * sampler.num_windows]
+        spans = [span for window in sampler.windows(np.array(latest)).tolist() for span in sampler.stretches(window)]
+        tokens = {token for start, stop in spans for token in range(start, stop)}
+        edges = [0, *sampler.corpus.document_starts(0, len(sampler.corpus)).tolist(), len(sampler.corpus)]
+        shares = [len(tokens & {*range(*edge)}) / (edge[1] - edge[0]) for edge in pairwise(edges)]
+        assert f"corpus {name}: {drawn} samples, {drawn - len(numbers)} of them skipped, " in said, said
+        whole, part = counted(shares.count(1.0), "document"), sum(0 < share < 1 for share in shares)
+        assert re.search(f"corpus {name}: .*; of the next epoch {whole} whole and {part} in part\n", said), said
+    assert "step 30 was skipped: no rank read this\nsample 116: " in audited(run.run, capsys, "--show", "30")[1]
+    sound = run.entries()
+    run.rewrite([*sound, sound[0] | {"step": 30}])
+    status, said = audited(run.run, capsys, "--quick")
+    assert status == 1 and "FAULT: step 30: to be skipped, but the ranks noted 2 samples\n" in said
+    run.rewrite([entry for entry in sound if entry["step"] != 37])
+    assert "FAULT: step 37: the ranks noted 3 samples instead of 4: some were lost" in audited(run.run, capsys)[1]
 
 
 def test_a_corpus_that_was_left_out_is_proven_too_where_it_still_lies(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.check import layout_report
 from launch.config import SECTIONS, JobConfig
 from launch.settings.rules import RULES, Rule
 from tests.unit.job_files import load, report
@@ -169,6 +170,17 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
             "memory_budget_gib (70) is read by activation_checkpointing auto only (here full)",
         ),
         (["training.max_steps=null"], "max_steps and max_tokens are both missing"),
+        (["training.skip_steps=[[5, 4]]"], "skip_steps has a range [5, 4] that ends before it begins; turn it round"),
+        (["training.skip_steps=[[2, 3], [4, 5]]"], "with a step between ranges; join [2, 3] and [4, 5], or sort them"),
+        (["training.skip_steps=[[5, 6], [2, 3]]"], "with a step between ranges; join [5, 6] and [2, 3], or sort them"),
+        (
+            ["training.skip_steps=[[2, 3], [7, 10]]"],
+            "skip_steps ends with [7, 10], but the job's last step (10) must be made; leave that range out, or change",
+        ),
+        (
+            ["training.skip_steps=[[2, 3], [7, 8]]", "profile.steps=[3, 7]"],
+            "profile.steps ([3, 7]) has steps 3, 7 in it, which training.skip_steps leaves out; trace others",
+        ),
         (["training.precision=fp16", "parallel.zero_stage=0"], "zero_stage (0) must be 1 or more with precision fp16"),
         (["optimizer.warmup_steps=11"], "warmup_steps (11) must not exceed the job's steps (10)"),
         (["optimizer.warmup_steps=5", "training.max_tokens=1024"], "must not exceed the job's steps (2)"),
@@ -195,6 +207,17 @@ def test_keys_that_do_not_agree(tmp_path: Path, overrides: list[str], message: s
     text = report(tmp_path, *overrides)
     assert message in text
     assert "1 error in" in text
+
+
+def test_steps_can_be_skipped(tmp_path: Path) -> None:
+    skip = "training.skip_steps=[[1, 1], [3, 9]]"
+    assert load(tmp_path, skip).training.skip_steps == ((1, 1), (3, 9))
+    assert JobConfig.from_yaml(load(tmp_path, skip).to_yaml()).training.skip_steps == ((1, 1), (3, 9))
+    rows = layout_report(load(tmp_path, skip, "profile.steps=[2, 2]"), 1).splitlines()
+    assert [row[17:] for row in rows if row.startswith(("length", "skipped"))] == [
+        "2 steps, 1,024 tokens",
+        "steps 1, 3 to 9 of 10: no rank reads their data",
+    ]
 
 
 def test_checkpoint_rules_let_sound_keys_pass(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from launch.data.blend import _STRIDE, Blend, _sum_of_floors
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import BlendedSamples, DataCursor, Segment
 from launch.data.packing import best_fit
+from launch.data.skipped import StepRanges, in_words, steps_made, steps_skipped
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 LENGTH = 8
@@ -62,6 +63,10 @@ def run(at: DataCursor, start: int, stop: int, size: int, dp: int = 1, micro: in
             assert noted_step == step
             rows |= dict(zip(indices.tolist(), samples, strict=True))
         yield [rows[index] for index in sorted(rows)]
+
+
+def is_skipped(step: int, skipped: StepRanges) -> bool:
+    return any(first <= step + 1 <= last for first, last in skipped)
 
 
 # --- the blend ---
@@ -232,3 +237,58 @@ def test_a_resume_onto_other_data_is_refused() -> None:
     for record in ({}, at.record() | {"format": 2}, {**at.record(), "more": 1}):
         with pytest.raises(CorpusError, match="the record of what the run has read is not readable"):
             DataCursor.from_record(record)
+
+
+# --- steps that are left out ---
+
+
+@given(st.lists(st.integers(0, 12), max_size=8), st.integers(0, 40), st.integers(0, 40))
+def test_steps_left_out_and_made_are_all_of_them(gaps: list[int], start: int, stop: int) -> None:
+    edges = np.cumsum([gap + 1 for gap in gaps])[: len(gaps) // 2 * 2].tolist()
+    skipped = tuple((first, last) for first, last in zip(edges[::2], edges[1::2], strict=True))
+    left_out = [step for step in range(start, stop) if is_skipped(step, skipped)]
+    assert [*steps_made(skipped, start, stop)] == [step for step in range(start, stop) if step not in left_out]
+    assert [step for steps in steps_skipped(skipped, start, stop) for step in steps] == left_out
+    assert in_words([range(10, 20), range(30, 31)]) == "steps 11 to 20, 31" and in_words([]) == "no step"
+
+
+@pytest.mark.parametrize(("packing", "dp", "micro"), [("split", 1, 2), ("best_fit", 2, 1)])
+def test_every_other_step_reads_what_it_would_have_read(packing: str, dp: int, micro: int) -> None:
+    """Over changes of the weights and of the global batch size, inside the skipped steps too, and several epochs."""
+    skipped = ((5, 8), (29, 36), (44, 44))
+    starts = [(0, 4, {"web": 0.7, "code": 0.3}), (30, 8, {"web": 0.2, "code": 0.8}), (40, 4, {"books": 1, "web": 1})]
+    at = whole = cursor(starts[0][2], packing=packing)
+    read: Counter[str] = Counter()
+    for (start, size, weights), stop in zip(starts, [30, 40, 60], strict=True):
+        fresh = cursor(weights, size, packing)
+        whole = whole.continued(start, fresh)
+        record = json.loads(json.dumps(replace(at, skipped=skipped).record()))
+        at = DataCursor.from_record(record).continued(start, replace(fresh, skipped=skipped))
+        everything = dict(zip(range(start, stop), run(whole, start, stop, size), strict=True))
+        batches = Batches(blended(at), size, micro, dp, 0, offset=at.offset, skipped=at.skipped)
+        assert [*batches.steps(start, stop)] == [step for step in everything if not is_skipped(step, skipped)]
+        for step in batches.steps(start, stop):
+            [batch] = run(at, step, step + 1, size, dp, micro)
+            assert [s.input_ids.tolist() for s in batch] == [s.input_ids.tolist() for s in everything[step]]
+            assert at.read(step) == read
+            read.update(max((i, name) for name, i in FIRST.items() if i <= s.input_ids[0])[1] for s in batch)
+    assert at.read(60) == read and sum(read.values()) == whole.first_sample(60) - 4 * 4 - 4 * 2 - 8 * 6 - 4
+
+
+def test_steps_that_are_over_stay_read_or_skipped() -> None:
+    at = replace(cursor({"web": 1}), skipped=((5, 8), (40, 49)))
+    for ahead in ((), ((31, 31),), ((30, 36), (50, 90))):  # the checkpoint is of step 29
+        assert at.continued(29, replace(at, skipped=((5, 8), *ahead))).skipped == ((5, 8), *ahead)
+    assert at.continued(4, replace(at, skipped=())).skipped == (), "of a checkpoint before them"
+    for skipped, match in [
+        ((), "left out steps 5 to 8 up to step 30 and leaves out no step of them now"),
+        (((5, 9), (40, 49)), "left out steps 5 to 8 up to step 30 and leaves out steps 5 to 9 of them now"),
+        (((5, 8), (30, 49)), "left out steps 5 to 8 up to step 30 and leaves out steps 5 to 8, 30 of them now"),
+    ]:
+        with pytest.raises(CorpusError, match=rf"training.skip_steps {match}; .* \(python launch/rollback.py RUN"):
+            at.continued(30, replace(at, skipped=skipped))
+    older = {key: value for key, value in at.record().items() if key != "skipped"}
+    assert DataCursor.from_record(older) == replace(at, skipped=())
+    for skipped in ([[5, 8], [7, 9]], [[8, 5]], [[5, 6, 7]], [["5", 8]], 5):
+        with pytest.raises(CorpusError, match="the record of what the run has read is not readable"):
+            DataCursor.from_record(at.record() | {"skipped": skipped})

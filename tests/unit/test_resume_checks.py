@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_the_first_other_batch_is_named() -> None:
     said = f"the batch of step 8 has hash {there['7'][:12]} there and {other['7'][:12]} here"
     assert other_batch(there, other) == said
     assert "step 27 " in str(other_batch(there, there | {"26": "0" * 32}))
+
+
+def test_a_step_that_is_skipped_is_neither_read_nor_compared() -> None:
+    whole, skips = batches(1, 0), replace(batches(1, 0), skipped=((9, 12), (27, 40)))
+    shared = [next_batches(skips, 7, rank, 3) for rank in range(3)]
+    here = {step: one for part in shared for step, one in part.items()}
+    assert sorted(map(int, here)) == [7, *range(12, 26)] and sum(map(len, shared)) == len(here)
+    there = next_batches(whole, 7, 0, 1)
+    assert other_batch(there, here) is None and other_batch(here, there) is None
+    assert "step 26 " in str(other_batch(there | {"8": "0" * 32, "25": "0" * 32}, here))
 
 
 @pytest.mark.parametrize(

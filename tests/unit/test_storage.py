@@ -14,6 +14,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from launch.saving.checkpoint_names import complete_steps
 from launch.saving.manifest import CheckpointFiles, damage, encode, missing_file
 from launch.saving.storage import LocalStorage, ObjectStorage, Storage, check_client, storage_at
 
@@ -21,7 +22,7 @@ NAME, OTHER = "step-00000001", "step-00000002"
 
 
 class Bucket(MemoryFileSystem):
-    """An object store as they are: no rename, no copy, and objects appear whole or not at all."""
+    """An object store as they are: no rename, and objects appear whole or not at all."""
 
     protocol = "bucket"
     store: dict = {}
@@ -30,7 +31,7 @@ class Bucket(MemoryFileSystem):
     def mv(self, *_arguments: object, **_options: object) -> None:
         raise NotImplementedError("an object store has no rename")
 
-    rename = move = cp_file = copy = mv
+    rename = move = mv
 
 
 @pytest.fixture(params=["local", "bucket"])
@@ -88,6 +89,24 @@ def test_what_a_killed_save_or_removal_left_goes_at_the_next_save(storage: Stora
         assert storage.names() == [OTHER], "a removal that stopped half way leaves no checkpoint"
         write(storage, "step-00000004")
         assert not any(NAME in path for path in Bucket.store)
+
+
+def test_a_checkpoint_that_is_set_aside_is_whole_and_stays(storage: Storage) -> None:
+    sums = write(storage, NAME)
+    write(storage, OTHER)
+    if isinstance(storage, ObjectStorage):
+        with patch.object(Bucket, "cp_file", side_effect=OSError("killed")), pytest.raises(OSError, match="killed"):
+            storage.set_aside(OTHER, "set-aside-1")
+        assert sorted(storage.names()) == [NAME, OTHER] and damage(storage, OTHER, 0, 1) is None
+    storage.set_aside(OTHER, "set-aside-1")
+    assert OTHER not in storage.names() and complete_steps(storage) == [1]
+    with pytest.raises(FileNotFoundError):
+        storage.open(OTHER, "__0_0.distcp")
+    assert write(storage, OTHER) == sums  # the run makes that step again, which clears up
+    for name in (NAME, OTHER):
+        storage.remove(name)
+    aside = storage_at(f"{storage.location}/set-aside-1")
+    assert complete_steps(aside) == [2] and damage(aside, OTHER, 0, 1) is None
 
 
 def test_what_others_keep_beside_the_checkpoints_stays(tmp_path: Path) -> None:
