@@ -12,7 +12,8 @@ from typing import Literal
 
 from launch.config import JobConfig
 from launch.context_cost import Work
-from parallel.exchange_plan import buffer_room, exchange_plan, one_call_is_faster
+from parallel.exchange_plan import exchange_plan, one_call_is_faster
+from parallel.key_layout import buffer_room
 from parallel.mesh import MeshShape
 from parallel.sequence import causal_pairs
 from parallel.ulysses import group_sizes

@@ -1,11 +1,10 @@
-"""The plan of an exchange: which rank needs which keys. Pure Python, the same on every rank: no tensor, no process
-group.
+"""The plan of an exchange: which keys travel between which ranks, and what the kernel is then called with. Pure Python,
+the same on every rank: no tensor, no process group.
 
 P context_parallel_size, S sequence_length. Each rank holds one or two ranges of positions, its chunks: in the zigzag
-order, or cut so that documents balance (see `parallel.sequence`). A query chunk [a, b) sees one contiguous range of
-keys, [low, b). Causality ends it at b. It begins where the window of the first query or the first query's document
-begins. So each rank gathers at most two ranges of keys into a buffer, in the order of their positions. It merges no
-partial results, pads no document, and fetches nothing that its queries do not see.
+order, or cut so that documents balance (see `parallel.sequence`). The queries of a chunk see one contiguous range of
+keys (see `parallel.key_layout`), so each rank gathers at most two ranges into a buffer. It merges no partial results,
+pads no document, and fetches nothing that its queries do not see.
 
 Every query chunk is one kernel call, over a part of a buffer in which overlapping ranges lie as one. Alternatively one
 call serves both chunks: to a kernel they are two documents, as long as their keys lie one after the other. So if ranges
@@ -20,9 +19,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
+from parallel.key_layout import KeyLayout, buffer_room
 from parallel.sequence import Part, zigzag_parts
 
 _JOINED_UP_TO = 65536
@@ -41,14 +41,6 @@ def one_call_is_faster(query_heads: int, local_tokens: int) -> bool:
     """Whether one joined call is faster, for a kernel that takes variable lengths."""
     chunk = local_tokens // 2
     return chunk <= _JOINED_TOKENS and query_heads * chunk <= _JOINED_UP_TO
-
-
-def buffer_room(sequence_length: int, context_parallel_size: int, window: int | None, joined: bool) -> int:
-    """The most keys that a buffer holds: the sequence, and a rank's share of it twice where calls may be joined. Under
-    a window no more than the share and what each of its two chunks sees before itself."""
-    share = sequence_length // context_parallel_size
-    room = sequence_length + (share if joined else 0)
-    return room if window is None else min(room, share + 2 * (window - 1))
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,9 @@ class ExchangePlan:
     """Both places in the buffer of all keys that lie twice, fetched ones before own ones. `own` and pieces name the
     first place only."""
     receives: dict[int, tuple[Piece, ...]]
-    """Pieces by peer. In the backward pass gradients of the same pieces travel the other way."""
+    """Pieces by the peer that owns them. In the backward pass gradients of the same pieces travel the other way."""
     sends: dict[int, tuple[Piece, ...]]
+    """Pieces by the peer that needs them."""
     calls: tuple[ExchangeCall, ...]
     """Those with remote keys first, and of these the one with more: its gradients have the longest way to go."""
 
@@ -148,7 +141,7 @@ def exchange_plan(
     `buffer_room`. Without it documents are joined all the same where chunks share no key."""
     parts = parts or zigzag_parts(sequence_length, context_parallel_size)
     room = buffer_room(sequence_length, context_parallel_size, window, joined) if joined else 0
-    layouts = [_Layout(part, window, boundaries, room) for part in parts]
+    layouts = [KeyLayout(part, window, boundaries, room) for part in parts]
     mine = layouts[cp_rank]
     return ExchangePlan(
         buffer_length=mine.buffer_length,
@@ -159,9 +152,33 @@ def exchange_plan(
         receives={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(mine, other))},
         sends={peer: pieces for peer, other in enumerate(layouts) if (pieces := _pieces(other, mine))},
         calls=tuple(
-            sorted(_as_one(mine.calls(), joined), key=lambda call: (not call.remote, call.k_start - call.k_stop))
+            sorted(_as_one(_calls(mine), joined), key=lambda call: (not call.remote, call.k_start - call.k_stop))
         ),
     )
+
+
+def _calls(layout: KeyLayout) -> list[ExchangeCall]:
+    """One call for each chunk, in the order of their positions."""
+    calls = []
+    for chunk in layout.chunks:
+        query_bounds = key_bounds = None
+        if layout.boundaries is not None:
+            inside = layout.boundaries[bisect.bisect_right(layout.boundaries, chunk.start) :]
+            inner = [bound for bound in inside if bound < chunk.stop]
+            query_bounds = (0, *(bound - chunk.start for bound in inner), chunk.length)
+            key_bounds = (0, *(bound - chunk.low for bound in inner), chunk.stop - chunk.low)
+        calls.append(
+            ExchangeCall(
+                q_start=chunk.local,
+                q_stop=chunk.local + chunk.length,
+                k_start=chunk.index,
+                k_stop=chunk.key_stop,
+                query_bounds=query_bounds,
+                key_bounds=key_bounds,
+                remote=chunk.low < chunk.start,  # between a rank's chunks lie tokens of others
+            )
+        )
+    return calls
 
 
 def _as_one(calls: list[ExchangeCall], joined: bool) -> list[ExchangeCall]:
@@ -183,7 +200,7 @@ def _bounds(call: ExchangeCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (0, call.q_stop - call.q_start), (0, call.k_stop - call.k_start)
 
 
-def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
+def _pieces(receiver: KeyLayout, owner: KeyLayout) -> tuple[Piece, ...]:
     """What `receiver` needs of `owner`'s chunks, in the order of positions; nothing between a rank and itself."""
     if receiver is owner:
         return ()
@@ -195,99 +212,3 @@ def _pieces(receiver: _Layout, owner: _Layout) -> tuple[Piece, ...]:
                 places = receiver.buffer_index(first), owner.buffer_index(first), chunk.local + first - chunk.start
                 found.append(Piece(first, last - first, *places))
     return tuple(sorted(found, key=lambda piece: piece.start))
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Queries [start, stop), the first at `local` of their rank's, and their keys [low, stop), the first at `index` of
-    its buffer."""
-
-    local: int
-    start: int
-    stop: int
-    low: int
-    index: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def key_stop(self) -> int:
-        """In the buffer."""
-        return self.index + self.stop - self.low
-
-
-class _Layout:
-    """One rank's queries, the keys they need, and where these lie in its buffer: one chunk's after the other's. Chunks
-    that overlap share the overlap unless the buffer has `room` for it twice."""
-
-    def __init__(self, part: Part, window: int | None, boundaries: Sequence[int] | None, room: int):
-        self.window, self.boundaries = window, boundaries
-        self.chunks: list[_Chunk] = []
-        local = index = 0
-        for start, stop in part:
-            self.chunks.append(_Chunk(local, start, stop, self._lowest_key(start), index))
-            local, index = local + stop - start, self.chunks[-1].key_stop
-        self.twice: tuple[slice, slice] | None = None
-        if len(self.chunks) < 2 or self.chunks[1].low >= self.chunks[0].stop:
-            return
-        one, two = self.chunks
-        if two.key_stop > room:
-            self.chunks[1] = replace(two, index=one.index + two.low - one.low)
-        else:
-            both = one.stop - two.low
-            self.twice = slice(one.key_stop - both, one.key_stop), slice(two.index, two.index + both)
-
-    @property
-    def buffer_length(self) -> int:
-        return self.chunks[-1].key_stop
-
-    @property
-    def own_again(self) -> tuple[int, int, int] | None:
-        if self.twice is None:
-            return None
-        one, two = self.chunks
-        length = one.stop - max(one.start, two.low)  # one's own keys are the last it sees
-        return one.local + one.length - length, self.twice[1].stop - length, length
-
-    def seen(self) -> list[tuple[int, int]]:
-        """Ranges of positions in the buffer; none twice."""
-        stops = [0, *(chunk.stop for chunk in self.chunks)]
-        return [(max(chunk.low, stop), chunk.stop) for chunk, stop in zip(self.chunks, stops, strict=False)]
-
-    def buffer_index(self, position: int) -> int:
-        """Where this key lies, or lies first."""
-        chunk = next(chunk for chunk in self.chunks if chunk.low <= position < chunk.stop)
-        return chunk.index + position - chunk.low
-
-    def calls(self) -> list[ExchangeCall]:
-        calls = []
-        for chunk in self.chunks:
-            query_bounds = key_bounds = None
-            if self.boundaries is not None:
-                inside = self.boundaries[bisect.bisect_right(self.boundaries, chunk.start) :]
-                inner = [bound for bound in inside if bound < chunk.stop]
-                query_bounds = (0, *(bound - chunk.start for bound in inner), chunk.length)
-                key_bounds = (0, *(bound - chunk.low for bound in inner), chunk.stop - chunk.low)
-            calls.append(
-                ExchangeCall(
-                    q_start=chunk.local,
-                    q_stop=chunk.local + chunk.length,
-                    k_start=chunk.index,
-                    k_stop=chunk.key_stop,
-                    query_bounds=query_bounds,
-                    key_bounds=key_bounds,
-                    remote=chunk.low < chunk.start,  # between a rank's chunks lie tokens of others
-                )
-            )
-        return calls
-
-    def _lowest_key(self, query: int) -> int:
-        """First key that the query at this position sees."""
-        low = 0
-        if self.boundaries is not None:
-            low = self.boundaries[bisect.bisect_right(self.boundaries, query) - 1]
-        if self.window is not None:
-            low = max(low, query - self.window + 1)
-        return low

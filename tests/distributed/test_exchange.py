@@ -66,7 +66,7 @@ def results_of(
     """out, dq, dk, dv of this rank's part."""
     local = [part(full).to(dtype) for full in full_inputs(case)]
     q, k, v = (tensor.requires_grad_() for tensor in local[:3])
-    if case.lengths or not attend.joined:
+    if case.lengths or not attend.plans.joined:
         out = attend(q, k, v, case.documents())
     else:  # rows of a batch without documents are not joined
         out = torch.cat([attend(*rows, None) for rows in zip(*(x.split(1) for x in (q, k, v)), strict=True)])

@@ -15,8 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.exchange_plan import ExchangePlan, buffer_room, exchange_plan, one_call_is_faster
+from parallel.exchange_plan import ExchangePlan, exchange_plan, one_call_is_faster
 from parallel.key_gradients import KeyGradients
+from parallel.key_layout import buffer_room
 from parallel.sequence import Part, balanced_parts, causal_parts, zigzag_parts
 from parallel.transport import Place, Rows
 
