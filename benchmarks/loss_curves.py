@@ -1,4 +1,4 @@
-"""Loss curves of a 1B model on two GPUs, by layout, against one GPU.
+"""Loss curves of a 1B model by layout: two ranks against one.
 
     python benchmarks/loss_curves.py --output docs/loss_curves.json [--curves REGEX] [--again]
     python benchmarks/loss_curves.py --output docs/loss_curves.json --merge other.json ... [--document docs]
@@ -9,7 +9,8 @@ so that they differ by rounding alone. How far rounding carries them is measured
 attention kernel, and again with other micro-batches. A layout is within bf16 noise where its root-mean-square
 difference from one GPU is at most twice the largest of those.
 
-Curves run one after the other through torchrun; one that the output holds is left out. `--set` changes the job.
+Curves run one after the other through torchrun; one that the output holds is left out. `--set` changes the job. Where
+there is only one GPU, two ranks share it: what they compute is the same, their time means nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import torch
 
 import ringzero_row
 from documents import markdown
+from gpu_sharing import gpu_of
 from launch.config import load_job
 from launch.data.bigram import conditional_bigram_entropy
 from launch.data.corpora import fresh_cursor, load_corpora, training_batches
 from row_process import Results, load, save, torchrun
-from workload import device_of, timed_steps
+from workload import timed_steps
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 MODEL = [
@@ -52,9 +54,9 @@ TRAINING = [
     "training.max_steps=200",
 ]
 _ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1"]
-PAGE = """# Loss curves of two GPUs and of one
+PAGE = """# Loss curves by layout
 
-Does training on two GPUs learn what one GPU learns? All runs start from the same weights and read the same tokens in
+Does training on two ranks learn what one GPU learns? All runs start from the same weights and read the same tokens in
 the same order, so they differ only by rounding. The model has 0.97 billion parameters (the blocks of Llama-3.2-1B,
 bytes for tokens). It learns the Python standard library's source for 200 steps of 8,192 tokens, in bf16 on NVIDIA
 H200s.
@@ -67,6 +69,9 @@ H200s.
 "Noise" is how far rounding alone carries a run. It is measured on one GPU, with another attention kernel and with other
 micro-batches, which add gradients in another order. A layout is within bf16 noise if its root-mean-square difference
 from one GPU, over all steps, is at most twice the larger of those two.
+
+Where two ranks shared one GPU, NCCL sent messages through sockets (`benchmarks/gpu_sharing.py`). What a rank computes
+does not depend on that; how long a step takes does.
 """
 
 
@@ -83,9 +88,9 @@ CURVES = {
     BASELINE: Curve(1, _ONE_RANK),
     "one GPU, another kernel": Curve(1, [*_ONE_RANK, "model.attention_backend=torch_flash"], noise=True),
     "one GPU, micro-batch 1": Curve(1, [*_ONE_RANK, "training.micro_batch_size=1"], noise=True),
-    "two GPUs, ZeRO-3": Curve(2, _ONE_RANK),
-    "two GPUs, cp 2": Curve(2, ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=2"]),
-    "two GPUs, tp 2": Curve(2, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=1"]),
+    "two ranks, ZeRO-3": Curve(2, _ONE_RANK),
+    "two ranks, cp 2": Curve(2, ["parallel.tensor_parallel_size=1", "parallel.context_parallel_size=2"]),
+    "two ranks, tp 2": Curve(2, ["parallel.tensor_parallel_size=2", "parallel.context_parallel_size=1"]),
 }
 
 
@@ -138,8 +143,8 @@ def table(results: Results) -> str:
         verdict = "" if name == BASELINE else "noise" if CURVES[name].noise else f"{rms / noise:.2f} x the noise"
         figures = [f"{curve['losses'][0]:.5f}", f"{statistics.mean(curve['losses'][-20:]):.4f}", f"{rms:.2e}"]
         figures += [f"{largest:.2e}", f"{statistics.median(curve['all_seconds']):.3f}", verdict]
-        lines.append([name, curve["kernel"], *figures])
-    columns = ["run", "kernel", "loss, step 1", "last 20 steps", "RMS difference", "largest", "s/step", ""]
+        lines.append([name, str(curve["gpus"]), curve["kernel"], *figures])
+    columns = ["run", "GPUs", "kernel", "loss, step 1", "last 20 steps", "RMS difference", "largest", "s/step", ""]
     entropy = results[BASELINE]["bigram_entropy"]
     remarks = f"Bigram entropy of the text: {entropy:.4f} nats per byte."
     if missing := [name for name in CURVES if name not in results]:
@@ -193,7 +198,8 @@ def _run(options: argparse.Namespace) -> None:
     """This process is one rank of a curve."""
     curve = CURVES[options.curve]
     job = load_job(CONFIG, [*MODEL, *TRAINING, *curve.settings, *options.set])
-    device = device_of(int(os.environ["LOCAL_RANK"]))
+    rank = int(os.environ["LOCAL_RANK"])
+    device = gpu_of(rank, curve.processes) if torch.cuda.is_available() else torch.device("cpu")
     corpora = load_corpora(job)
 
     batches_of = partial(training_batches, corpora, job, fresh_cursor(corpora, job))
@@ -202,7 +208,7 @@ def _run(options: argparse.Namespace) -> None:
     if torch.distributed.get_rank() == 0:
         validation = corpora.validation
         about = {
-            "gpus": curve.processes,
+            "gpus": min(curve.processes, torch.cuda.device_count()),
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
             "kernel": re.sub(r".*attention kernel (\w+):.*", r"\1", note),

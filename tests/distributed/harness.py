@@ -1,4 +1,5 @@
-"""Runs a function in N processes that form a world (gloo on CPU, NCCL on GPUs), and returns what each rank returned.
+"""Runs a function in N processes that form a world (gloo on CPU, NCCL on GPUs, which ranks share if there are too few),
+and returns what each rank returned.
 
 Processes are forked from one server that has imported torch and DeepSpeed once: a four-process test starts in a second
 instead of half a minute.
@@ -123,7 +124,9 @@ def _rank_main(
     faulthandler.enable()
     try:
         if device_type == "cuda":
-            torch.cuda.set_device(rank)
+            from gpu_sharing import gpu_of
+
+            gpu_of(rank, world_size)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
         initialize_distributed(device_type)

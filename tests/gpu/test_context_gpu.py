@@ -1,4 +1,4 @@
-"""Ways of context parallelism on two and four GPUs, in bf16: their error against fp32 is that of one kernel call over
+"""Ways of context parallelism on two and four ranks, in bf16: their error against fp32 is that of one kernel call over
 the whole sequence."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.distributed.harness import run_distributed
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 S, H, K, D = 4096, 32, 8, 128
 MASKS: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -100,14 +100,12 @@ def _run(operator: AttentionOperator, tensors: list[Tensor], documents: Document
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn_2"])
-def test_errs_as_one_call_over_the_whole_sequence(backend: str, gpus: int) -> None:
+def test_errs_as_one_call_over_the_whole_sequence(backend: str, ranks: int) -> None:
     missing = KERNELS[backend].availability()
     if missing:
         pytest.skip(f"{backend} {missing}")
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} CUDA GPUs")
-    for found in run_distributed(_errors, gpus, backend, device_type="cuda"):
+    for found in run_distributed(_errors, ranks, backend, device_type="cuda"):
         for key, ratio in found.items():
             assert ratio < TOLERANCE, (key, ratio)

@@ -1,4 +1,4 @@
-"""Layout parity on two GPUs under NCCL: tp 2, cp 2 and dp 2 against one GPU, in fp32 and in bf16 with each flash
+"""Layout parity of two ranks under NCCL: tp 2, cp 2 and dp 2 against one GPU, in fp32 and in bf16 with each flash
 kernel."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.distributed.parity_cases import Case
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
 # fp32 sums run in another order on other layouts. In bf16 one rounding is 2^-8 = 0.4 %: the mean loss over 160 tokens

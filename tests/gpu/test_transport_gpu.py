@@ -15,7 +15,7 @@ from tests.distributed.harness import run_distributed
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 N = 2**20
 EXCHANGES = 200
@@ -111,17 +111,13 @@ def _graphs() -> list[int]:
     return torch.stack(wrong).nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
-def test_ranks_far_apart_take_what_was_offered(gpus: int) -> None:
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} CUDA GPUs")
-    for _, wrong in run_distributed(_exchanges, gpus, device_type="cuda"):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_far_apart_take_what_was_offered(ranks: int) -> None:
+    for _, wrong in run_distributed(_exchanges, ranks, device_type="cuda"):
         assert wrong == []
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
-def test_recorded_exchanges_too(gpus: int) -> None:
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} CUDA GPUs")
-    for wrong in run_distributed(_graphs, gpus, device_type="cuda"):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_recorded_exchanges_too(ranks: int) -> None:
+    for wrong in run_distributed(_graphs, ranks, device_type="cuda"):
         assert wrong == []

@@ -18,7 +18,7 @@ def test_differences_are_held_against_the_larger_noise() -> None:
         BASELINE: curve(3.0, 2.0),
         "one GPU, another kernel": curve(3.0, 2.0 + 0.002),
         "one GPU, micro-batch 1": curve(3.0, 2.0 - 0.001),
-        "two GPUs, cp 2": curve(3.003, 2.0 - 0.003),
+        "two ranks, cp 2": curve(3.003, 2.0 - 0.003),
     }
     lines = table(results).splitlines()
     # RMS 0.002 / sqrt(2) is the larger noise; cp's is 0.003.
@@ -28,4 +28,4 @@ def test_differences_are_held_against_the_larger_noise() -> None:
 
 def test_other_tokens_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="different corpora"):
-        table({BASELINE: curve(3.0), "two GPUs, cp 2": curve(3.0, corpus="another")})
+        table({BASELINE: curve(3.0), "two ranks, cp 2": curve(3.0, corpus="another")})
