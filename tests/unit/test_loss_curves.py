@@ -10,7 +10,7 @@ from loss_curves import BASELINE, table
 
 
 def curve(*losses: float, corpus: str = "same") -> dict[str, Any]:
-    return {"losses": losses, "all_seconds": [0.5], "kernel": "k", "corpus": corpus, "bigram_entropy": 2.0}
+    return {"losses": losses, "all_seconds": [0.5], "gpus": 1, "kernel": "k", "corpus": corpus, "bigram_entropy": 2.0}
 
 
 def test_differences_are_held_against_the_larger_noise() -> None:
@@ -22,7 +22,7 @@ def test_differences_are_held_against_the_larger_noise() -> None:
     }
     lines = table(results).splitlines()
     # RMS 0.002 / sqrt(2) is the larger noise; cp's is 0.003.
-    assert lines[2].startswith(f"| {BASELINE} | k | 3.00000 | 2.5000 | 0.00e+00")
+    assert lines[2].startswith(f"| {BASELINE} | 1 | k | 3.00000 | 2.5000 | 0.00e+00")
     assert lines[-3].endswith("| 3.00e-03 | 3.00e-03 | 0.500 | 2.12 x the noise |")
 
 
