@@ -18,6 +18,7 @@ def gpu_of(rank: int, ranks: int) -> torch.device:
     if gpus < ranks:
         os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    os.environ["LOCAL_RANK"] = str(rank % gpus)  # which DeepSpeed takes for the number of the GPU
     device = torch.device("cuda", rank % gpus)
     torch.cuda.set_device(device)
     return device

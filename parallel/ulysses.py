@@ -112,6 +112,7 @@ class _Trade:
         self.attention, self.transport = attention, attention.transport
         self.batch, self.length, kv_heads, head_dim = k.shape
         assert kv_heads % attention.size == 0, "launch.context_plan trades heads over as many ranks as divide them"
+        assert attention.head_groups <= kv_heads // attention.size, "a group has at least one KV head of each rank"
         sizes = group_sizes(kv_heads // attention.size, attention.head_groups)
         repeats = [tensor.shape[2] // kv_heads for tensor in tensors]
         self.groups = [

@@ -39,9 +39,11 @@ def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
     memory, other = make_transport(group, device), make_transport(group, device)
     messages = MessageTransport(group)
     found: dict[str, AttentionOperator] = {
-        "heads": UlyssesAttention(memory, whole),
-        "heads, two groups": UlyssesAttention(memory, whole, head_groups=2),
-        "heads, four groups": UlyssesAttention(memory, whole, head_groups=4),
+        **{
+            f"heads, {groups} group(s)": UlyssesAttention(memory, whole, head_groups=groups)
+            for groups in (1, 2, 4)
+            if groups <= K // group.size()
+        },
         "heads by messages": UlyssesAttention(messages, whole, head_groups=2),
         "exchange": ExchangeAttention(memory, kernel, **settings),
         "exchange, fetched again": ExchangeAttention(memory, kernel, keep_gathered=False, **settings),
