@@ -142,7 +142,9 @@ def table(results: Results) -> str:
         largest = max(map(abs, differences(results, name)))
         verdict = "" if name == BASELINE else "noise" if CURVES[name].noise else f"{rms / noise:.2f} x the noise"
         figures = [f"{curve['losses'][0]:.5f}", f"{statistics.mean(curve['losses'][-20:]):.4f}", f"{rms:.2e}"]
-        figures += [f"{largest:.2e}", f"{statistics.median(curve['all_seconds']):.3f}", verdict]
+        shared = curve["gpus"] < CURVES[name].processes
+        seconds = "shared" if shared else f"{statistics.median(curve['all_seconds']):.3f}"
+        figures += [f"{largest:.2e}", seconds, verdict]
         lines.append([name, str(curve["gpus"]), curve["kernel"], *figures])
     columns = ["run", "GPUs", "kernel", "loss, step 1", "last 20 steps", "RMS difference", "largest", "s/step", ""]
     entropy = results[BASELINE]["bigram_entropy"]

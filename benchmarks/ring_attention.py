@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> None:
     results = book.load(options.output)
     run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S}"
     for row, kernel in wanted_rows(options):
-        stage = Stage(row, kernel, device)
+        stage = Stage.of_world(row, kernel, device)
         ours, others = our_contestants(stage), peers(stage) if options.peers else {}
         auto = auto_name(row, stage.ranks)
         always = {ONE_GPU, auto}

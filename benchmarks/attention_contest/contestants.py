@@ -50,15 +50,20 @@ def _positions(part: Part) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a row is measured: this rank's device, and the row's documents on it."""
+    """Where a row is measured: by which rank of how many, on which device, over which transports."""
 
     row: Row
     kernel: str
     device: torch.device
+    rank: int
+    ranks: int
+    transport: Callable[[int], Transport]
+    """One of this rank's transports, by its number: the same at every call, as its memory grows to the largest row."""
 
-    @property
-    def ranks(self) -> int:
-        return dist.get_world_size()
+    @classmethod
+    def of_world(cls, row: Row, kernel: str, device: torch.device) -> Stage:
+        """For this process, among all that torch.distributed knows."""
+        return cls(row, kernel, device, dist.get_rank(), dist.get_world_size(), partial(_transport, device))
 
     @property
     def length(self) -> int:
@@ -71,7 +76,7 @@ class Stage:
 
     def zigzag(self) -> Tensor:
         """The order of `parallel.sequence`, which most peers share."""
-        return _positions(zigzag_parts(self.length, self.ranks)[dist.get_rank()])
+        return _positions(zigzag_parts(self.length, self.ranks)[self.rank])
 
     def balanced(self) -> Tensor:
         """Cut as `ExchangeAttention(balanced=True)` expects it."""
@@ -79,15 +84,15 @@ class Stage:
             parts = balanced_parts(self.length, self.ranks, self.row.boundaries(self.ranks), self.window)
         else:
             parts = causal_parts(self.length, self.ranks, self.row.heads, self.window)
-        return _positions(parts[dist.get_rank()])
+        return _positions(parts[self.rank])
 
     def striped(self) -> Tensor:
         """Every P-th token (arXiv:2311.09431)."""
-        return torch.arange(dist.get_rank(), self.length, self.ranks)
+        return torch.arange(self.rank, self.length, self.ranks)
 
     def contiguous(self) -> Tensor:
         """One run of tokens a rank."""
-        return torch.arange(self.row.local_tokens) + dist.get_rank() * self.row.local_tokens
+        return torch.arange(self.row.local_tokens) + self.rank * self.row.local_tokens
 
 
 def our_contestants(stage: Stage) -> dict[str, Builder]:
@@ -103,11 +108,10 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
         return Contestant(positions(), lambda q, k, v: operator(q, k, v, documents()))
 
     def heads(groups: int, number: int = 0) -> AttentionOperator:
-        memory = transport(stage.device, number)
-        return UlyssesAttention(memory, KernelOperator(kernel, **settings), head_groups=groups)
+        return UlyssesAttention(stage.transport(number), KernelOperator(kernel, **settings), head_groups=groups)
 
     def exchange(number: int = 0, **variant: bool) -> AttentionOperator:
-        return ExchangeAttention(transport(stage.device, number), kernel, **variant, **settings)
+        return ExchangeAttention(stage.transport(number), kernel, **variant, **settings)
 
     def exchange_within_heads(by_heads: int) -> AttentionOperator:
         neighbours, across = split_transports(stage.device, by_heads)
@@ -120,7 +124,7 @@ def our_contestants(stage: Stage) -> dict[str, Builder]:
             found[heads_name(groups)] = partial(entry, partial(heads, groups))
     found["exchange"] = partial(entry, exchange)
     found["exchange, balanced cut"] = partial(entry, partial(exchange, balanced=True), stage.balanced)
-    if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage.device):
+    if row.local_tokens <= GRAPHS_UP_TO and not row.documents and graphs_run(stage):
         # A graph remembers its transport's memory, so it has one of its own.
         if by_heads:
             found["heads, CUDA graphs"] = partial(entry, lambda: RecordedAttention(heads(1), heads(1, 1)))
@@ -173,8 +177,7 @@ def auto_name(row: Row, ranks: int) -> str | None:
 
 
 @cache
-def transport(device: torch.device, number: int = 0) -> Transport:
-    """For all rows: its memory grows to the largest."""
+def _transport(device: torch.device, number: int) -> Transport:
     return make_transport(dist.group.WORLD, device)
 
 
@@ -186,5 +189,5 @@ def split_transports(device: torch.device, by_heads: int) -> tuple[Transport, Tr
     return make_transport(neighbours, device), make_transport(across, device)
 
 
-def graphs_run(device: torch.device) -> bool:
-    return isinstance(transport(device), SymmetricTransport)
+def graphs_run(stage: Stage) -> bool:
+    return isinstance(stage.transport(0), SymmetricTransport)

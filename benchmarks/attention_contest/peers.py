@@ -69,7 +69,7 @@ def _llama3(stage: Stage, heads_at_a_time: int) -> Contestant:
     package, window = _ring_flash_attn_package(), stage.row.window
     boundaries = torch.tensor(stage.row.boundaries(stage.ranks), dtype=torch.int32, device=stage.device)
     queries, keys, longest_q, longest_k, needed = package.llama3_flash_attn_prepare_cu_seqlens(
-        boundaries, causal=True, rank=dist.get_rank(), world_size=stage.ranks
+        boundaries, causal=True, rank=stage.rank, world_size=stage.ranks
     )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _flex(stage: Stage) -> Contestant:
     if row.documents:
         balancer = _PTRRLoadBalancer(block_mask(inside, inside, boundaries, stage.window, device), stage.ranks)
     order = balancer._generate_indices(restore=False)[0].cpu()
-    positions = order.view(stage.ranks, -1)[dist.get_rank()]
+    positions = order.view(stage.ranks, -1)[stage.rank]
     mask = block_mask(positions, order, boundaries, stage.window, device)
     flex_attention = _flex_attention()
 

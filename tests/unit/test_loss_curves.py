@@ -23,7 +23,7 @@ def test_differences_are_held_against_the_larger_noise() -> None:
     lines = table(results).splitlines()
     # RMS 0.002 / sqrt(2) is the larger noise; cp's is 0.003.
     assert lines[2].startswith(f"| {BASELINE} | 1 | k | 3.00000 | 2.5000 | 0.00e+00")
-    assert lines[-3].endswith("| 3.00e-03 | 3.00e-03 | 0.500 | 2.12 x the noise |")
+    assert lines[-3].endswith("| 3.00e-03 | 3.00e-03 | shared | 2.12 x the noise |")
 
 
 def test_other_tokens_are_no_comparison() -> None:

@@ -224,13 +224,13 @@ def _measured() -> dict[str, Any]:
     found = {}
     for row in (Row(4, 2, 128), Row(4, 2, 256, 9), Row(4, 2, 256, 0, 8)):
         masked = bool(row.window or row.documents)
-        stage = Stage(row, "math" if masked else "cpu", torch.device("cpu"))
+        stage = Stage.of_world(row, "math" if masked else "cpu", torch.device("cpu"))
         ours, others = our_contestants(stage), peers(replace(stage, kernel="flash_attn_4")) if masked else {}
         two_rounds = patch("attention_contest.measure.ROUNDS", 2)  # of numbers that nobody looks at
         with two_rounds, patch("attention_contest.peers._flex_attention", lambda: _dense):
             found[row.name] = measure_row(stage, ours | others | {"a peer": _broken}, set(ours), repetitions=1)
     # A contestant that computes something else is told from the right ones by its error.
-    stage = Stage(Row(4, 2, 64), "cpu", torch.device("cpu"))
+    stage = Stage.of_world(Row(4, 2, 64), "cpu", torch.device("cpu"))
     right = our_contestants(stage)["exchange"]()
     wrong = type(right)(stage.contiguous(), right.attend)
     measurement = Measurement("wrong", wrong, Inputs(stage))
