@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launch.config import JobConfig
 from launch.context_plan import ContextPlan, context_plan
 from launch.data.skipped import in_words, steps_skipped
@@ -20,6 +22,7 @@ from launch.memory.parameters import count_parameters
 from launch.memory.recompute_plan import RecomputePlan, recompute_plan
 from launch.plurals import counted
 from launch.precision import BYTES
+from launch.weights.suitability import notes_on
 from model.kernels.linear_cross_entropy import chunk_tokens
 from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
@@ -107,7 +110,7 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
     if job.training.activation_checkpointing == "auto":
         rows["recomputation"] = str(plan)
     if model.init_from is not None:
-        rows["initial weights"] = model.init_from
+        rows["initial weights"] = model.init_from + notes_on(job, Path(model.init_from))
     return [f"{name:<16} {text}" for name, text in rows.items()]
 
 

@@ -38,6 +38,10 @@ from launch.weights.stored_model import (
     stored_model,
     write_model,
 )
+from launch.weights.suitability import longest_context
+
+_UNKNOWN_CONTEXT = 2048
+"""Tokens of context that an export names where nothing says how long sequences were: transformers' own default."""
 
 
 @output_matters
@@ -100,7 +104,7 @@ def to_hf(
     common = dtype or weights.dtypes["embed_tokens.weight"]
     config = config_for(
         model,
-        max_position_embeddings=_longest_context(run, source),
+        max_position_embeddings=longest_context(run) or _UNKNOWN_CONTEXT,
         dtype=str(common).removeprefix("torch."),
         source=source,
     )
@@ -143,14 +147,6 @@ def _check_tensors(files: SafetensorsFolder, wanted: dict[str, tuple[int, ...]],
         if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     }
     check_shapes(found, wanted, str(files.folder))
-
-
-def _longest_context(run: Path, source: dict[str, Any] | None) -> int:
-    """Tokens: what the run trained on, or its source was made for, whichever is more."""
-    lengths = [source["max_position_embeddings"]] if source and source.get("max_position_embeddings") else []
-    if (run / RUN_FILE).is_file():
-        lengths.append(JobConfig.of_run(run).training.sequence_length)
-    return max(lengths, default=2048)
 
 
 def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:

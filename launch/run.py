@@ -17,6 +17,7 @@ from launch.data.corpora import corpora_on_all_ranks, describe, training_batches
 from launch.data.corpus import Corpus, CorpusError
 from launch.data.cursor import DataCursor
 from launch.data.data_log import DataLog
+from launch.data.inspection import other_tokenizers
 from launch.environment import Place, report_failure
 from launch.exit_status import STOPPED
 from launch.health.rank_health import Health
@@ -124,7 +125,7 @@ def _train(
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
     lines = (
-        *(f"warning: {line}" for line in job.idle_keys(place.world_size)),
+        *(f"warning: {line}" for line in (*job.idle_keys(place.world_size), *other_tokenizers(job))),
         device_note,
         f"precision {job.resolve_precision(device.type)}; {attention_note}",
         f"run directory {job.run_path}",

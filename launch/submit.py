@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launch.check import layout_report
 from launch.config import JobConfig, load_job
+from launch.data.inspection import inspect_data
 from launch.run_lock import RunDirectoryError, writing_into
 from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for line in job.idle_keys(job.slurm.nodes * job.slurm.gpus_per_node):
+    for line in (*job.idle_keys(job.slurm.nodes * job.slurm.gpus_per_node), *inspect_data(job)[1]):
         print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(script, end="")

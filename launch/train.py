@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.check import layout_report, planned_world_size
-from launch.config import load_job
+from launch.config import JobConfig, load_job
+from launch.data.inspection import inspect_data
 from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.precision import check_precision
 from launch.settings.violations import ConfigError
@@ -55,11 +56,20 @@ def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
         if world_size is None:
             world_size, reason = planned_world_size(load_job(path, overrides))
             print(f"--world_size is not given: {reason}")
-        print(layout_report(load_job(path, overrides, world_size), world_size))
+        job = load_job(path, overrides, world_size)
+        print(layout_report(job, world_size))
+        print(_data_report(job))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _data_report(job: JobConfig) -> str:
+    """What this machine has of the job's data; what it lacks may be on the nodes, so that is no error."""
+    found, faults = inspect_data(job)
+    lines = ["", "data, as this machine sees it", *(f"  {line}" for line in found or faults)]
+    return "\n".join(lines if len(lines) > 2 else [])
 
 
 def quickstart() -> Path:

@@ -101,18 +101,23 @@ def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.bl
 
     `key` is where errors say that the path stands. Raises CorpusError.
     """
-    prefixes = [path]
-    if glob.has_magic(path) and not os.path.exists(path + ".idx"):
-        found = glob.glob(path + ".bin") + glob.glob(path + ".idx")
-        prefixes = sorted({name[: -len(".bin")] for name in found})
-        if not prefixes:
-            raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
-    corpus = Corpus.of_shards(path, [open_indexed(Path(prefix), vocab_size) for prefix in prefixes])
+    prefixes = prefixes_of(path, key)
+    corpus = Corpus.of_shards(path, [open_indexed(prefix, vocab_size) for prefix in prefixes])
     if not len(corpus):
         raise CorpusError(
             f"{path}: the corpus is empty: {counted(len(prefixes), 'shard')}, 0 tokens; leave it out of {key}"
         )
     return corpus
+
+
+def prefixes_of(path: str, key: str) -> list[Path]:
+    """The shards of the corpus at `path`: that prefix, or those of a glob by name. Raises CorpusError."""
+    if not glob.has_magic(path) or os.path.exists(path + ".idx"):
+        return [Path(path)]
+    found = glob.glob(path + ".bin") + glob.glob(path + ".idx")
+    if not found:
+        raise CorpusError(f"{key}: no .bin or .idx matches {path!r} (looked from {os.getcwd()}); correct the glob")
+    return [Path(prefix) for prefix in sorted({name[: -len(".bin")] for name in found})]
 
 
 def samplers(corpora: Corpora, job: JobConfig) -> dict[str, SequenceSampler]:

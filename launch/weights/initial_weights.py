@@ -10,10 +10,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.config import JobConfig
-from launch.data.encoders import BYTES, tokenizer_for
 from launch.weights.reader import Part, open_weights
-from launch.weights.stored_model import COMPANION_FOLDER, WeightsError, stored_model
-from model.config import JOB_KEYS
+from launch.weights.stored_model import COMPANION_FOLDER, WeightsError
+from launch.weights.suitability import notes_on
 from parallel.state import rectangles
 from parallel.tensor import TensorShard
 from parallel.zero import ZeroEngine
@@ -31,7 +30,7 @@ def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     engine.adopt_state(step_count=0)
     if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
         shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
-    return f"weights of {origin}{_differences(job, folder)}{_unused_tokenizer(job, folder)}"
+    return f"weights of {origin}{notes_on(job, folder)}"
 
 
 def read_weights(
@@ -62,17 +61,3 @@ def _parts(fragment: StateFragment, shard: TensorShard) -> list[Part]:
     """What the fragment holds of the parameter itself, without the optimizer's moments."""
     weight = replace(fragment, tensors={"parameter": fragment.tensors["parameter"]})
     return [Part(fragment.name, found.offsets, found.tensor) for found in rectangles(weight, shard)]
-
-
-def _differences(job: JobConfig, folder: Path) -> str:
-    """Keys that the job sets otherwise than the weights were trained with, such as a longer context's rope_scaling."""
-    stored, here = stored_model(folder).model_dump(), job.model.model_dump()
-    changed = [key for key in here if key not in JOB_KEYS and here[key] != stored[key]]
-    return f", with another {', '.join(changed)}" if changed else ""
-
-
-def _unused_tokenizer(job: JobConfig, folder: Path) -> str:
-    tokenizer = folder / COMPANION_FOLDER / "tokenizer.json"
-    if job.data.tokenizer != BYTES or not tokenizer.is_file() or tokenizer_for(tokenizer) == BYTES:
-        return ""
-    return f"; WARNING: they come with {tokenizer}, but data.tokenizer is {BYTES}"

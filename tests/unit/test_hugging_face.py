@@ -17,9 +17,9 @@ from launch.config import JobConfig
 from launch.convert import from_hf, to_hf
 from launch.inference.model import tokenizer_of
 from launch.weights.hugging_face import UnsupportedModel, config_for, model_from
-from launch.weights.initial_weights import _unused_tokenizer
 from launch.weights.safetensors_folder import SINGLE, ShardWriter
 from launch.weights.stored_model import RUN_FILE, parameter_shapes, write_model
+from launch.weights.suitability import notes_on
 from model.config import RopeScaling
 from tests.unit.transformers_models import (
     CONFIGS,
@@ -107,7 +107,7 @@ def test_bytes_go_to_transformers_and_come_back(tmp_path: Path) -> None:
     assert tokenizer.prompt(text) == list(text.encode())
     assert tokenizer.decode(halved) == tokenizer_of(run).decode(halved) == f"{text}\ufffd \ufffd"
     assert sorted(theirs.convert_tokens_to_ids(list(theirs.get_vocab()))) == list(range(256))
-    assert _unused_tokenizer(job, tmp_path / "ours") == ""
+    assert notes_on(job, tmp_path / "ours") == ""
     indexed = BYTE_JOB.replace("source: python_stdlib", "source: indexed, blend: [{path: unknown}]")
     (run / RUN_FILE).write_text(JobConfig.from_yaml(indexed).to_yaml())
     assert "its tokenizer is not known" in to_hf(run, tmp_path / "guessed")
@@ -177,10 +177,29 @@ def test_what_no_family_has_is_refused() -> None:
 
 def test_a_tokenizer_left_behind_is_said(tmp_path: Path) -> None:
     job = JobConfig.from_yaml(BYTE_JOB)
-    assert _unused_tokenizer(job, tmp_path) == ""
+    write_model(tmp_path, job.model)
+    assert notes_on(job, tmp_path) == ""
     (tmp_path / "hugging_face").mkdir()
     write_tokenizer(tmp_path / "hugging_face" / "tokenizer.json")
-    assert _unused_tokenizer(job, tmp_path).endswith("tokenizer.json, but data.tokenizer is bytes")
+    assert notes_on(job, tmp_path).endswith("tokenizer.json, but data.tokenizer is bytes")
+
+
+def test_a_context_longer_than_the_weights_were_made_for_is_said(tmp_path: Path) -> None:
+    job = JobConfig.from_yaml(BYTE_JOB)
+    length = job.training.sequence_length
+    write_model(tmp_path, job.model)
+    (tmp_path / "hugging_face").mkdir()
+    config = tmp_path / "hugging_face" / "config.json"
+    config.write_text(json.dumps({"max_position_embeddings": length}))
+    assert notes_on(job, tmp_path) == ""
+    config.write_text(json.dumps({"max_position_embeddings": length - 1}))
+    assert f"sequence_length ({length}) is beyond the {length - 1} tokens of context" in notes_on(job, tmp_path)
+    rotated = job.model_copy(update={"model": job.model.model_copy(update={"rope_theta": 1e6})})
+    assert notes_on(rotated, tmp_path) == ", with another rope_theta"
+    (tmp_path / RUN_FILE).write_text(job.to_yaml())  # a run that trained on as long a context
+    assert notes_on(job, tmp_path) == ""
+    (tmp_path / RUN_FILE).write_text("model: {}")  # of another version
+    assert notes_on(job, tmp_path) == ""
 
 
 MEASURED = """
