@@ -141,6 +141,13 @@ def test_steps_that_were_skipped_are_proven_to_be_unread(tmp_path: Path, capsys:
     assert "FAULT: step 37: the ranks noted 3 samples instead of 4: some were lost" in audited(run.run, capsys)[1]
 
 
+def test_a_run_that_skipped_nearly_all_is_no_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Simulated(tmp_path)
+    run.train(0, 995, {"web": 1}, skip="[[2, 993]]")
+    status, said = audited(run.run, capsys)
+    assert status == 0 and "steps 1 to 995: 3,980 samples, 3,968 of them skipped\n" in said
+
+
 def test_a_corpus_that_was_left_out_is_proven_too_where_it_still_lies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

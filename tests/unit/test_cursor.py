@@ -232,6 +232,8 @@ def test_a_resume_onto_other_data_is_refused() -> None:
             at.continued(30, replace(at, **change))  # type: ignore[arg-type]
         begun = at.continued(30, replace(at, **change), ("data",))  # type: ignore[arg-type]
         assert [segment.step for segment in begun.history] == [30]
+        late = replace(begun, skipped=((5, 8), (32, 32)))  # of the old data, and of the new
+        assert late.read(33).total() == 8
         assert begun.first_sample(30) == 0 and begun.first_sample(32) == 8 == begun.offset + 32 * 4
     assert at.continued(30, replace(at, seed=1), ("job.seed",)).first_sample(30) == 0
     for record in ({}, at.record() | {"format": 2}, {**at.record(), "more": 1}):

@@ -23,10 +23,10 @@ STEPS = [100, 150, 200, 250]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory with checkpoints of some bytes."""
+    """A run directory that was moved, with checkpoints of some bytes."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(load(tmp_path, f"job.run_directory={run}").to_yaml())
+    (run / "config.yaml").write_text(load(tmp_path, "job.run_directory=where/it/was").to_yaml())
     (run / "metrics.jsonl").write_text('{"step": 250, "loss": 9.0}\n')
     storage = storage_at(str(run / "checkpoints"))
     for step in STEPS:

@@ -21,7 +21,7 @@ from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
 from launch.saving.checkpoint_records import Progress
 from launch.step_outcome import StepOutcome
-from launch.trainer import Trainer
+from launch.trainer import NonFiniteLoss, Trainer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
 WORLD = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
@@ -80,7 +80,7 @@ def test_step_timer_gives_means_and_starts_afresh(monkeypatch: pytest.MonkeyPatc
 
 
 def test_step_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = iter([0.0, 6.0, 8.0, 10.0, 110.0, 118.0])
+    moments = iter([0.0, 6.0, 8.0, 10.0, 110.0, 118.0, 121.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     clock = StepClock()
     for _ in range(4):
@@ -90,6 +90,8 @@ def test_step_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with clock.paused():  # from 10 to 110
         pass
     assert clock.read() == 4.0  # 118 s less 2 and 100, over four steps
+    clock.count()
+    assert clock.read() == 3.0
 
 
 # -- environment ---------------------------------------------------------------------------------------------------
@@ -213,7 +215,18 @@ def test_a_prompt_begins_as_a_document_does(tmp_path: Path) -> None:
     assert tokenizer.decode([0, 2, 1]) == "two one"
 
 
-# -- a run that is complete -------------------------------------------------------------------------------------------
+# -- a run that is complete, and one that fails -----------------------------------------------------------------------
+
+
+def small_job(run: Path) -> JobConfig:
+    return JobConfig.from_yaml(f"""
+job: {{run_directory: {run}}}
+model: {{vocab_size: 256, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
+  num_key_value_heads: 1}}
+data: {{source: python_stdlib}}
+optimizer: {{learning_rate: 1e-3}}
+training: {{sequence_length: 8, global_batch_size: 1, max_steps: 3}}
+""")
 
 
 @pytest.mark.parametrize("done", [3, 5])
@@ -221,14 +234,7 @@ def test_a_complete_run_is_neither_trained_nor_evaluated_again(
     done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    job = JobConfig.from_yaml(f"""
-job: {{run_directory: {tmp_path}}}
-model: {{vocab_size: 256, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,
-  num_key_value_heads: 1}}
-data: {{source: python_stdlib}}
-optimizer: {{learning_rate: 1e-3}}
-training: {{sequence_length: 8, global_batch_size: 1, max_steps: 3}}
-""")
+    job = small_job(tmp_path)
     stepper, monitor, checkpoints = Mock(), Mock(), Mock()
     trainer = Trainer(
         job, stepper, Batches(Mock(), 1, 1, 1, 0), Mock(), {}, monitor, checkpoints, lambda: False, Mock(), None
@@ -240,6 +246,24 @@ training: {{sequence_length: 8, global_batch_size: 1, max_steps: 3}}
     monitor.log_validation.assert_not_called()  # metrics.jsonl would have the last evaluation twice
     stepper.evaluate.assert_not_called()
     checkpoints.save.assert_not_called()
+
+
+def test_the_weights_that_failed_are_not_offered_after_skipped_steps_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 1201 follows step 1000, whose checkpoint holds what it failed with."""
+    for name, does in {"get_rank": lambda: 0, "get_world_size": lambda: 1, "all_reduce": lambda flags: None}.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", does)
+    stepper, checkpoints = Mock(), Mock()
+    stepper.is_sound.return_value, stepper.engine.device = False, torch.device("cpu")
+    checkpoints.outcome.return_value, checkpoints.steps.return_value = None, [950, 1000]
+    batches = Batches(Mock(), 1, 1, 1, 0, skipped=((1001, 1200),))
+    trainer = Trainer(
+        small_job(tmp_path), stepper, batches, Mock(), {}, Mock(), checkpoints, lambda: False, Mock(), None
+    )
+    nan = torch.tensor(float("nan"))
+    with pytest.raises(NonFiniteLoss, match=f"Last good checkpoint: step-00000950 in .*{tmp_path} --step 950 goes"):
+        trainer._check_finite(StepOutcome(1201, applied=True, loss=nan, local_loss=nan, grad_norm=nan))
 
 
 # -- what came of a step ---------------------------------------------------------------------------------------------
