@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import audit_data, convert, generate, prepare_data, run_eval, schema_docs, status, submit, train
+from launch import audit_data, convert, generate, prepare_data, rollback, run_eval, schema_docs, status, submit, train
 from launch.exit_status import OUTPUT_LOST
 from launch.standard_output import output_matters, say
 
@@ -27,7 +27,7 @@ with open(os.devnull) as file:
 end_process(3)
 """
 LOST = "error: standard output cannot be written ([Errno 28] No space left on device); "
-MAINS = [audit_data.main, convert.main, generate.main, prepare_data.main, run_eval.main, status.main, submit.main]
+MAINS = [module.main for module in (audit_data, convert, generate, prepare_data, rollback, run_eval, status, submit)]
 COMMANDS: list[Callable[[], int]] = [
     *(lambda main=main: main(["--help"]) for main in MAINS),
     lambda: train.main(["--check"]),
