@@ -76,7 +76,7 @@ class Trainer:
         clock, steps = StepClock(), partial(self.training.steps, start, total)
         with prefetched(lambda step: self.stepper.cut(self.training.micro_batches(step)), steps()) as batches:
             for step in steps():
-                outcome = self._step(step, batches)
+                outcome = self._step(step, batches, clock)
                 clock.count()
                 # Checked one step late: by then the values are there, and reading them does not hold up the device.
                 if unchecked is not None:
@@ -115,16 +115,16 @@ class Trainer:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, batches: Iterator[list[HostBatch]]) -> StepOutcome:
+    def _step(self, step: int, batches: Iterator[list[HostBatch]], clock: StepClock) -> StepOutcome:
         """One training step, timed, and traced if it is one of those."""
         self.pace.begin(STEP, step + 1)
-        self.tracer.before(step + 1)
+        self.tracer.before(step + 1, clock)
         self.timer.start()
         with record_function(DATA):
             micro_batches = next(batches)
         self.timer.mark("data")
         outcome = self.stepper.train(step, micro_batches)
-        traced = self.tracer.after(outcome.step)
+        traced = self.tracer.after(outcome.step, clock)
         if traced:
             self.monitor.message(traced)
         return outcome

@@ -58,7 +58,9 @@ class RunMonitor(Monitor):
         if tensorboard:
             self._attempt("TensorBoard", lambda: self._open_tensorboard(run_directory, resumed_from))
         if throughput.peak_flops is None:
-            self.message("MFU is left out: no peak FLOP/s is known for this device and precision")
+            self.message(
+                "MFU is left out: no peak FLOP/s is known for this device and precision; monitor.peak_tflops gives one"
+            )
 
     def _open_metrics(self, run_directory: Path, resumed_from: int | None) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)

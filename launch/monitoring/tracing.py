@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from launch.monitoring.timing import StepClock
+
 STEPS, DATA, OPTIMIZER = "traced steps", "waiting for data", "optimizer step"
 """Names of the ranges in a trace."""
 
@@ -35,33 +37,44 @@ class StepTracer:
         self._profile: profile | None = None
         self._range: AbstractContextManager[Any] | None = None
 
-    def before(self, step: int) -> None:
-        """Step `step` is about to begin."""
+    def before(self, step: int, clock: StepClock) -> None:
+        """Step `step` is about to begin. What the tracing itself takes is no part of a step by `clock`."""
         if self._steps is None or step != self._steps[0]:
             return
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        self._profile = profile(activities=activities)
-        self._profile.start()
-        self._range = record_function(STEPS)
-        self._range.__enter__()
+        _finish_device_work()
+        with clock.paused():
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=activities)
+            self._profile.start()
+            self._range = record_function(STEPS)
+            self._range.__enter__()
 
-    def after(self, step: int) -> str | None:
+    def after(self, step: int, clock: StepClock) -> str | None:
         """Step `step` is over. After the last traced one: writes the files and returns the table of parts."""
         if self._steps is None or self._profile is None or self._range is None or step != self._steps[1]:
             return None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._range.__exit__(None, None, None)
-        self._profile.stop()
+        _finish_device_work()
+        with clock.paused():
+            return self._write(self._profile, self._range, self._steps)
+
+    def _write(self, traced: profile, steps_range: AbstractContextManager[Any], steps: tuple[int, int]) -> str:
+        steps_range.__exit__(None, None, None)
+        traced.stop()
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank-{self._rank}.pt.trace.json.gz"
-        self._profile.export_chrome_trace(str(path))
+        traced.export_chrome_trace(str(path))
         self._profile = self._range = None
         with gzip.open(path, "rt") as file:
             parts = step_parts(json.load(file)["traceEvents"])
-        count = self._steps[1] - self._steps[0] + 1
+        count = steps[1] - steps[0] + 1
         (self._directory / f"rank-{self._rank}.parts.json").write_text(json.dumps(parts, indent=1))
-        return f"{_table(parts, self._steps, count)}\ntrace in {path}"
+        return f"{_table(parts, steps, count)}\ntrace in {path}"
+
+
+def _finish_device_work() -> None:
+    """Waits for what was issued: its time belongs to the steps, and not to what the host does next."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def step_parts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -21,6 +21,9 @@ class MonitorSection(Section):
     """auto shows one on a terminal."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of one device in the job's precision, in 10^12 FLOP/s without sparsity, for the MFU; null: that of the
+    device's data sheet, where launch/monitoring/throughput.py has it."""
 
 
 @idle("monitor.histograms")

@@ -20,6 +20,7 @@ from launch.monitoring.monitor import Monitor, StepRecord
 from launch.monitoring.run_monitor import RunMonitor
 from launch.monitoring.step_lines import StepLines
 from launch.monitoring.throughput import Throughput, flops_per_token, peak_flops_per_second
+from launch.sections.monitor import MonitorSection
 from model.config import ModelConfig
 
 CPU = Throughput(tokens_per_step=1000, devices=4, flops_causal=1e6, flops_full=2e6, peak_flops=None)
@@ -301,6 +302,9 @@ training: {{sequence_length: 16, global_batch_size: 8, max_steps: 1}}
 """)
     throughput = Throughput.of_job(job, 2, torch.device("cuda", 0))
     assert Throughput.of_job(job, 2, torch.device("cpu")) == dataclasses.replace(throughput, peak_flops=None)
+    told = job.model_copy(update={"monitor": MonitorSection(peak_tflops=0.25)})
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        assert Throughput.of_job(told, 2, device) == dataclasses.replace(throughput, peak_flops=0.25e12)
     rates = throughput.rates(0.5)
     assert rates["tokens_per_second"] == 256
     assert rates["tokens_per_second_per_device"] == 128

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
+from launch.monitoring.timing import StepClock
 from launch.monitoring.tracing import DATA, OPTIMIZER, STEPS, StepTracer, step_parts
 
 
@@ -66,17 +69,31 @@ def test_on_a_cpu_operators_are_counted() -> None:
     assert found["optimizer"] == 8 and found["data"] == 0 and found["other"] == 12
 
 
+class PausesNoted(StepClock):
+    """Counts the files of a folder before and after each pause."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.pauses = folder, list[tuple[int, int]]()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = len(list(self.folder.glob("*")))
+        yield
+        self.pauses.append((before, len(list(self.folder.glob("*")))))
+
+
 def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
-    tracer = StepTracer((2, 3), tmp_path / "trace", rank=1)
+    tracer, clock = StepTracer((2, 3), tmp_path / "trace", rank=1), PausesNoted(tmp_path / "trace")
     matrix, told = torch.randn(200, 200), []
     for step in range(1, 5):
-        tracer.before(step)
+        tracer.before(step, clock)
         with record_function(DATA):
             pass
         matrix = (matrix @ matrix).tanh()
         with record_function(OPTIMIZER):
             matrix.add_(1)
-        told.append(tracer.after(step))
+        told.append(tracer.after(step, clock))
     assert told[0] is told[1] is told[3] is None and told[2] is not None
     assert told[2].startswith("steps 2 to 3, milliseconds a step on this rank:") and "optimizer" in told[2]
     with gzip.open(tmp_path / "trace" / "rank-1.pt.trace.json.gz", "rt") as file:
@@ -85,11 +102,12 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     parts = json.loads((tmp_path / "trace" / "rank-1.parts.json").read_text())
     assert parts["computation"] > 0 and parts["optimizer"] > 0 and parts["communication"] == 0
     total = parts.pop("total")
+    assert clock.pauses == [(0, 0), (0, 2)], "both files are written while the steps' clock stands still"
     del parts["communication"]
     assert sum(parts.values()) == pytest.approx(total)
 
 
 def test_nothing_is_traced_unless_asked(tmp_path: Path) -> None:
     tracer = StepTracer(None, tmp_path / "trace", rank=0)
-    tracer.before(1)
-    assert tracer.after(1) is None and not (tmp_path / "trace").exists()
+    tracer.before(1, StepClock())
+    assert tracer.after(1, StepClock()) is None and not (tmp_path / "trace").exists()
