@@ -1,5 +1,5 @@
-"""Layout parity of two ranks under NCCL: tp 2, cp 2 and dp 2 against one GPU, in fp32 and in bf16 with each flash
-kernel."""
+"""Layout parity under NCCL: tp 2, cp 2 and dp 2, and two axes at once, against one GPU, in fp32 and in bf16 with each
+flash kernel."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def test_fp32(layout: tuple[int, int, int]) -> None:
     cases = [Case(*layout, stage, tied=False, head_dim=64) for stage in range(4)]
     for case, errors in run_cases(cases, device_type="cuda").items():
         print(f"{case} fp32 math: loss {errors.loss:.1e} norm {errors.grad_norm:.1e} weights {errors.weight:.1e}")
+        assert errors.largest < FP32, (case, errors)
+
+
+def test_axes_together() -> None:
+    layouts = (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1)
+    cases = [Case(*layout, 3, tied=False, head_dim=64) for layout in layouts]
+    for case, errors in run_cases(cases, device_type="cuda").items():
         assert errors.largest < FP32, (case, errors)
 
 
