@@ -28,7 +28,8 @@ from parallel.mesh import MeshShape
 from parallel.vocab import padded_vocabulary
 from parallel.zero_config import LIVE_PARAMETERS
 
-_MOST_RANKS_LISTED = 64
+_MOST_LINES, _MOST_RANKS = 16, 64
+"""Of the list of ranks; the rest follows by rule."""
 
 
 def layout_report(
@@ -72,11 +73,11 @@ def _ranks(mesh: MeshShape) -> list[str]:
         f"mesh: {mesh}; rank = (dp * {mesh.context_parallel_size} + cp) * {size} + tp",
         f"  {'dp':>4} {'cp':>4}   {'rank' if size == 1 else f'ranks of tp 0 to {size - 1}'}",
     ]
-    limit = mesh.world_size if mesh.world_size <= _MOST_RANKS_LISTED else 16
-    for first in range(0, min(mesh.world_size, max(limit, size)), size):
+    listed = min(mesh.world_size, size * max(1, min(_MOST_LINES, _MOST_RANKS // size)))
+    for first in range(0, listed, size):
         _, cp, dp = mesh.coordinates(first)
         lines.append(f"  {dp:>4} {cp:>4}   {' '.join(str(first + tp) for tp in range(size))}")
-    if limit < mesh.world_size:
+    if listed < mesh.world_size:
         lines.append(f"  ... and so on to rank {mesh.world_size - 1}")
     return lines
 
@@ -95,9 +96,9 @@ def _work(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -> 
         "tokens per rank": f"{local_tokens(job, mesh):,} in a micro-batch: "
         f"{counted(training.micro_batch_size, 'sequence')} x {local_length:,} of {training.sequence_length:,} tokens",
         "hidden states": f"{local_tokens(job, mesh) // (tp if job.sequence_parallel else 1):,} of these tokens",
-        "accumulation": f"{counted(accumulation, 'micro-batch', 'micro-batches')} x {training.micro_batch_size} x dp "
-        f"{mesh.data_parallel_size} = {counted(training.global_batch_size, 'sequence')}, "
-        f"{job.tokens_per_step:,} tokens a step",
+        "accumulation": f"{counted(accumulation, 'micro-batch', 'micro-batches')} x "
+        f"{counted(training.micro_batch_size, 'sequence')} x dp {mesh.data_parallel_size} = "
+        f"{counted(training.global_batch_size, 'sequence')}, {job.tokens_per_step:,} tokens a step",
         "length": f"{counted(made, 'step')}, {made * job.tokens_per_step:,} tokens",
         "parameters": f"{parameters:,}; {local:,} on one tensor-parallel rank",
         "vocabulary": f"{model.vocab_size:,}"

@@ -125,7 +125,8 @@ def _train(
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, progress)
     lines = (
-        *(f"warning: {line}" for line in (*job.idle_keys(place.world_size), *other_tokenizers(job))),
+        *(f"warning: {line}" for line in job.idle_keys(place.world_size)),
+        *(f"warning: {line}" for line in ([] if place.rank else other_tokenizers(job))),
         device_note,
         f"precision {job.resolve_precision(device.type)}; {attention_note}",
         f"run directory {job.run_path}",

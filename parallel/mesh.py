@@ -31,10 +31,12 @@ class MeshShape:
         """The mesh of `world_size` ranks. Raises ValueError where tp x cp does not divide it."""
         model_parallel_size = tensor_parallel_size * context_parallel_size
         if world_size < 1 or world_size % model_parallel_size:
+            below = world_size // model_parallel_size * model_parallel_size
+            nearest = " or ".join(str(size) for size in (below, below + model_parallel_size) if size > 0)
             raise ValueError(
                 f"world size ({world_size}) must be a multiple of tensor_parallel_size x context_parallel_size "
-                f"({tensor_parallel_size} x {context_parallel_size} = {model_parallel_size}); start "
-                f"{max(1, world_size // model_parallel_size) * model_parallel_size} processes or change the sizes"
+                f"({tensor_parallel_size} x {context_parallel_size} = {model_parallel_size}); start {nearest} "
+                "processes or change the sizes"
             )
         return cls(tensor_parallel_size, context_parallel_size, world_size // model_parallel_size)
 

@@ -57,7 +57,7 @@ def test_report_of_a_long_context_job() -> None:
     assert "     1    3   22 23" in lines
     assert "heads per rank   16 query, 4 key/value (of 32 and 8), head_dim 128" in lines
     assert ("tokens per rank  16,384 in a micro-batch: 1 sequence x 16,384 of 131,072 tokens") in lines
-    assert "accumulation     16 micro-batches x 1 x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
+    assert "accumulation     16 micro-batches x 1 sequence x dp 2 = 32 sequences, 4,194,304 tokens a step" in lines
     assert "vocabulary       128,257, padded to 128,258 for tp 2" in lines
     assert "heads over 4 around exchange of keys over 2 ranks" in text
 
@@ -65,8 +65,12 @@ def test_report_of_a_long_context_job() -> None:
 def test_many_ranks_are_shown_by_rule() -> None:
     job = load_job(CONFIGS / "llama3-8b-128k.yaml", [], 256)
     lines = layout_report(job, 256).splitlines()
-    assert "  ... and so on to rank 255" in lines
+    assert lines[lines.index("  ... and so on to rank 255") - 1] == "     1    7   15"
     assert len(lines) < 50
+    lines = layout_report(load_job(CONFIGS / "llama3-70b-8k.yaml", [], 64), 64).splitlines()
+    assert "    15    0   60 61 62 63" in lines and not any("and so on" in line for line in lines)
+    lines = layout_report(load_job(CONFIGS / "llama3-70b-8k.yaml", ["parallel.tensor_parallel_size=8"], 128), 128)
+    assert "     7    0   56 57 58 59 60 61 62 63\n  ... and so on to rank 127" in lines
 
 
 def test_precision_follows_the_device() -> None:

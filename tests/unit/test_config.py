@@ -133,7 +133,7 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         "valid sizes here: 1, 2, 4\n"
         "  command line: parallel.tensor_parallel_size = 3\n"
         "      world size (4) must be a multiple of tensor_parallel_size x context_parallel_size (3 x 1 = 3); "
-        "start 3 processes or change the sizes"
+        "start 3 or 6 processes or change the sizes"
     )
 
 

@@ -35,7 +35,7 @@ def test_fit_finds_the_data_parallel_size(shape: MeshShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "remedy"), [(7, "start 6 processes"), (5, "start 6 processes"), (0, "start 6 processes")]
+    ("world_size", "remedy"), [(7, "start 6 or 12 processes"), (5, "start 6 processes"), (0, "start 6 processes")]
 )
 def test_fit_refuses_a_world_that_does_not_divide(world_size: int, remedy: str) -> None:
     with pytest.raises(ValueError) as caught:
