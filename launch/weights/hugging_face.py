@@ -99,17 +99,14 @@ def model_from(config: Config) -> ModelConfig:
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedModel(f"config.json's RoPE keys cannot be read ({error!r}); download it again") from None
     biased = family == "qwen2" or bool(config.get("attention_bias", False))
-    window, full_attention_layers = _windows(config)
+    keys |= {"rope_theta": theta, "rope_scaling": scaling, "qk_norm": family == "qwen3"}
+    keys["attention_bias"] = "none" if not biased else "qkv" if family == "qwen2" else "all"
     try:
-        return ModelConfig(
-            **keys,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            qk_norm=family == "qwen3",
-            attention_bias="none" if not biased else "qkv" if family == "qwen2" else "all",
-            sliding_window=window,
-            full_attention_layers=full_attention_layers,
-        )
+        ModelConfig(**keys)  # first: the blocks are counted through for their windows
+        window, full_attention_layers = _windows(config)
+        return ModelConfig(**keys, sliding_window=window, full_attention_layers=full_attention_layers)
+    except TypeError as error:
+        raise UnsupportedModel(f"config.json's window keys cannot be read ({error!r}); download it again") from None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
         raise UnsupportedModel(f"config.json describes no model that can be built: {faults}") from None

@@ -162,6 +162,11 @@ def test_the_keys_of_transformers_4_are_read() -> None:
             {"model_type": "qwen3", "layer_types": ["sliding_attention"]},
             "layer_types has 1 entries for num_hidden_layers .2.",
         ),
+        ({"model_type": "qwen3", "layer_types": 2}, "window keys cannot be read .TypeError"),
+        (
+            {"model_type": "qwen2", "num_hidden_layers": 10**11},
+            "num_hidden_layers: Input should be less than or equal to",
+        ),
     ],
 )
 def test_what_our_model_has_not_is_refused(changes: dict[str, Any], complaint: str) -> None:
