@@ -101,7 +101,7 @@ def damage(storage: Storage, name: str, rank: int, world_size: int, *, contents:
         files = read_manifest(storage, name)["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for file in sorted(files)[rank::world_size]:
+    for file in list(files)[rank::world_size]:
         size = crc32 = 0
         try:
             with storage.open(name, file) as stream:

@@ -103,9 +103,10 @@ def test_a_run_that_was_moved_and_steered_is_sound(
     assert "steps 1 to 90: 448 samples" in said  # 38 x 4 + 22 x 8 + 30 x 4
     assert "from step 21: 4 a step; web 0.2, code 0.8\n  from step 39: 8 a step; web 1" in said
     assert "epochs of " in said and "nothing was repeated within an epoch, and nothing was lost" in said
-    with open(run.file(1), "a") as file:
-        file.write('{"step": 91, "samp')  # cut short by a kill
-    assert audited(run.run, capsys, "--quick")[0] == 0
+    with open(run.file(1), "a") as file:  # one rank had read a step more, and was cut short in the next
+        file.write('{"step": 91, "samples": 2, "digest": 1}\n{"step": 92, "samp')
+    status, said = audited(run.run, capsys, "--quick")
+    assert status == 0 and "steps 1 to 90: 448 samples" in said
 
 
 def test_steps_that_were_skipped_are_proven_to_be_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +164,10 @@ def test_a_corpus_that_was_left_out_is_proven_too_where_it_still_lies(
     status, said = audited(run.run, capsys)
     assert status == 1 and "FAULT: step 1: the ranks read other tokens" in said
     run.rewrite(sound)
+    raw = bytearray((tmp_path / "web.bin").read_bytes())
+    (tmp_path / "web.bin").write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    status, said = audited(run.run, capsys)
+    assert status == 0 and f"corpus web, which data.blend names no more: {tmp_path}/web is not what was read" in said
     (tmp_path / "web.bin").rename(tmp_path / "elsewhere")
     status, said = audited(run.run, capsys)
     assert status == 0 and "corpus web, which data.blend names no more: " in said and "web.bin missing" in said
@@ -195,10 +200,10 @@ def test_the_documents_of_a_step_are_those_that_its_tokens_came_from(
 
 def test_data_that_began_anew_is_audited_from_there_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Simulated(tmp_path)
-    run.train(0, 9, {"web": 1})
+    run.train(0, 9, {"code": 1})
     assert run.record is not None
     run.record["seed"] = 1  # as if the run had had another
-    run.train(5, 12, {"web": 0.5, "code": 0.5}, accept=("data",))
+    run.train(5, 12, {"web": 1}, accept=("data",))
     status, said = audited(run.run, capsys)
     assert status == 0 and "steps 6 to 12: 28 samples" in said, said
 

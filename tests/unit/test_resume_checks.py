@@ -104,7 +104,8 @@ def test_another_run_is_refused_unless_accepted(change: dict[str, dict[str, obje
     there, here = settings(job()), settings(job(**change))
     key = expected.split()[0]
     assert differences(there, here, ()) == ([expected], [])
-    assert acceptable(key) and differences(there, here, (key,)) == ([], [expected])
+    assert acceptable(key) and acceptable("data") and not acceptable("optimizer.learning_rate")
+    assert differences(there, here, (key,)) == ([], [expected])
 
 
 def test_a_checkpoint_older_than_a_key_is_of_the_run_without_it() -> None:
@@ -142,6 +143,9 @@ def test_a_first_loss_out_of_the_ordinary() -> None:
         unlike_recent(5.4, recent)
     )
     assert unlike_recent(5.4, {}) is None
+    near, far = (1.97, 2.63), (1.95, 2.65)  # a tenth of the highest away, where that is more than they lie apart
+    assert [unlike_recent(loss, recent) is None for loss in (*near, *far)] == [True, True, False, False]
+    assert unlike_recent(3.4, {"1": 1.0, "2": 2.2}) is None and unlike_recent(3.5, {"1": 1.0, "2": 2.2}) is not None
 
 
 def test_retention_keeps_the_last_and_every_so_many() -> None:

@@ -83,6 +83,8 @@ def test_what_a_killed_save_or_removal_left_goes_at_the_next_save(storage: Stora
     storage.discard("step-00000003")
     storage.discard("step-00000003")
     assert sorted(storage.names()) == [NAME, OTHER]
+    lying = os.listdir(storage.location) if isinstance(storage, LocalStorage) else Bucket.store
+    assert not any("step-00000003" in path for path in lying), "what is discarded takes no room"
     if isinstance(storage, ObjectStorage):
         with patch.object(Bucket, "rm", side_effect=OSError("killed")), pytest.raises(OSError, match="killed"):
             storage.remove(NAME)
@@ -165,7 +167,51 @@ def test_sums_are_those_of_the_file(tmp_path: Path) -> None:
     for file, entry in sums.items():
         content = (tmp_path / NAME / file).read_bytes()
         assert entry == {"bytes": len(content), "crc32": zlib.crc32(content)}
-    assert json.loads((tmp_path / NAME / "manifest.json").read_text())["files"] == sums
+    manifest = json.loads((tmp_path / NAME / "manifest.json").read_text())
+    assert manifest["files"] == sums
+    own, rest = manifest.pop("crc32"), json.dumps(manifest, sort_keys=True)
+    assert own == zlib.crc32(rest.encode()), "older checkpoints are to be read"
+
+
+def test_what_a_power_cut_must_not_take_is_on_the_disk_before_the_checkpoint_appears(tmp_path: Path) -> None:
+    """The files whole, then their folder, then the rename, then the folder that the new name is in."""
+    storage, fsync, rename, done = LocalStorage(tmp_path), os.fsync, Path.rename, []
+    open_files = len(os.listdir("/proc/self/fd"))
+
+    def note_sync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append((path.name, None if path.is_dir() else path.stat().st_size))
+        fsync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append((path.name, "becomes"))
+        return rename(path, target)
+
+    with patch("os.fsync", note_sync), patch.object(Path, "rename", note_rename):
+        write(storage, NAME)
+    manifest = (tmp_path / NAME / "manifest.json").stat().st_size
+    partial = f"{NAME}.partial"
+    files = [("__0_0.distcp", 6000), (".metadata", 6), ("manifest.json", manifest)]
+    assert done == [*files, (partial, None), (partial, "becomes"), (tmp_path.name, None)]
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_sizes_alone_are_looked_at_where_nobody_asks_for_more(storage: Storage) -> None:
+    sums = write(storage, NAME, complete=False)
+    other = {file: entry | {"crc32": entry["crc32"] ^ 1} for file, entry in sums.items()}
+    storage.complete(NAME, encode({"format": 2, "files": other}))
+    assert damage(storage, NAME, 0, 1, contents=False) is None
+    assert [damage(storage, NAME, rank, 3) for rank in range(3)] == [
+        "__0_0.distcp does not match its CRC-32",
+        ".metadata does not match its CRC-32",
+        None,
+    ]
+    storage.begin(OTHER)
+    with storage.create(OTHER, ".metadata") as stream:
+        stream.write(b"two")
+    storage.complete(OTHER, encode({"format": 2, "files": {".metadata": sums[".metadata"]}}))
+    for contents in (True, False):
+        assert damage(storage, OTHER, 0, 1, contents=contents) == ".metadata has 3 bytes instead of 6"
 
 
 def test_an_error_of_the_disk_is_not_swallowed(tmp_path: Path) -> None:
