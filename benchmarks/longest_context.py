@@ -21,7 +21,6 @@ import re
 import resource
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from launch.config import JobConfig
 from launch.memory.recompute_plan import planned_footprint
 from launch.monitoring.throughput import Throughput
 from parallel.peer_memory import peer_memory_allocated
-from row_process import Results, load, save, torchrun
+from row_process import Results, load, results_parser, save, torchrun
 from workload import device_of, job_of, random_batches, timed_steps
 
 LENGTHS = [2**exponent for exponent in range(20, 12, -1)]
@@ -138,19 +137,12 @@ def table(results: Results) -> str:
 
 def main() -> None:
     """Command line: the search, or (with --attempt) one attempt's rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = results_parser(__doc__, "attempt", timeout=590, document="PAGE")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2, help="default: all, on CPUs 2")
     parser.add_argument("--features", default="", help="regular expression on the names of features")
     parser.add_argument("--length", type=int, help="this length only")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1, help="the last one is timed")
-    parser.add_argument("--timeout", type=float, default=590, help="seconds that one attempt may take")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes every job")
-    parser.add_argument("--again", action="store_true", help="make attempts anew that the output holds")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--document", type=Path, metavar="PAGE")
-    parser.add_argument("--attempt", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attempt:
         found = measure(job_for(options.attempt, options.length, options.gpus, options), options.steps)

@@ -32,7 +32,7 @@ from gpu_sharing import gpu_of
 from launch.config import load_job
 from launch.data.bigram import conditional_bigram_entropy
 from launch.data.corpora import fresh_cursor, load_corpora, training_batches
-from row_process import Results, load, save, torchrun
+from row_process import Results, load, results_parser, save, torchrun
 from workload import timed_steps
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -96,16 +96,9 @@ CURVES = {
 
 def main() -> None:
     """Command line: the driver, or (with --curve) one curve's rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = results_parser(__doc__, "curve", timeout=590, document="FOLDER")
     parser.add_argument("--curves", default="", help="regular expression on the names of curves")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes the job of every curve")
-    parser.add_argument("--timeout", type=float, default=590, help="seconds that one curve may take")
-    parser.add_argument("--again", action="store_true", help="run curves anew that the output file holds")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
-    parser.add_argument("--document", type=Path, metavar="FOLDER")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--curve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.curve:
         _run(options)

@@ -32,7 +32,7 @@ import torch
 
 import ringzero_row
 from launch.config import JobConfig
-from row_process import Results, load, save, torchrun
+from row_process import Results, load, results_parser, save, torchrun
 from throughput_report import comparison, table, write_document
 from workload import device_of, job_of
 
@@ -106,19 +106,12 @@ def measure(row: Row, job: JobConfig, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line: the driver, or (with --row) one row's rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = results_parser(__doc__, "row", timeout=300, document="FOLDER")
     parser.add_argument("--rows", default="", help="regular expression on row names")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="the first two are left out")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes the job of every row")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that one row may take")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that the output file holds")
     parser.add_argument("--no-anchor", action="store_true", help="do not measure the anchor first")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
-    parser.add_argument("--document", type=Path, metavar="FOLDER")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         _measure_row(options)

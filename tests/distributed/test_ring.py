@@ -5,9 +5,11 @@ The sharder, the plan, the ring and a kernel are tested together, for every P in
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -151,33 +153,28 @@ def test_the_error_of_bf16_does_not_grow_with_the_ring() -> None:
 
 
 @contextmanager
-def stale_keys(size: int) -> Iterator[None]:
+def lost_messages(lost: Container[int]) -> Iterator[None]:
+    """In place of messages of these numbers, a rank receives what it sends."""
+    original, count = parallel.ring._pass_on, itertools.count()
+
+    def pass_on(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+        if next(count) not in lost:
+            return original(outgoing, incoming, group)
+        incoming.copy_(outgoing)
+        return []
+
+    with mock.patch("parallel.ring._pass_on", pass_on):
+        yield
+
+
+def stale_keys(size: int) -> AbstractContextManager[None]:
     """The first message never arrives: step 1 computes with this rank's own keys again."""
-    original, count = parallel.ring._pass_on, iter(range(10**6))
-
-    def pass_on(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
-        if next(count) > 0:
-            return original(outgoing, incoming, group)
-        incoming.copy_(outgoing)
-        return []
-
-    with mock.patch("parallel.ring._pass_on", pass_on):
-        yield
+    return lost_messages([0])
 
 
-@contextmanager
-def gradients_not_sent_home(size: int) -> Iterator[None]:
+def gradients_not_sent_home(size: int) -> AbstractContextManager[None]:
     """The last hop of dK and dV is missing (P - 1 messages go out in forward, P - 1 and P in backward)."""
-    original, count = parallel.ring._pass_on, iter(range(10**6))
-
-    def pass_on(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
-        if next(count) < 3 * size - 3:
-            return original(outgoing, incoming, group)
-        incoming.copy_(outgoing)
-        return []
-
-    with mock.patch("parallel.ring._pass_on", pass_on):
-        yield
+    return lost_messages(range(3 * size - 3, sys.maxsize))
 
 
 @contextmanager

@@ -13,15 +13,14 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tests.distributed.harness import PRELOADED, free_port
 from tests.faults.launched import INJECTED, PATIENCE, TRAIN, Started, TinyJob, fault_variable
 
 
 class Forked(Started):
-    """The ranks of one job; use as a context manager: none outlives the block."""
+    """The ranks of one job."""
 
     def __init__(self, tiny: TinyJob, processes: int, *overrides: str, fault: Mapping[str, Any] | None = None):
         """`fault` as `injected/sitecustomize.py` describes it."""
@@ -39,12 +38,7 @@ class Forked(Started):
             self._ranks.append(context.Process(target=_rank, args=(arguments, tiny.folder, self.log, variables)))
             self._ranks[-1].start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
         for process in self._ranks:
             process.kill()
             process.join()

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.distributed.harness import free_port
@@ -28,9 +27,20 @@ PATIENCE = 600.0
 
 
 class Started(ABC):
-    """A job that was started: what it says, and waiting for its moments."""
+    """A job that was started: what it says, and waiting for its moments. A context manager: none of its processes
+    outlives the block."""
 
     log: Path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @abstractmethod
+    def end(self) -> None:
+        """Leaves no process of the job."""
 
     @property
     def output(self) -> str:
@@ -55,7 +65,7 @@ class Started(ABC):
 
 
 class Launched(Started):
-    """One started command; use as a context manager: no process of it outlives the block.
+    """One started command.
 
     Processes are known by a variable in their environment, which they inherit, so that orphans are found too.
     """
@@ -81,12 +91,7 @@ class Launched(Started):
                 start_new_session=True,
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
         while alive := self.alive():
             for pid in alive:
                 with suppress(ProcessLookupError):
