@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,10 +27,11 @@ from launch.data.corpus import Corpus
 from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
-from launch.saving.checkpoint_records import Progress
-from launch.saving.storage import storage_at
+from launch.saving.checkpoint_records import Progress, Saved
+from launch.saving.storage import LocalStorage, storage_at
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
+from parallel.state import StateMismatch
 from tests.distributed.bucket_store import Bucket
 from tests.distributed.checkpoint_states import LocalParameter, RankState
 
@@ -100,7 +103,7 @@ class Rank:
     def save(self, checkpoints: Checkpoints, step: int) -> str:
         """Saves as of `step`, and waits for it; what went wrong, or nothing."""
         checkpoints.save(self.engine, progress_at(step), self.batches)
-        saved = checkpoints.outcome(wait=True)
+        saved = checkpoints.outcome(wait=checkpoints.asynchronous)
         assert saved is not None and saved.complete == (saved.error is None)
         return str(saved.error or "")
 
@@ -258,13 +261,55 @@ def lose_the_connection(layout: Layout, directory: Path) -> str:
             return str(error)
 
 
+def follow_saves(layout: Layout, directory: Path) -> list[Any]:
+    """What there is to hear before, during and after a save, of one whose predecessor stays, and of a failed load."""
+    rank, gate, write = Rank(layout), threading.Event(), Checkpoints._write
+    checkpoints = rank.checkpoints(directory, asynchronous=True, keep_last=1)
+
+    def write_late(*arguments: Any) -> Saved:
+        saved = write(*arguments)
+        gate.wait()
+        return saved
+
+    heard: list[Any] = [checkpoints.outcome(wait=False)]
+    begun = time.perf_counter()
+    with patch.object(Checkpoints, "_write", write_late):
+        checkpoints.save(rank.engine, progress_at(1), rank.batches)
+        if rank.mesh.rank == 0:  # is done, and has to wait for the other
+            gate.set()
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+        heard.append(checkpoints.outcome(wait=False))
+        gate.set()
+        saved = checkpoints.outcome(wait=True)
+    assert saved is not None and 0 < saved.seconds < time.perf_counter() - begun
+    heard += [saved.path, checkpoints.outcome(wait=True)]
+    first = rank.mesh.rank == 0
+    with patch.object(LocalStorage, "remove", side_effect=NO_SPACE) if first else nullcontext():
+        checkpoints.save(rank.engine, progress_at(2), rank.batches)
+        saved = checkpoints.outcome(wait=True)
+    assert saved is not None and saved.complete
+    heard.append(str(saved.error))
+    mismatch = StateMismatch("another shape")
+    with patch("parallel.state.LoadRectangles.create_local_plan", side_effect=mismatch) if not first else nullcontext():
+        try:
+            checkpoints.load_latest(rank.engine)
+        except CheckpointError as error:
+            heard.append(str(error))
+    return heard
+
+
 def look_at(directories: Sequence[Sequence[Path]]) -> list[str]:
     """What each rank says of directories of its own before it trains, where nothing may stay."""
     said = []
     for places in directories:
-        checkpoints = Checkpoints(storage_at(str(places[dist.get_rank()])), keep_last=1, settings={})
+        place = places[dist.get_rank()]
+        checkpoints = Checkpoints(storage_at(str(place)), keep_last=1, settings={})
+        full = patch.object(LocalStorage, "create", lambda *_: open("/dev/full", "wb", 0))  # noqa: SIM115 (the caller closes it)
         try:
-            checkpoints.check_writable()
+            with full if place.name == "full" else nullcontext():
+                checkpoints.check_writable()
             said.append("")
         except CheckpointError as error:
             said.append(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.distributed.checkpoint_ranks import (
     Layout,
     Written,
     fail_saves,
+    follow_saves,
     look_at,
     lose_the_connection,
     progress_at,
@@ -224,7 +226,8 @@ def test_another_model_or_corpus_is_refused_with_the_difference(three: Path) -> 
     assert f"{three}/step-00000003 is of another model: model.hidden_size is 32 there and 64 here; " in other_model
     assert "model.qk_norm is True there and False here; give this model another job.name" in other_model
     assert "step-00000003 is of another run: optimizer.betas is [0.9, 0.95] there and [0.8, 0.9] here" in other_betas
-    assert "step-00000003 would go on with other data: the batch of step 4 has hash " in other_order
+    there = json.loads((three / "step-00000003" / "manifest.json").read_text())["next_batches"]["3"][:12]
+    assert f"step-00000003 would go on with other data: the batch of step 4 has hash {there} there and " in other_order
     assert accepted == [None, None]
     assert same is None
 
@@ -292,15 +295,25 @@ def test_an_unforeseen_error_of_the_writing_thread_reaches_the_training_thread(t
     assert run_distributed(lose_the_connection, 1, Layout(1, 1, 1, 0), tmp_path) == ["Connection closed by peer"]
 
 
+def test_the_outcome_is_that_of_all_ranks_and_of_all_that_was_to_be_done(tmp_path: Path) -> None:
+    by_rank = run_distributed(follow_saves, 2, PAIR, tmp_path)
+    assert by_rank[0] == by_rank[1]
+    none, early, path, after, stayed, load = by_rank[0]
+    assert (none, early, path, after) == (None, None, f"{tmp_path}/step-00000001", None)
+    assert stayed == f"checkpoint {tmp_path}/step-00000002 is complete, but an older one stayed: rank 0: {NO_SPACE}"
+    assert load == f"checkpoint {tmp_path}/step-00000002 could not be loaded: rank 1: another shape"
+
+
 def test_a_place_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
     """By every rank, also where only one of them cannot, or writes to another node's disk than rank 0 sees."""
-    shared, own, file = tmp_path / "shared", tmp_path / "own", tmp_path / "file"
+    shared, own, file, full = (tmp_path / name for name in ("shared", "own", "file", "full"))
     (own / "step-probe.partial").mkdir(parents=True)  # as if rank 1 had made its own: nothing but rank 0 sees the lack
     file.touch()
-    ranks = run_distributed(look_at, 2, [[shared, shared], [shared, own], [shared, file], [file, file]])
-    assert [bool(said) for said in ranks[0]] == [bool(said) for said in ranks[1]] == [False, True, True, True]
-    fine, elsewhere, one, both = ranks[0]
+    ranks = run_distributed(look_at, 2, [[shared, shared], [shared, own], [shared, file], [file, file], [shared, full]])
+    assert [bool(said) for said in ranks[0]] == [bool(said) for said in ranks[1]] == [False, True, True, True, True]
+    fine, elsewhere, one, both, no_space = ranks[0]
     assert fine == "" and list(shared.iterdir()) == []
     assert f"{shared}: rank 0: [Errno 2] No such file or directory: '{shared}/step-probe.partial/rank-1'" in elsewhere
     assert f"rank 1: [Errno 20] Not a directory: '{file}/step-probe.partial/rank-1'; give checkpoint.directory" in one
     assert f"checkpoints could not be written to {file}: rank 0: " in both
+    assert f"checkpoints could not be written to {shared}: rank 1: {NO_SPACE}; give" in no_space
