@@ -122,24 +122,30 @@ def cases(folder: str) -> list[str]:
 
 
 RANK = """
-import os, sys, time
-from functools import partial
+import os, signal, sys, time
 from pathlib import Path
 from launch.environment import node_pulses, place_in_world
 from launch.health.hang_report import Member
 from launch.health.health_folder import HealthFolder
 from launch.health.time_limits import STEP, Pace
-from launch.health.processes import process_state
 from launch.health.watchdog import Patience, Watchdog
 from launch.sections.health import HealthSection
 
-place, pace = place_in_world(), Pace(HealthSection(minimum_step_seconds=2.0, first_step_seconds=2.0))
+place, pulses, stops, folder = place_in_world(), node_pulses(), sys.argv[-2] == "stops", Path(sys.argv[-1])
+(folder / f"pid-{place.rank}.partial").write_text(str(os.getpid()))
+(folder / f"pid-{place.rank}.partial").rename(folder / f"pid-{place.rank}")
+while not (folder / f"pid-{1 - place.rank}").exists():  # however long the other takes to import all this
+    time.sleep(0.01)
+
+def beat(pulse):
+    pulses.write(place.local_rank, pulse)
+    if stops and pulse.activity == "step 8":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+pace = Pace(HealthSection(minimum_step_seconds=2.0, first_step_seconds=2.0))
 members, patience = [Member(rank, "host", 0) for rank in range(2)], Patience(tick=0.1, hear=0.3, grace=1.0)
-folder, beat = HealthFolder(Path(sys.argv[-1]), "7-0"), partial(node_pulses().write, place.local_rank)
-Watchdog(folder, pace, place.rank, members, patience, stops=True, beat=beat)
 pace.begin(STEP, 8)
-time.sleep(0.5)  # a few pulses
-print("pid", os.getpid(), flush=True)
+Watchdog(HealthFolder(folder, "7-0"), pace, place.rank, members, patience, stops=True, beat=beat)
 time.sleep(1000)
 """
 NODE = """
@@ -151,41 +157,30 @@ sys.exit(slurm_node.main())
 """
 
 
-def node_with_two_ranks(folder: Path) -> subprocess.Popen[str]:
+def node_with_two_ranks(folder: Path, what_they_do: str) -> subprocess.Popen[str]:
     """As `launch/slurm_job.py` starts one, but with less patience; the ranks hang in step 8."""
     (folder / "logs").mkdir()
     (folder / "rank.py").write_text(RANK)
     options = ["--nodes", "localhost", "--processes", "2", "--port", "1", "--logs", str(folder / "logs")]
-    options += ["--health", str(HealthFolder(folder, "7-0").path), "--", str(folder / "rank.py"), str(folder)]
+    options += ["--health", str(HealthFolder(folder, "7-0").path)]
+    command = [sys.executable, "-c", NODE, *options, "--", str(folder / "rank.py"), what_they_do, str(folder)]
     variables = {"SLURM_NODEID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", NODE, *options], env=os.environ | variables, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
 
 
-def pids_of_ranks(folder: Path) -> dict[int, int]:
-    deadline = time.monotonic() + LONG
-    while time.monotonic() < deadline:
-        said = {rank: "".join(log.read_text() for log in folder.glob(f"logs/*_rank{rank}.log")) for rank in range(2)}
-        found = {rank: pid for rank, words in said.items() if (pid := re.search(r"^pid (\d+)\n", words, re.MULTILINE))}
-        if len(found) == 2:
-            return {rank: int(pid[1]) for rank, pid in found.items()}
-        time.sleep(0.05)
-    raise AssertionError(said)
+def pids_of_ranks(folder: Path) -> list[int]:
+    return [int((folder / f"pid-{rank}").read_text()) for rank in range(2)]
 
 
 def test_a_node_speaks_for_ranks_that_are_all_stopped_and_ends_them(tmp_path: Path) -> None:
-    with node_with_two_ranks(tmp_path) as node:
+    with node_with_two_ranks(tmp_path, "stops") as node:
         try:
-            pids = pids_of_ranks(tmp_path)
-            for pid in pids.values():
-                os.kill(pid, signal.SIGSTOP)
             told, _ = node.communicate(timeout=LONG)
         finally:
             node.kill()
     assert node.returncode == HUNG, told
     assert re.search(r"hang: .* step 8 takes \d+ s longer than it may, and no watchdog has spoken; ", told)
-    for rank, pid in pids.items():
+    for rank, pid in enumerate(pids_of_ranks(tmp_path)):
         assert re.search(rf"^rank {rank} on .*, step 8; process {pid}: state T \(stopped by a signal\)", told, re.M)
         deadline = time.monotonic() + LONG
         while not process_state(pid).startswith(("state Z", "it is gone")):
@@ -200,17 +195,16 @@ def test_a_node_speaks_while_the_shared_file_system_hangs(tmp_path: Path) -> Non
     shared = HealthFolder(tmp_path, "7-0")
     shared.path.mkdir(parents=True)
     os.mkfifo(shared.path / "alarm")
-    with node_with_two_ranks(tmp_path) as node:
+    with node_with_two_ranks(tmp_path, "reads") as node:
         assert node.stdout is not None
         late = threading.Timer(LONG, node.kill)
         late.start()
         try:
-            pids = pids_of_ranks(tmp_path)
             told = list(islice((line for line in node.stdout if line.startswith(("hang: ", "rank 1"))), 2))
         finally:
             late.cancel()
             node.kill()
-    assert "hang: " in told[0] and f"step 8; process {pids[1]}: state S (sleeping)" in told[1]
+    assert "hang: " in told[0] and f"step 8; process {pids_of_ranks(tmp_path)[1]}: state S (sleeping)" in told[1]
 
 
 def test_the_missing_rank_is_named(tmp_path: Path) -> None:
