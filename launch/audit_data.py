@@ -161,7 +161,8 @@ def show(run: RunRecord, step: int) -> None:
             continue
         for start, stop in sampler.stretches(int(sampler.windows(np.array([number]))[0])):
             for shard, head, tail in sampler.corpus.documents(start, stop):
-                print(f"    {shard}: documents {head} to {tail} (tokens {start} to {stop - 1} of the training part)")
+                which = f"document {head}" if head == tail else f"documents {head} to {tail}"
+                print(f"    {shard}: {which} (tokens {start} to {stop - 1} of the training part)")
 
 
 @output_matters

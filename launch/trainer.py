@@ -130,7 +130,8 @@ class Trainer:
         return outcome
 
     def _check_finite(self, outcome: StepOutcome) -> None:
-        """Every rank sees the same loss and norm, so all stop together."""
+        """Waits for the step's numbers and remembers its loss. Raises NonFiniteLoss: on all ranks at once, because all
+        see the same loss and norm. May be called twice for a step."""
         self._remember(outcome.step, outcome.loss)
         if self.stepper.is_sound(outcome):
             return

@@ -35,7 +35,8 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.recompute, self.store = recompute, store
-        self.run = Block.under_policy  # `GPT.compile_blocks` puts one compiled function for all blocks in its place
+        # A plain function, called with the block: `GPT.compile_blocks` puts one that all blocks share in its place.
+        self.run = Block.under_policy
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attend)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -76,7 +77,8 @@ class GPT(nn.Module):
         "norm": "region_input",
         "lm_head": "vocab_head",
     }
-    """How each module splits by heads, features or vocabulary: plain data, applied elsewhere."""
+    """How each module splits by heads, features or vocabulary: plain data, applied elsewhere. A region begins behind a
+    norm and ends before the residual sum; within it a rank has all tokens and a share of the heads or features."""
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class GPT(nn.Module):
         mlp_tile_tokens: int | None = None,
         store: Store | None = None,
     ):
-        """`attention`: how each block attends. `recompute`: one policy for all blocks, or one for each."""
+        """`attention`: how each block attends. `recompute`: one policy for all blocks, or one for each. `store`: where
+        blocks put what they keep for the backward pass, if not on the device. `mlp_tile_tokens`: see FeedForward."""
         super().__init__()
         self.config = config
         policies = [recompute] * config.num_hidden_layers if isinstance(recompute, str) else recompute

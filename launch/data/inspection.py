@@ -11,7 +11,7 @@ from launch.data.corpora import describe, fresh_cursor, load_corpora, open_corpu
 from launch.data.corpus import CorpusError
 from launch.data.encoders import BYTES, encoder_of
 from launch.data.indexed import read_summary
-from launch.data.sources import matching_files
+from launch.data.sources import plain_texts
 from launch.plurals import counted
 
 
@@ -24,7 +24,7 @@ def inspect_data(job: JobConfig) -> tuple[list[str], list[str]]:
     if faults or job.data.source == "python_stdlib":
         return [], faults
     if job.data.source == "files":
-        files = {file for pattern in job.data.files for file in matching_files(pattern, "data.files")}
+        files = {file for pattern in job.data.files for file in plain_texts(pattern)}
         size = sum(Path(file).stat().st_size for file in files)
         return [f"{counted(len(files), 'text')}, {size / 1e6:,.1f} MB"], []
     try:
@@ -54,7 +54,7 @@ def other_tokenizers(job: JobConfig) -> list[str]:
 
 def _faults(job: JobConfig) -> list[str]:
     data, vocabulary = job.data, job.model.vocab_size
-    attempts: list[Callable[[], object]] = [partial(matching_files, pattern, "data.files") for pattern in data.files]
+    attempts: list[Callable[[], object]] = [partial(plain_texts, pattern) for pattern in data.files]
     attempts += [partial(open_corpus, corpus.path, vocabulary) for corpus in data.blend]
     attempts += [partial(open_corpus, path, vocabulary, key="data.validation_paths") for path in data.validation_paths]
     attempts.append(partial(_check_tokenizer, data.tokenizer, vocabulary))

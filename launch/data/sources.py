@@ -28,6 +28,7 @@ IN_MEMORY_BYTES = 256 << 20
 READ_BYTES = 16 << 20
 """Text read before it is tokenised in one parallel batch."""
 CACHE_VERSION = 2
+CONTAINERS = (".jsonl", ".ndjson", ".parquet", ".gz", ".zst", ".zstd")
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 TextSource = Literal["python_stdlib", "files"]
@@ -109,10 +110,21 @@ def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
         raise CorpusError(
             "data.source is files, but data.files is empty; list one glob or more, as in ['text/**/*.txt']"
         )
-    paths: set[str] = set()
-    for pattern in patterns:
-        paths.update(os.path.abspath(path) for path in matching_files(pattern, "data.files"))
+    paths = {os.path.abspath(path) for pattern in patterns for path in plain_texts(pattern)}
     return [_stat(Path(path), path) for path in sorted(paths)]
+
+
+def plain_texts(pattern: str) -> list[str]:
+    """The files of one pattern of data.files. Raises CorpusError where one is a container of texts by its name: its
+    bytes would be trained on as they are."""
+    found = matching_files(pattern, "data.files")
+    for path in found:
+        if path.endswith(CONTAINERS):
+            raise CorpusError(
+                f"data.files: {path} is no plain text, and each file is read as one text; take it with "
+                "launch/prepare_data.py and source: indexed, or leave it out of the glob"
+            )
+    return found
 
 
 def matching_files(pattern: str, key: str) -> list[str]:

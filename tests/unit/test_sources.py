@@ -167,6 +167,8 @@ def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path
     refuse("data.files is empty")
     refuse(r"no file matches '.*\*.md'", f"{texts}/*.txt", f"{texts}/*.md")
     refuse(rf"data.files: '{texts}' is a folder; name the files in it, such as '{texts}/\*\*/\*.txt'", f"{texts}")
+    (texts / "c.jsonl").write_text('{"text": "a"}')
+    refuse(r"data.files: .*/c.jsonl is no plain text.* launch/prepare_data.py and source: indexed", f"{texts}/c*")
     refuse(r"corpus is empty: 1 file, 0 tokens", f"{texts}/b.txt")
     refuse(r"token id 116 \(data.tokenizer: bytes\), beyond model.vocab_size \(100\); .* at least 256",
            f"{texts}/a.txt", vocab_size=100)  # fmt: skip
