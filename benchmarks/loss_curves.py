@@ -167,16 +167,16 @@ def plot(results: Results, path: Path) -> None:
     noise = [differences(results, name) for name in results if CURVES[name].noise]
     band = [max(map(abs, step)) for step in zip(*noise, strict=True)]
     steps = range(1, len(band) + 1)
-    for name, curve in results.items():
-        above.plot(steps, curve["losses"], label=name, linewidth=1)
+    for number, name in enumerate(name for name in CURVES if name in results):
+        above.plot(steps, results[name]["losses"], label=name, linewidth=1, color=f"C{number}")
         if name != BASELINE and not CURVES[name].noise:
-            below.plot(steps, differences(results, name), label=name, linewidth=1)
+            below.plot(steps, differences(results, name), linewidth=1, color=f"C{number}")
     below.fill_between(steps, [-x for x in band], band, alpha=0.3, color="grey", label="one GPU, other rounding")
     above.set_ylabel("loss, nats per byte")
     below.set_ylabel("difference from one GPU")
     below.set_xlabel("step")
     above.legend(fontsize="small")
-    below.legend(fontsize="small")
+    below.legend(fontsize="small", loc="upper left")
     figure.savefig(path, metadata={"Date": None})
 
 
