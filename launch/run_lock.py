@@ -47,18 +47,19 @@ def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
     with writing_into(run):
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / LOCK, "a+b")  # noqa: SIM115 (open while locked)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                file.close()
-                say(f"warning: {run} is on a file system without locks ({error.strerror}): start no second job in it")
-                return None
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    file.close()
+                    why = error.strerror
+                    say(f"warning: {run} is on a file system without locks ({why}): start no second job in it")
+                    return None
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
             if time.monotonic() > deadline:
                 file.seek(0)
                 holder = file.read().decode(errors="replace").strip() or "another process"
@@ -66,12 +67,12 @@ def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
                 raise RunBusy(
                     f"run directory {run} is in use by {holder}; wait for it or end it, or give this run another "
                     "job.name"
-                ) from None
-        time.sleep(0.2)
-    file.truncate(0)
-    file.write(_holder().encode())
-    file.flush()
-    return file
+                )
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(_holder().encode())
+        file.flush()
+        return file
 
 
 def _holder() -> str:

@@ -28,6 +28,7 @@ from launch.saving import resume_checks
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_names import CheckpointError
 from launch.saving.checkpoint_records import Progress, Saved
+from launch.saving.ranks import Ranks
 from launch.saving.storage import LocalStorage, storage_at
 from launch.stepper import Stepper
 from parallel.mesh import ParallelMesh
@@ -298,6 +299,22 @@ def follow_saves(layout: Layout, directory: Path) -> list[Any]:
         except CheckpointError as error:
             heard.append(str(error))
     return heard
+
+
+def cross_each_other() -> tuple[list[str], list[str]]:
+    """What two threads hear over two groups, of which each rank asks the other one first."""
+    groups, heard = {name: Ranks(name) for name in ("training", "writing")}, dict[str, list[str]]()
+
+    def ask(name: str) -> None:
+        heard[name] = groups[name].everywhere(lambda: name)
+
+    first, second = groups if dist.get_rank() == 0 else reversed(groups)
+    thread = threading.Thread(target=ask, args=(first,))
+    thread.start()
+    thread.join(0.2)  # for it to be the first
+    ask(second)
+    thread.join()
+    return heard["training"], heard["writing"]
 
 
 def look_at(directories: Sequence[Sequence[Path]]) -> list[str]:

@@ -17,6 +17,7 @@ from tests.distributed.checkpoint_ranks import (
     SAVED_AT,
     Layout,
     Written,
+    cross_each_other,
     fail_saves,
     follow_saves,
     look_at,
@@ -302,6 +303,10 @@ def test_the_outcome_is_that_of_all_ranks_and_of_all_that_was_to_be_done(tmp_pat
     assert (none, early, path, after) == (None, None, f"{tmp_path}/step-00000001", None)
     assert stayed == f"checkpoint {tmp_path}/step-00000002 is complete, but an older one stayed: rank 0: {NO_SPACE}"
     assert load == f"checkpoint {tmp_path}/step-00000002 could not be loaded: rank 1: another shape"
+
+
+def test_the_threads_that_train_and_that_write_never_hear_each_other() -> None:
+    assert run_distributed(cross_each_other, 2) == [(["training"] * 2, ["writing"] * 2)] * 2
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:

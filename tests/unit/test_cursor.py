@@ -180,6 +180,13 @@ def test_the_layout_does_not_change_the_global_batches_of_a_blend(packing: str, 
         assert [sample.input_ids.tolist() for sample in one] == [sample.input_ids.tolist() for sample in other]
 
 
+def test_a_corpus_that_gives_nothing_is_not_among_what_is_drawn() -> None:
+    """The audit then needs it not. By its weight, or because none of these few samples is its."""
+    at = cursor({"web": 0.5, "code": 0.5, "books": 0})
+    assert at.draws(np.arange(64)).keys() == {"web", "code"}
+    assert [len(at.draws(np.array([sample]))) for sample in range(8)] == [1] * 8
+
+
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_weights_change_on_resume_and_every_token_is_seen_once_an_epoch(packing: str) -> None:
     """Other weights, a corpus added, one dropped and taken up again, another global batch size."""
@@ -215,6 +222,7 @@ def test_a_resume_without_a_change_adds_nothing_to_the_history() -> None:
     changed = at.continued(30, cursor({"web": 0.5, "code": 0.5}))
     assert [segment.step for segment in changed.history] == [0, 30]
     assert [step for step in (0, 29, 30, 31) if changed.changes_at(step)] == [30] and not at.changes_at(0)
+    assert at.continued(1, cursor({"web": 1})).changes_at(1)
     assert changed.continued(30, at) == at  # thought better of it before a step was done
     assert changed.continued(50, cursor({"web": 0.5, "code": 0.5})) == changed
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,11 +25,19 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
     with pytest.raises(RunBusy, match=rf"in use by .*process {holder.pid} on "):
         lock_run(tmp_path, patience=0.1)
-    holder.kill()
+    threading.Timer(0.3, holder.kill).start()
+    held = lock_run(tmp_path, patience=600)  # it is let go meanwhile
     holder.wait()
-    held = lock_run(tmp_path, patience=5)
-    assert held is not None and f"process {os.getpid()}" in (tmp_path / "lock").read_text()
+    assert held is not None
+    assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     held.close()
+
+
+def test_a_run_directory_is_made(tmp_path: Path) -> None:
+    for _ in range(2):
+        held = lock_run(tmp_path / "runs" / "first")
+        assert held is not None
+        held.close()
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "locked"])
@@ -35,6 +46,12 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path, place: str) -> N
     (tmp_path / "locked" / "lock").mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match=rf"{place} cannot be written \(.*give job.run_directory another place"):
         lock_run(tmp_path / place)
+
+
+def test_a_disk_that_fails_under_the_lock(tmp_path: Path) -> None:
+    failing = patch("launch.run_lock.fcntl.lockf", side_effect=OSError(errno.EIO, "Input/output error"))
+    with failing, pytest.raises(RunDirectoryError, match=r"cannot be written \(\[Errno 5\] Input/output error\)"):
+        lock_run(tmp_path)
 
 
 def test_a_file_system_without_locks_is_warned_of(

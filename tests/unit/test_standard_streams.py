@@ -82,9 +82,12 @@ def test_a_command_leaves_nothing_for_the_end_of_the_interpreter_to_complain_of(
 
 
 def test_a_full_disk_under_the_log_ends_no_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     say("to a reader")
+    with open(tmp_path / "log", "w") as log:
+        say("at once", log)
+        assert (tmp_path / "log").read_text() == "at once\n"
     with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
         say("to nobody", full)
         monkeypatch.setattr(sys, "stdout", full)

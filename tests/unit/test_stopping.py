@@ -16,6 +16,7 @@ def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither(
         import os, signal, time
         from launch.environment import Place
         from launch.stopping import StopRequests
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may be in the background, too
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # both as a rank under Slurm inherits it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         stop = StopRequests(Place(0, 0, 1, 1))

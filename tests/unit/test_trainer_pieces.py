@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from launch.feed import Cutter
 from launch.monitoring.timing import StepClock, StepTimer
 from launch.saving.checkpoint_records import Progress
 from launch.step_outcome import StepOutcome
+from launch.stepper import Stepper
 from launch.trainer import NonFiniteLoss, Trainer
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 
@@ -267,6 +269,25 @@ def test_the_weights_that_failed_are_not_offered_after_skipped_steps_either(
 
 
 # -- what came of a step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("applied", "scaler", "loss", "norm", "sound"),
+    [
+        (True, {}, 2.0, 1.0, True),
+        (True, {}, math.nan, 1.0, False),
+        (True, {}, 2.0, math.inf, False),
+        (True, {"cur_scale": 1024.0}, 2.0, math.inf, False),
+        (False, {"cur_scale": 1024.0}, 2.0, math.inf, True),
+        (False, {"cur_scale": 1024.0}, math.inf, math.inf, False),
+        (False, {}, 2.0, math.nan, False),
+    ],
+)
+def test_only_a_loss_scaler_makes_a_skipped_step_right(
+    applied: bool, scaler: dict[str, float], loss: float, norm: float, sound: bool
+) -> None:
+    stepper = Mock(engine=Mock(loss_scaler_state=scaler))
+    assert Stepper.is_sound(stepper, Mock(applied=applied, loss=loss, grad_norm=norm)) is sound
 
 
 @pytest.mark.parametrize("norm", [0.75, torch.tensor(0.75), torch.tensor(0.75, dtype=torch.float64)])
