@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from launch.build import build_engine
+from launch.data.corpora import load_corpora, validation_batches
 from launch.inference.evaluation import evaluated, position_edges, table
+from launch.stepper import Stepper
+from launch.weights.initial_weights import load_initial_weights
 from parallel.mesh import ParallelMesh
 from tests.distributed.evaluation_twin import LENGTH, expected, job_of, to_evaluate
 from tests.distributed.harness import run_distributed
@@ -35,6 +39,21 @@ def evaluate(folder: Path) -> list[dict[str, Any]]:
         job = job_of(folder, *layout)
         found.append(evaluated(job, None, ParallelMesh.create(job.mesh_shape(4)), torch.device("cpu")))
     return found
+
+
+def evaluate_while_training(folder: Path) -> list[float]:
+    """Twice on each layout: what the first left behind changes nothing."""
+    losses = []
+    for layout in LAYOUTS:
+        job = job_of(folder, *layout)
+        mesh = ParallelMesh.create(job.mesh_shape(4))
+        engine, _ = build_engine(job, mesh, torch.device("cpu"))
+        load_initial_weights(job, engine)
+        stepper = Stepper(job, mesh, engine)
+        batches = validation_batches(load_corpora(job), job, mesh.dp_size, mesh.dp_rank)
+        losses += [stepper.evaluate(batches.once(job.training.evaluation_batches)) for _ in range(2)]
+        assert engine.model.training, "a step may follow"
+    return losses
 
 
 def check(result: dict[str, Any], tokens: list[tuple[int, float]]) -> None:
@@ -59,6 +78,13 @@ def test_every_layout_gives_the_loss_of_each_range(folder: Path) -> None:
     for found in run_distributed(evaluate, 4, folder):
         for layout, result in zip(LAYOUTS, found, strict=True):
             check(result, tokens[layout[3]])
+
+
+def test_a_run_logs_the_validation_loss_of_the_plain_model(folder: Path) -> None:
+    means = {mask: np.mean([loss for _, loss in expected(folder, mask)]) for mask in (False, True)}
+    wanted = [means[document_mask] for *_, document_mask in LAYOUTS for _ in range(2)]
+    for losses in run_distributed(evaluate_while_training, 4, folder):
+        assert losses == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_command_writes_table_and_json(folder: Path) -> None:
