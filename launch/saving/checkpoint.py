@@ -215,6 +215,8 @@ class Checkpoints:
         engine.adopt_state(manifest["optimizer_steps"])
         engine.loss_scaler_state = manifest["loss_scaler"]
         progress = Progress(**manifest["progress"])
+        rate = resume_checks.another_learning_rate(manifest["settings"], self.settings, progress.step)
+        told += [rate] if rate else []
         return Resumed(path, progress, manifest["losses"], manifest["next_batches"], told)
 
     def check_batches(self, resumed: Resumed, batches: Batches) -> None:

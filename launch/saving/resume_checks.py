@@ -10,6 +10,7 @@ What is compared, and what a difference means:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from pydantic import BaseModel
 
 from launch.data.batches import Batches
 from launch.data.cursor import ACCEPT_DATA
+from launch.schedule import learning_rate_at
+from launch.sections.optimizer import OptimizerSection
+from launch.sections.training import TrainingSection
 from model.config import JOB_KEYS
 
 NEXT_BATCHES = 20
@@ -80,6 +84,25 @@ def differences(there: Settings, here: Settings, accepted: Collection[str]) -> t
             text = f"{key} is {before!r} there and {value!r} here"
             (told if key in _STEERED or key in accepted else refused).append(text)
     return refused, told
+
+
+def another_learning_rate(there: Settings, here: Settings, step: int) -> str | None:
+    """In words, where the next update (number `step` from 0) has another learning rate than the saved run's schedule
+    gives it; None where it has not, or there is none."""
+    (before, _), (now, total) = (_learning_rate(known, step) for known in (there, here))
+    if step >= total or math.isclose(before, now, rel_tol=1e-6):
+        return None
+    return f"the learning rate of step {step + 1} is {before:.2e} by the schedule there and {now:.2e} by the one here"
+
+
+def _learning_rate(known: Settings, step: int) -> tuple[float, int]:
+    """Of an update, and the steps of the job."""
+    optimizer, training = (
+        {key.removeprefix(f"{section}."): value for key, value in known.items() if key.startswith(f"{section}.")}
+        for section in ("optimizer", "training")
+    )
+    total = TrainingSection.model_construct(**training).total_steps
+    return learning_rate_at(step, OptimizerSection.model_construct(**optimizer), total), total
 
 
 def batch_hash(batches: Batches, step: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from launch.saving.checkpoint_names import removable
 from launch.saving.resume_checks import (
     NEXT_BATCHES,
     acceptable,
+    another_learning_rate,
     batch_hash,
     differences,
     next_batches,
@@ -49,6 +51,23 @@ def batches(dp_size: int, dp_rank: int, seed: int = 0, tokens: int = 3000) -> Ba
     text = np.random.default_rng(5).integers(0, 200, tokens).astype(np.uint8)
     corpus = Corpus.from_documents("training", text, [len(text)], "fingerprint")
     return Batches(SequenceSampler(corpus, LENGTH, seed), GLOBAL_BATCH, 1, dp_size, dp_rank)
+
+
+def test_a_jump_of_the_learning_rate_is_told() -> None:
+    """Cosine from 0.01 at step 1 to 0.001 at step 10, halfway down at 5.5; twice as long, at 10.5."""
+    there = settings(job())
+    longer = settings(job(training={"max_steps": 20}))
+    assert another_learning_rate(there, settings(job(optimizer={"weight_decay": 0.3})), 5) is None
+    said = another_learning_rate(there, longer, 9)
+    assert said is not None and said.startswith("the learning rate of step 10 is 1.00e-03 by the schedule there and ")
+    assert float(said.split(" and ")[1].split()[0]) == pytest.approx(0.001 + 0.009 * (1 + math.cos(math.pi * 9 / 19)) / 2, rel=1e-2)
+    assert another_learning_rate(longer, there, 10) is None, "nothing is left to train"
+    tokens = {"max_steps": None, "max_tokens": 10 * 8 * 64}
+    assert another_learning_rate(there, settings(job(training=tokens)), 5) is None, "the same length in other words"
+    constant = settings(job(optimizer={"schedule": "constant"}))
+    assert another_learning_rate(there, constant, 9) == (
+        "the learning rate of step 10 is 1.00e-03 by the schedule there and 1.00e-02 by the one here"
+    )
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
