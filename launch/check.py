@@ -15,6 +15,7 @@ from launch.memory.formulas import (
     KEPT_FORMULAS,
     RING_FORMULA,
     Activations,
+    States,
     block_formula,
     host_copies,
 )
@@ -121,18 +122,13 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
     local = count_parameters(job.model, tp)
     whole = footprint(job, mesh, device, plan.policies)
     states, activations = whole.states, whole.activations
-    rows = [
-        ("parameters", states.parameters, _shared(stage >= 3, zero_size)),
-        ("gradients", states.gradients, _shared(stage >= 2, zero_size)),
-        ("master weights", states.master_weights, _shared(stage >= 1, zero_size)),
-        ("Adam moments", states.moments, _shared(stage >= 1, zero_size)),
-    ]
+    rows = _state_rows(job, states, zero_size)
     if stage == 3:
         rows.append(("gathered", whole.working, f"at most {LIVE_PARAMETERS:,} parameters whole at a time"))
     elif whole.working:
         rows.append(("autocast copies", whole.working, "bf16 copies of the fp32 parameters"))
     if states.host:
-        rows.append(("offloaded", states.host, "to host memory, not part of the peak"))
+        rows.append(("offloaded", states.host, "what of these is in host memory, not part of the peak"))
     peak = whole.peak
     rows += _activation_rows(job, activations, plan, context_plan(job, mesh, BYTES[precision]))
     copies, on_gpus = host_copies(local, stage, zero_size) * job.checkpoint.asynchronous, device != "cpu"
@@ -154,6 +150,21 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
         f"  t = {local_tokens(job, mesh):,} tokens, b = {BYTES[precision]} bytes; the letters count one rank's share.",
         "  Left out: communication buffers, the allocator's gaps, the device's own context; with the math kernel,",
         "  its scores of t x sequence_length per head.",
+    ]
+
+
+def _state_rows(job: JobConfig, states: States, zero_size: int) -> list[tuple[str, int, str]]:
+    parallel, stage = job.parallel, job.parallel.zero_stage
+    away = {"cpu": ", in host memory", "none": ""}
+    parameters_at, optimizer_at = away[parallel.offload_parameters], away[parallel.offload_optimizer]
+    again = parallel.secondary_partition_size
+    second = f", and 1/{again} again (secondary_partition_size)" if again > 1 else ""
+    masters = _shared(True, zero_size) if stage else "none: the parameters are fp32"
+    return [
+        ("parameters", states.parameters, f"{_shared(stage >= 3, zero_size)}{parameters_at}{second}"),
+        ("gradients", states.gradients, f"{_shared(stage >= 2, zero_size)}{optimizer_at}"),
+        ("master weights", states.master_weights, f"{masters}{optimizer_at}"),
+        ("Adam moments", states.moments, f"{_shared(stage >= 1, zero_size)}{optimizer_at}"),
     ]
 
 

@@ -73,6 +73,24 @@ def test_many_ranks_are_shown_by_rule() -> None:
     assert "     7    0   56 57 58 59 60 61 62 63\n  ... and so on to rank 127" in lines
 
 
+def test_a_second_copy_of_the_parameters_is_named() -> None:
+    """8.03 billion parameters of 2 bytes: a sixteenth, and an eighth."""
+    job = load_job(CONFIGS / "llama3-8b-8k.yaml", ["parallel.secondary_partition_size=8"], 16)
+    row = "  parameters           2.80   1/16 of the tensor-parallel rank's, and 1/8 again (secondary_partition_size)"
+    assert row in layout_report(job, 16).splitlines()
+
+
+def test_what_is_offloaded_is_said_row_by_row() -> None:
+    """Gradients (8 bytes a parameter), masters (4), moments (8) and parameters (2) of an eighth of 8.03 billion."""
+    offload = ["parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu"]
+    text = layout_report(load_job(CONFIGS / "llama3-8b-8k.yaml", offload, 8), 8)
+    for name, size in (("parameters", 1.87), ("gradients", 7.48), ("master weights", 3.74), ("Adam moments", 7.48)):
+        assert f"  {name:<16} {size:8.2f}   1/8 of the tensor-parallel rank's, in host memory\n" in text
+    assert "  offloaded           20.57   what of these is in host memory, not part of the peak\n" in text
+    whole = layout_report(load_job(CONFIGS / "llama3-8b-8k.yaml", ["parallel.zero_stage=0"], 8), 8)
+    assert "  master weights       0.00   none: the parameters are fp32\n" in whole
+
+
 def test_precision_follows_the_device() -> None:
     job = load_job(CONFIGS / "quickstart.yaml", [], 4)
     assert "memory of one rank, bf16, ZeRO-3" in layout_report(job, 4)

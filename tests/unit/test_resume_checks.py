@@ -60,7 +60,9 @@ def test_a_jump_of_the_learning_rate_is_told() -> None:
     assert another_learning_rate(there, settings(job(optimizer={"weight_decay": 0.3})), 5) is None
     said = another_learning_rate(there, longer, 9)
     assert said is not None and said.startswith("the learning rate of step 10 is 1.00e-03 by the schedule there and ")
-    assert float(said.split(" and ")[1].split()[0]) == pytest.approx(0.001 + 0.009 * (1 + math.cos(math.pi * 9 / 19)) / 2, rel=1e-2)
+    assert float(said.split(" and ")[1].split()[0]) == pytest.approx(
+        0.001 + 0.009 * (1 + math.cos(math.pi * 9 / 19)) / 2, rel=1e-2
+    )
     assert another_learning_rate(longer, there, 10) is None, "nothing is left to train"
     tokens = {"max_steps": None, "max_tokens": 10 * 8 * 64}
     assert another_learning_rate(there, settings(job(training=tokens)), 5) is None, "the same length in other words"
