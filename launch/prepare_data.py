@@ -15,9 +15,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,9 +28,9 @@ from launch.atomic_files import write_atomically
 from launch.data.corpus import CorpusError
 from launch.data.encoders import encoder_of
 from launch.data.indexed import beside, read_summary
-from launch.data.indexed_writer import IndexedWriter, reopened
+from launch.data.indexed_writer import IndexedWriter, reopened, to_disk
+from launch.data.input_files import BeginAfresh, InputFiles, Place
 from launch.data.sources import matching_files
-from launch.data.text_inputs import BadInput, Block, Start, blocks, fault_of_text, kind_of
 from launch.data.text_tokens import Fault, TokenisingProcesses
 from launch.plurals import counted
 from launch.standard_output import output_matters
@@ -41,41 +41,20 @@ _INPUTS = "texts (a document each), JSON lines, Parquet, and .gz or .zst of thes
 _TOKENIZER = "a Hugging Face tokenizer.json, or: bytes (each byte of UTF-8 is a token)"
 
 
-@dataclass(frozen=True)
-class InputPlace:
-    """How far the inputs have been read: file, and the block in it."""
-
-    file: int = 0
-    position: int = 0
-    record: int = 0
-
-
-@dataclass(frozen=True)
-class _Item:
-    """An item that was read, in order: a block, or a file's end, which may have come too soon."""
-
-    place: InputPlace
-    """Where reading continues after it."""
-    file: int
-    read: int
-    """Bytes of the file on disk."""
-    fault: Fault | None = None
-
-
 class Preparation:
     """One corpus in the making. What a kill loses is what was written since the last save, and it is made again."""
 
-    def __init__(self, options: argparse.Namespace, files: list[Path]) -> None:
-        """Raises CorpusError where the tokenizer or PREFIX does not fit this command."""
-        self.options, self.files, self.prefix = options, files, options.output
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Raises CorpusError where inputs or tokenizer cannot be used, OSError where an input cannot be looked at."""
+        self.options, self.prefix = options, options.output
+        found = [path for pattern in options.input for path in matching_files(pattern, "--input")]
         self.encoder = encoder_of(options.tokenizer)
         if options.end_of_document is not None:
             self.encoder.token_id(options.end_of_document)
-        self._versions = [_version(path) for path in files]
-        inputs = [(str(path.resolve()), *version) for path, version in zip(files, self._versions, strict=True)]
+        self.inputs = InputFiles([Path(path) for path in dict.fromkeys(found)], options.field)
+        inputs = [(str(path.resolve()), *version) for path, version in self.inputs.versions.items()]
         told = [self.encoder.identity, options.field, options.end_of_document, inputs]
         self.job = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        self.state_file = beside(self.prefix, "state.json.partial")
         self.rejected = 0
         self._save_at = time.monotonic() + _SAVE_SECONDS
 
@@ -90,9 +69,12 @@ class Preparation:
             if self._complete():
                 print(f"{self.prefix}: complete already")
             else:
-                self._write()
-            for leftover in ("state.json.partial", "lengths.partial", "lock"):
-                beside(self.prefix, leftover).unlink(missing_ok=True)
+                try:
+                    self._write()
+                except BeginAfresh:
+                    self._remove("state.json.partial", "lengths.partial", "bin.partial")
+                    raise
+            self._remove("state.json.partial", "lengths.partial", "lock")
 
     def _complete(self) -> bool:
         if not beside(self.prefix, "idx").exists():
@@ -107,29 +89,24 @@ class Preparation:
         return True
 
     def _write(self) -> None:
-        saved = self._saved()
-        options, sizes = self.options, [size for size, _ in self._versions]
-        writer = IndexedWriter(self.prefix, self.encoder.dtype, saved["writer"])
+        saved, options = self._saved(), self.options
+        self.rejected = saved["rejected"]
         with (
+            closing(IndexedWriter(self.prefix, self.encoder.dtype, saved["writer"])) as writer,
             reopened(beside(self.prefix, "rejected.jsonl"), saved["rejected_bytes"]) as listing,
             TokenisingProcesses(options.workers, options.tokenizer, options.field, options.end_of_document) as workers,
-            tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar,
+            tqdm(total=self.inputs.size, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            try:
-                for item, result in workers.map(self._read(InputPlace(**saved["place"]))):
-                    if result is not None:
-                        writer.write(result.tokens, result.lengths, continues=result.continues)
-                    faults = [*(result.faults if result else ()), *([item.fault] if item.fault else ())]
-                    self._reject(self.files[item.file], faults, listing)
-                    bar.update(sum(sizes[: item.file]) + item.read - bar.n)
-                    if time.monotonic() > self._save_at:
-                        self._save(writer, listing, item.place)
-                self._save(writer, listing, InputPlace(len(self.files)))
-                if not writer.state["documents"]:
-                    raise CorpusError(self._nothing())
-                summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
-            finally:
-                writer.close()
+            for progress, block in workers.map(self.inputs.read(Place(**saved["place"]))):
+                writer.write(block.tokens, block.lengths, continues=block.continues)
+                self._reject(progress.path, block.faults, listing)
+                bar.update(progress.read - bar.n)
+                if time.monotonic() > self._save_at:
+                    self._save(writer, listing, progress.place)
+            self._save(writer, listing, self.inputs.end)
+            if not writer.state["documents"]:
+                raise BeginAfresh(self._nothing())
+            summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
         print(f"{self.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}")
         if self.rejected:
             left_out = counted(self.rejected, "bad record was", "bad records were")
@@ -138,10 +115,9 @@ class Preparation:
             beside(self.prefix, "rejected.jsonl").unlink()
 
     def _nothing(self) -> str:
-        """What to say of inputs without a document; another command may begin afresh."""
-        self._forget()
+        """What to say of inputs without a document."""
         said = (
-            f"{self.prefix}: no document in {counted(len(self.files), 'file')}: "
+            f"{self.prefix}: no document in {counted(len(self.inputs.versions), 'file')}: "
             f"{counted(self.rejected, 'record is', 'records are')} bad and the rest empty"
         )
         if self.rejected:
@@ -154,52 +130,9 @@ class Preparation:
             first = json.loads(listing.readline())
         return f"the first: {first['file']}, record {first['record']}, {first['reason']}"
 
-    def _forget(self) -> None:
-        """Removes what was written so far, so that nothing continues from it."""
-        for leftover in ("state.json.partial", "lengths.partial", "bin.partial"):
-            beside(self.prefix, leftover).unlink(missing_ok=True)
-
-    def _read(self, place: InputPlace) -> Iterator[tuple[_Item, Block | None]]:
-        for file, path in enumerate(self.files[place.file :], start=place.file):
-            start = Start(place.position, place.record) if file == place.file else Start()
-            following, fault = start, None
-            try:
-                reason = fault_of_text(path) if kind_of(path) == "text" and not start.position else None
-                if reason is not None:
-                    raise BadInput(reason)
-                for block in blocks(path, self.options.field, start):
-                    self._check_unchanged(file)
-                    following = block.following
-                    yield _Item(InputPlace(file, following.position, following.record), file, block.read), block
-            except BadInput as error:
-                self._check_unchanged(file)
-                if kind_of(path) == "text" and following.position:  # half a document can be neither kept nor listed
-                    raise CorpusError(
-                        f"{path}: whole when it was looked through, but broke off after {following.position} bytes of "
-                        f"text when it was read again ({error}); the same command goes on from there: see to the "
-                        "disk or file server first, or leave the file out"
-                    ) from error
-                fault = Fault(following.record + 1, str(error))
-            self._check_unchanged(file)
-            yield _Item(InputPlace(file + 1), file, self._versions[file][0], fault), None
-
-    def _check_unchanged(self, file: int) -> None:
-        """Raises CorpusError where a file is not what it was when the command began: half a corpus would be of one
-        version, half of another."""
-        path, before = self.files[file], self._versions[file]
-        try:
-            now = _version(path)
-        except OSError as error:
-            found = f"cannot be found any more ({error.strerror})"
-        else:
-            if now == before:
-                return
-            found = f"has {_told(now)}"
-        self._forget()
-        raise CorpusError(
-            f"{path}: changed while it was read: it had {_told(before)}, and {found}; "
-            "run the command again, which begins afresh, when nobody writes to the inputs"
-        )
+    def _remove(self, *suffixes: str) -> None:
+        for suffix in suffixes:
+            beside(self.prefix, suffix).unlink(missing_ok=True)
 
     def _reject(self, path: Path, faults: list[Fault], listing: BinaryIO) -> None:
         for fault in faults:
@@ -211,28 +144,33 @@ class Preparation:
             listing.write(json.dumps({"file": str(path), **asdict(fault)}).encode() + b"\n")
         self.rejected += len(faults)
 
-    def _save(self, writer: IndexedWriter, listing: BinaryIO, place: InputPlace) -> None:
+    def _save(self, writer: IndexedWriter, listing: BinaryIO, place: Place) -> None:
         """From here on the same command goes on after a kill."""
-        state = {"job": self.job, "place": asdict(place), "writer": writer.sync(), "rejected": self.rejected}
-        listing.flush()
-        os.fsync(listing.fileno())
-        write_atomically(self.state_file, json.dumps({**state, "rejected_bytes": listing.tell()}))
+        to_disk(listing)
+        state = {
+            "job": self.job,
+            "place": asdict(place),
+            "writer": writer.sync(),
+            "rejected": self.rejected,
+            "rejected_bytes": listing.tell(),
+        }
+        write_atomically(beside(self.prefix, "state.json.partial"), json.dumps(state))
         self._save_at = time.monotonic() + _SAVE_SECONDS
 
     def _saved(self) -> dict[str, Any]:
         """What the last save of this command left, or a fresh start."""
+        path = beside(self.prefix, "state.json.partial")
         try:
-            state = json.loads(self.state_file.read_text())
+            state = json.loads(path.read_text())
         except FileNotFoundError:
-            return {"place": {}, "writer": None, "rejected_bytes": 0}
+            return {"place": {}, "writer": None, "rejected": 0, "rejected_bytes": 0}
         except ValueError as error:
-            raise CorpusError(f"{self.state_file}: is damaged ({error}); remove it to begin again") from error
+            raise CorpusError(f"{path}: is damaged ({error}); remove it to begin again") from error
         if state["job"] != self.job:
             raise CorpusError(
-                f"{self.prefix}: {self.state_file.name} is of a command with other inputs, tokenizer or fields; run "
-                "that one to its end, or remove it"
+                f"{self.prefix}: {path.name} is of a command with other inputs, tokenizer or fields; run that one to "
+                "its end, or remove it"
             )
-        self.rejected = state["rejected"]
         print(f"{self.prefix}: going on after {counted(state['writer']['documents'], 'document')}")
         return state
 
@@ -242,29 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
     try:
-        Preparation(options, _files(options.input)).run()
+        Preparation(options).run()
     except (CorpusError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """(bytes, time of the last change in ns). Raises OSError."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _told(version: tuple[int, int]) -> str:
-    return f"{version[0]} bytes of {datetime.fromtimestamp(version[1] / 1e9)}"
-
-
-def _files(patterns: Sequence[str]) -> list[Path]:
-    """Each file once, in the order given, those of a glob by name. Raises CorpusError."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        found |= dict.fromkeys(matching_files(pattern, "--input"))
-    return [Path(path) for path in found]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

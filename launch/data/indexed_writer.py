@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -74,9 +74,8 @@ class IndexedWriter:
 
     def sync(self) -> dict[str, int]:
         """Brings all to the disk; returns what a writer that goes on from here needs."""
-        for file in (self._tokens, self._lengths):
-            file.flush()
-            os.fsync(file.fileno())
+        to_disk(self._tokens)
+        to_disk(self._lengths)
         return dict(self.state)
 
     def finish(self, **facts: Any) -> Summary:
@@ -87,11 +86,11 @@ class IndexedWriter:
         lengths_file = beside(self.prefix, "lengths.partial")
         with open(beside(self.prefix, "idx.partial"), "wb") as file:
             self._write_index(file, lengths_file)
-            _flush(file)
+            to_disk(file)
         summary = Summary(*(self.state[key] for key in ("tokens", "documents", "largest_token")))
         with open(beside(self.prefix, "summary.json.partial"), "w") as text:
             json.dump({**asdict(summary), **facts}, text, indent=1)
-            _flush(text)
+            to_disk(text)
         for suffix in ("summary.json", "bin", "idx"):
             os.replace(beside(self.prefix, f"{suffix}.partial"), beside(self.prefix, suffix))
         lengths_file.unlink()
@@ -142,6 +141,7 @@ def reopened(path: Path, size: int) -> BinaryIO:
     return file
 
 
-def _flush(file: Any) -> None:
+def to_disk(file: IO[Any]) -> None:
+    """What was written to the file outlives the machine from here on. Raises OSError."""
     file.flush()
     os.fsync(file.fileno())

@@ -60,9 +60,9 @@ class Block:
     """Lines of JSON, a stretch of text, or the column of a Parquet file: said to be UTF-8, which nobody has checked."""
     start: Start
     following: Start
-    first: bool
+    first: bool = True
     """For plain text: whether the document begins here."""
-    last: bool
+    last: bool = True
     """For plain text: whether the document ends here."""
     read: int = 0
     """Bytes of the file on disk read so far, for a progress bar."""
@@ -86,7 +86,7 @@ def blocks(path: Path, field: str, start: Start | None = None) -> Iterator[Block
         "parquet": lambda stream, begin: _parquet_blocks(stream, begin, field),
     }
     read = readers[kind]
-    with _faults_named(), open(path, "rb") as raw, _decompressed(raw, path) as stream:
+    with _opened(path) as (raw, stream):
         if stream is not raw and kind == "parquet":  # read from its end: it needs a file that can be sought
             with tempfile.TemporaryFile() as unpacked:
                 shutil.copyfileobj(stream, unpacked)
@@ -96,20 +96,21 @@ def blocks(path: Path, field: str, start: Start | None = None) -> Iterator[Block
                 yield replace(block, read=raw.tell())
 
 
-def fault_of_text(path: Path) -> str | None:
-    """Why a plain text file is no text, or None. Reads all of it. Raises BadInput where it is damaged."""
+def check_text(path: Path) -> None:
+    """Reads all of a plain text file. Raises BadInput where it is damaged, or no text."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    with _faults_named(), open(path, "rb") as raw, _decompressed(raw, path) as stream:
+    with _opened(path) as (_, stream):
         while block := stream.read(BLOCK_BYTES):
             if (at := block.find(b"\0")) >= 0:
-                return f"binary, not text (NUL at byte {position + at})"
+                raise BadInput(f"binary, not text (NUL at byte {position + at})")
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                return f"not UTF-8 text (near byte {position + error.start})"
+                raise BadInput(f"not UTF-8 text (near byte {position + error.start})") from error
             position += len(block)
-        return "not UTF-8 text (ends inside a character)" if decoder.getstate()[0] else None
+        if decoder.getstate()[0]:
+            raise BadInput("not UTF-8 text (ends inside a character)")
 
 
 def _text_blocks(stream: IO[bytes], start: Start) -> Iterator[Block]:
@@ -149,7 +150,7 @@ def _json_blocks(stream: IO[bytes], start: Start) -> Iterator[Block]:
         if content:
             records = content.count(b"\n") + (not content.endswith(b"\n"))
             following = Start(at.position + len(content), at.record + records)
-            yield Block("jsonl", bytes(content), at, following, True, True)
+            yield Block("jsonl", bytes(content), at, following)
             at = following
         elif error is None:
             return
@@ -166,11 +167,11 @@ def _skip(stream: IO[bytes], count: int) -> None:
 
 
 @contextmanager
-def _faults_named() -> Iterator[None]:
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file as it lies on the disk, and what it holds, decompressed. Raises BadInput where that is damaged."""
     try:
-        yield
-    except BadInput:
-        raise
+        with open(path, "rb") as raw, _decompressed(raw, path) as stream:
+            yield raw, stream
     except DAMAGE as error:
         raise BadInput(f"{type(error).__name__}: {error}") from error
 
@@ -194,20 +195,19 @@ class _ZstdFrames(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._ready = raw, b""
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            compressed = unused or self._raw.read(1 << 18)
+            compressed = self._frame.unused_data or self._raw.read(1 << 18)
+            if not compressed and not self._frame.eof:
+                raise EOFError("the file ends inside a zstd frame")
             if not compressed:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the file ends inside a zstd frame")
                 return 0
-            if self._frame is None or self._frame.eof:
+            if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             self._ready = self._frame.decompress(compressed)
         count = min(len(buffer), len(self._ready))
@@ -233,7 +233,7 @@ def _parquet_blocks(stream: IO[bytes], start: Start, field: str) -> Iterator[Blo
             for texts in _parts(batch.column(0)):
                 at, row = Start(row, row), row + len(texts)
                 if row > start.position:
-                    yield Block("parquet", texts.cast(pa.large_binary()).to_pylist(), at, Start(row, row), True, True)
+                    yield Block("parquet", texts.cast(pa.large_binary()).to_pylist(), at, Start(row, row))
 
 
 def _parts(texts: pa.Array) -> Iterator[pa.Array]:

@@ -8,7 +8,7 @@ import os
 import queue
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -38,7 +38,12 @@ class TokenisedBlock:
     lengths: Int64
     continues: bool
     """The last document is not at its end."""
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[Fault]
+
+
+def without_documents(faults: list[Fault]) -> TokenisedBlock:
+    """A block of nothing but faults."""
+    return TokenisedBlock(np.empty(0, np.int64), np.empty(0, np.int64), False, faults)
 
 
 class BlockTokeniser:
@@ -119,18 +124,18 @@ class TokenisingProcesses:
             process.kill()
             process.join()
 
-    def map(self, blocks: Iterable[tuple[T, Block | None]]) -> Iterator[tuple[T, TokenisedBlock | None]]:
-        """Each block's tokens with what came along with it; None where that came without a block.
+    def map(self, blocks: Iterable[tuple[T, Block | TokenisedBlock]]) -> Iterator[tuple[T, TokenisedBlock]]:
+        """Each block's tokens with what came along with it; what is tokenised already keeps its place among them.
 
         Raises RuntimeError where a worker dies.
         """
         waiting: deque[T] = deque()
-        ready: dict[int, TokenisedBlock | None] = {}
+        ready: dict[int, TokenisedBlock] = {}
         given = 0
         for number, (label, block) in enumerate(blocks):
             waiting.append(label)
-            if block is None:
-                ready[number] = None
+            if isinstance(block, TokenisedBlock):
+                ready[number] = block
             else:
                 self._inbox.put((number, block))
             while waiting and (given in ready or len(waiting) >= self.DEPTH * len(self._processes)):
@@ -140,7 +145,7 @@ class TokenisingProcesses:
             yield waiting.popleft(), self._take(given, ready)
             given += 1
 
-    def _take(self, number: int, ready: dict[int, TokenisedBlock | None]) -> TokenisedBlock | None:
+    def _take(self, number: int, ready: dict[int, TokenisedBlock]) -> TokenisedBlock:
         while number not in ready:
             try:
                 done, result = self._outbox.get(timeout=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,7 @@ def cached_shard(
 
 
 def _build(entry: Path, dtype: np.dtype, documents: Iterable[Tokens]) -> None:
-    with completed_folder(entry) as partial:
-        writer = IndexedWriter(partial / "tokens", dtype)
-        try:
-            for document in documents:
-                writer.write(document, np.array([len(document)], dtype=np.int64))
-            writer.finish()
-        finally:
-            writer.close()
+    with completed_folder(entry) as partial, closing(IndexedWriter(partial / "tokens", dtype)) as writer:
+        for document in documents:
+            writer.write(document, np.array([len(document)], dtype=np.int64))
+        writer.finish()

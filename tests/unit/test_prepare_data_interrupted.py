@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from launch import prepare_data
+from launch.data import input_files
 from launch.data.indexed_writer import IndexedWriter
 from launch.data.text_inputs import BadInput, Block, Start, blocks
 from launch.data.text_tokens import TokenisingProcesses
@@ -126,7 +127,7 @@ def test_a_text_that_breaks_off_in_its_second_reading_ends_the_command_which_goe
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "_SAVE_SECONDS", 0.0)
-        patch.setattr(prepare_data, "blocks", three_blocks)
+        patch.setattr(input_files, "blocks", three_blocks)
         prepare(tokenizer, tmp_path / "out", tmp_path / "1.txt", tmp_path / "2.txt", status=1)
     said = capsys.readouterr().err
     assert "1.txt: whole when it was looked through, but broke off after " in said and "Stale file handle" in said
@@ -165,7 +166,7 @@ def test_an_input_that_changes_while_it_is_read_ends_the_command_which_begins_ag
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "_SAVE_SECONDS", 0.0)
-        patch.setattr(prepare_data, "blocks", changed)
+        patch.setattr(input_files, "blocks", changed)
         prepare(tokenizer, tmp_path / "out", path, status=1)
     assert f"in.{kind}: changed while it was read" in capsys.readouterr().err
     path.write_bytes(second)
