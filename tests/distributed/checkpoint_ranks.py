@@ -112,6 +112,7 @@ class Rank:
         """(loss, gradient norm) of the steps."""
         stepper, batches = self.stepper, self.batches
         outcomes = [stepper.train(step, stepper.cut(batches.micro_batches(step))) for step in range(first, stop)]
+        assert [outcome.step for outcome in outcomes] == list(range(first + 1, stop + 1))
         return [(outcome.loss, outcome.grad_norm) for outcome in outcomes]
 
     def state(self) -> RankState:

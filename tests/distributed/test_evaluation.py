@@ -51,8 +51,11 @@ def evaluate_while_training(folder: Path) -> list[float]:
         load_initial_weights(job, engine)
         stepper = Stepper(job, mesh, engine)
         batches = validation_batches(load_corpora(job), job, mesh.dp_size, mesh.dp_rank)
+        modes = []
+        hook = engine.model.register_forward_pre_hook(lambda model, _, modes=modes: modes.append(model.training))
         losses += [stepper.evaluate(batches.once(job.training.evaluation_batches)) for _ in range(2)]
-        assert engine.model.training, "a step may follow"
+        hook.remove()
+        assert not any(modes) and engine.model.training, "no block recomputes, and a step may follow"
     return losses
 
 
