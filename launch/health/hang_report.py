@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from traceback import walk_stack
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from launch.health.flight_recorder import Flight
 from launch.health.time_limits import Activity
@@ -23,6 +24,8 @@ _INNERMOST, _FRAMES = 3, 12
 rank's own file."""
 _PENDING = 3
 """Collectives that are named: on a GPU those after the first only queue behind it."""
+_OURS = ("launch/", "model/", "parallel/")
+_COMMUNICATES = ("parallel/", "deepspeed/runtime/zero/", "deepspeed/comm/")
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,10 @@ class RankReport:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> RankReport:
+    @staticmethod
+    def from_json(text: str) -> RankReport:
         """The inverse of `to_json`. Raises ValueError for half a report."""
-        facts: dict[str, Any] = json.loads(text)
-        facts["flight"] = Flight(**facts["flight"]) if facts["flight"] else None
-        facts["neighbours"] = {int(rank): state for rank, state in facts["neighbours"].items()}
-        return cls(**facts)
+        return _REPORT.validate_json(text)
 
     @property
     def waits_in(self) -> str | None:
@@ -94,8 +94,7 @@ class RankReport:
         return self.waits_in is None and self.flight is not None and not self.flight.unfinished
 
 
-_OURS = ("launch/", "model/", "parallel/")
-_COMMUNICATES = ("parallel/", "deepspeed/runtime/zero/", "deepspeed/comm/")
+_REPORT = TypeAdapter(RankReport)  # made here: in a hang there may be no file system to import from
 
 
 def report_on_myself(rank: int, activity: Activity, neighbours: Mapping[int, str]) -> RankReport:

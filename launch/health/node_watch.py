@@ -136,5 +136,6 @@ class NodeWatch:
             f"rank {one.rank} on {self._host}, {one.activity}; process {one.pid}: {process_state(one.pid)}"
             for one in pulses.values()
         ]
-        self.verdict = "\n".join([headline, *ranks]) + "\n"
-        say("\n".join([headline, *ranks]))
+        text = "\n".join([headline, *ranks])
+        self.verdict = text + "\n"
+        say(text)

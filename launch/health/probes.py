@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -111,48 +111,46 @@ def probe(device: torch.device, rank: int, members: Sequence[Member], links: Lin
 def pairings(count: int) -> list[list[tuple[int, int]]]:
     """Rounds in which each of `count` nodes in a circle meets the next one; in a round nobody meets two."""
     circle = [(first, (first + 1) % count) for first in range(count if count > 2 else count - 1)]
-    even, odd = circle[:-1:2] if count % 2 else circle[::2], circle[1::2]
-    last = circle[-1:] if count % 2 and count > 1 else []
-    return [meeting for meeting in (even, odd[: count // 2], last) if meeting]
+    last = [circle.pop()] if circle and count % 2 else []
+    return [meeting for meeting in (circle[::2], circle[1::2], last) if meeting]
+
+
+_KINDS = (
+    ("matmul", "FLOP/s", "matmul"),
+    ("all-reduce within the node", "B/s", "node"),
+    ("all-reduce with the next node", "B/s", "pairs"),
+    ("writing", "B/s", "write"),
+)
+"""What is measured, its unit, and the attribute of Rates that has it."""
 
 
 def outliers(found: Sequence[Rates], members: Sequence[Member], share: float) -> list[Outlier]:
-    """The rates below `share` of the median of all others of their kind."""
-    first = {member.host: member.rank for member in reversed(members)}
-    speeds = {f"matmul of rank {rank}": (members[rank].host, rates.matmul) for rank, rates in enumerate(found)}
-    kinds: list[tuple[str, Mapping[str, tuple[str, float | None]]]] = [("FLOP/s", speeds)]
-    for what, attribute in _KINDS.items():
-        kinds.append(
-            ("B/s", {f"{what} of {host}": (host, getattr(found[rank], attribute)) for host, rank in first.items()})
-        )
-    return [outlier for unit, rates in kinds for outlier in _below(rates, share, unit)]
-
-
-_KINDS = {"all-reduce within the node": "node", "all-reduce with the next node": "pairs", "writing": "write"}
-
-
-def _below(rates: Mapping[str, tuple[str, float | None]], share: float, unit: str) -> Iterator[Outlier]:
-    for what, (node, rate) in rates.items():
-        peers = [other for name, (_, other) in rates.items() if name != what and other is not None]
-        if rate is not None and peers and rate < share * median(peers):
-            usual = median(peers)
-            share_of = f"{_si(rate)}{unit}, is {rate / usual:.0%} of its peers' {_si(usual)}{unit}"
-            yield Outlier(node, what, f"{node}: {what}, {share_of}")
+    """The rates below `share` of the median of all others of their kind. A node's first rank speaks for its links and
+    its disk."""
+    every = {member.rank: f"rank {member.rank}" for member in members}
+    first = {ranks[0]: host for host, ranks in _nodes(members).items()}
+    slow = []
+    for kind, unit, attribute in _KINDS:
+        owners = every if attribute == "matmul" else first
+        rates = {rank: rate for rank in owners if (rate := getattr(found[rank], attribute)) is not None}
+        for rank, rate in rates.items():
+            peers = [other for peer, other in rates.items() if peer != rank]
+            if peers and rate < share * (usual := median(peers)):
+                node, what = members[rank].host, f"{kind} of {owners[rank]}"
+                compared = f"{_si(rate)}{unit}, is {rate / usual:.0%} of its peers' {_si(usual)}{unit}"
+                slow.append(Outlier(node, what, f"{node}: {what}, {compared}"))
+    return slow
 
 
 def summary(found: Sequence[Rates], seconds: float) -> str:
     """Medians, and the range where there is one."""
-    parts = [_spread("matmul", "FLOP/s", [rates.matmul for rates in found])]
-    for what, attribute in _KINDS.items():
+    parts = []
+    for kind, unit, attribute in _KINDS:
         values = [rate for rates in found if (rate := getattr(rates, attribute)) is not None]
         if values:
-            parts.append(_spread(what, "B/s", values))
+            around = f" ({_si(min(values))} to {_si(max(values))})" if len(values) > 1 else ""
+            parts.append(f"{kind} {_si(median(values))}{unit}{around}")
     return f"probed in {seconds:.1f} s, medians (and range): {'; '.join(parts)}"
-
-
-def _spread(what: str, unit: str, values: Sequence[float]) -> str:
-    around = f" ({_si(min(values))} to {_si(max(values))})" if len(values) > 1 else ""
-    return f"{what} {_si(median(values))}{unit}{around}"
 
 
 def _si(rate: float) -> str:

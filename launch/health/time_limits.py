@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from statistics import median
 
@@ -34,15 +34,13 @@ class Pace:
 
     def __init__(self, limits: HealthSection) -> None:
         self._limits = limits
-        self._durations: dict[str, deque[float]] = {}
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
         self._noted = 0.0
         self.current = Activity("start", 0, time.monotonic())
 
     def begin(self, kind: str, step: int) -> None:
         """Notes that the previous activity has ended and this one begins."""
         before, now = self.current, time.monotonic()
-        if before.kind not in self._durations:
-            self._durations[before.kind] = deque(maxlen=_REMEMBERED)
         self._durations[before.kind].append(now - before.began)
         self.current = Activity(kind, step, now)
 

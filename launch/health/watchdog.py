@@ -86,7 +86,7 @@ class Watchdog:
             self._folder.make()
             return open(self._folder.stacks(self._rank), "w+")
         except OSError as error:
-            self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
+            self._complain(error)
             return open(os.devnull, "w+")
 
     def wants_stop(self) -> bool:
@@ -125,7 +125,7 @@ class Watchdog:
                     called = self._called(current, f"takes longer than {limit:.0f} s: {why}" if overdue else None)
                 except OSError as error:
                     called = overdue
-                    self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
+                    self._complain(error)
                 if called:
                     self._raise_voice(current)
                     looked = time.monotonic()
@@ -155,7 +155,7 @@ class Watchdog:
         deadline = time.monotonic() + patience.grace
         while self._pace.current is current and not self._closed.is_set():
             if self._stops and time.monotonic() > deadline:
-                self._say(f"rank {self._rank} ends: {current} has not come to its end; exit status {HUNG}")
+                say(f"rank {self._rank} ends: {current} has not come to its end; exit status {HUNG}", sys.stderr)
                 os._exit(HUNG)
             self._promise_to_look()
             time.sleep(patience.tick)
@@ -173,7 +173,7 @@ class Watchdog:
                     return
             self._speak(reports)
         except OSError as error:
-            self._say(f"warning: the watchdog cannot use {self._folder.path}: {error}")
+            self._complain(error)
 
     def _answer(self, current: Activity) -> None:
         report = report_on_myself(self._rank, current, ranks_beside(os.getppid()))
@@ -194,7 +194,8 @@ class Watchdog:
     def _speak(self, reports: dict[int, RankReport]) -> None:
         members, folder = self._members, self._folder
         states: dict[int, str] = {}
-        for number in range(len({member.host for member in members})):
+        hosts = {member.host for member in members}
+        for number in range(len(hosts)):
             states |= folder.node(number)
         for report in reports.values():
             states |= report.neighbours
@@ -202,15 +203,14 @@ class Watchdog:
         dumps = {rank: _last_dump(folder.stacks(rank)) for rank in silent}
         text = verdict(f"hang: {self._handled}", reports, members, states, dumps)
         blamed = list(dict.fromkeys(members[rank].host for rank in missing_ranks(reports, members)))
-        hosts = {member.host for member in members}
         folder.write_suspects(blamed if len(blamed) < len(hosts) else [])
         end = f"; without an end in {self._patience.grace:.0f} s the run is ended" if self._stops else ""
         text += f"\nstacks of all threads: {folder.path}/rank-*.stacks{end}"
         folder.write(f"verdict-{self._rank}.txt", text + "\n")
-        self._say(text)
-
-    def _say(self, text: str) -> None:
         say(text, sys.stderr)
+
+    def _complain(self, error: OSError) -> None:
+        say(f"warning: the watchdog cannot use {self._folder.path}: {error}", sys.stderr)
 
 
 def _last_dump(path: Path) -> str:
