@@ -12,14 +12,15 @@ before follows from the history. So the weights may change at a resume, and ever
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from launch.data.batches import Sample, SequenceSampler
@@ -62,7 +63,7 @@ class DataCursor:
     history: Annotated[tuple[Segment, ...], Field(min_length=1)]
     """Ascending; the first is of the step at which the data began: 0, unless a change of the data was accepted."""
     skipped: StepRanges = ()
-    """Steps that read nothing; their samples keep their places in the order."""
+    """Steps that read nothing; their samples keep their places in the order. Older records have none."""
 
     def __post_init__(self) -> None:
         steps, drawn = [one.step for one in self.history], {name for one in self.history for name in one.weights}
@@ -72,16 +73,14 @@ class DataCursor:
             raise ValueError(f"the history names corpora without a fingerprint: {', '.join(sorted(unknown))}")
         check_ranges(self.skipped)
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> DataCursor:
         """The inverse of `record`. Raises CorpusError where it is none."""
         try:
             fields = {key: value for key, value in record.items() if key != "format"}
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
-            history = tuple(Segment(**segment) for segment in fields["history"])
-            skipped = tuple((first, last) for first, last in fields.get("skipped", ()))  # older records have none
-            return cls(**fields | {"history": history, "skipped": skipped})
+            return _CURSOR.validate_json(json.dumps(fields))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = repr(error)
             if isinstance(error, ValidationError):  # its text takes many lines
@@ -94,8 +93,7 @@ class DataCursor:
 
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
-        lists = {"history": [asdict(segment) for segment in self.history], "skipped": [[*one] for one in self.skipped]}
-        return {"format": FORMAT, **asdict(self), **lists}
+        return {"format": FORMAT, **_CURSOR.dump_python(self, mode="json")}
 
     def continued(self, step: int, now: DataCursor, accepted: Collection[str] = ()) -> DataCursor:
         """This cursor, saved after `step` steps, going on as the fresh cursor `now` says.
@@ -202,6 +200,7 @@ class DataCursor:
         return spans
 
 
+_CURSOR = TypeAdapter(DataCursor)
 _OPEN = 1 << 62
 
 

@@ -143,10 +143,10 @@ def byte_tokenizer() -> Tokenizer:
     Its tokens are spelt in the characters that GPT-2 gave the bytes (Radford et al. 2019): printable ones their own,
     the others those from U+0100 on.
     """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [ord(letter) for letter in letters if ord(letter) < 256]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=dict(zip(letters, printable + others, strict=True)), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -10,6 +10,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -147,28 +148,27 @@ def _stat(path: Path, label: str) -> TextFile:
     try:
         status = path.stat()
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror}); leave it out of the corpus") from error
+        raise _unreadable(path, error) from error
     return TextFile(path, label, status.st_size, status.st_mtime_ns)
 
 
 def _documents(files: Sequence[TextFile], encoder: Encoder) -> Iterator[Tokens]:
     """Token arrays, one per file, at most about READ_BYTES of text (or one file) at a time."""
-    group: list[TextFile] = []
-    size = 0
-    for position, file in enumerate(files):
-        group.append(file)
-        size += file.size
-        if size >= READ_BYTES or position == len(files) - 1:
-            paths = [one.path for one in group]
-            yield from encoder.encode(paths, [_read(path) for path in paths])
-            group, size = [], 0
+    sizes = accumulate(file.size for file in files)
+    for _, group in groupby(zip(files, sizes, strict=True), key=lambda pair: pair[1] // READ_BYTES):
+        paths = [file.path for file, _ in group]
+        yield from encoder.encode(paths, [_read(path) for path in paths])
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror}); leave it out of the corpus") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CorpusError:
+    return CorpusError(f"{path}: cannot be read ({error.strerror}); leave it out of the corpus")
 
 
 def _through_cache(
@@ -177,17 +177,13 @@ def _through_cache(
     settings = [CACHE_VERSION, encoder.identity, [(file.label, file.size, file.mtime_ns) for file in files]]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
-    def build() -> Iterator[Tokens]:
-        log.info(
-            "tokenising %d files (%.1f MB) into %s",
-            len(files),
-            sum(f.size for f in files) / 1e6,
-            directory / key,
-        )
-        return documents
+    def told() -> Iterator[Tokens]:
+        megabytes = sum(file.size for file in files) / 1e6
+        log.info("tokenising %d files (%.1f MB) into %s", len(files), megabytes, directory / key)
+        yield from documents
 
     try:
-        return cached_shard(directory, key, encoder.dtype, build)
+        return cached_shard(directory, key, encoder.dtype, told())
     except OSError as error:
         raise CorpusError(
             f"the token cache {directory} cannot be used ({error}); set data.cache_directory to a folder with room"

@@ -55,8 +55,8 @@ class BlockTokeniser:
         self._end = [] if end_of_document is None else [self._encoder.token_id(end_of_document)]
 
     def __call__(self, block: Block) -> TokenisedBlock:
-        faults: list[Fault] = []
-        texts = [text for text in _texts(block, self._field, faults) if text]
+        records = list(_records(block, self._field))
+        texts = [text for text in records if text and isinstance(text, str)]
         whole = block.first and block.last
         # Of a stretch of a document, what the tokenizer puts at a text's ends stands only where the document ends.
         before, after = ([], []) if whole else self._encoder.at_the_ends()
@@ -65,14 +65,14 @@ class BlockTokeniser:
         bodies = [self._array(ids) for ids in self._encoder.ids(texts, special=whole)]
         lengths = np.array([len(head) + len(body) + len(tail) for body in bodies], dtype=np.int64)
         tokens = np.concatenate([self._array([]), *(part for body in bodies for part in (head, body, tail))])
-        return TokenisedBlock(tokens, lengths, not block.last, faults)
+        return TokenisedBlock(tokens, lengths, not block.last, [fault for fault in records if isinstance(fault, Fault)])
 
     def _array(self, ids: npt.ArrayLike) -> Tokens:
         return np.asarray(ids, dtype=self._encoder.dtype)
 
 
-def _texts(block: Block, name: str, faults: list[Fault]) -> Iterator[str]:
-    """The texts of a block; what is none goes to `faults`."""
+def _records(block: Block, name: str) -> Iterator[str | Fault]:
+    """The text of each record of a block, or why it is none."""
     if block.kind == "text":
         assert isinstance(block.content, bytes)
         yield block.content.decode()
@@ -89,7 +89,7 @@ def _texts(block: Block, name: str, faults: list[Fault]) -> Iterator[str]:
             yield text
         except (ValueError, RecursionError) as error:  # the second of JSON that is nested too deep
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            faults.append(Fault(record, f"{kind}{error}"))
+            yield Fault(record, f"{kind}{error}")
 
 
 def _field(line: bytes, name: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,11 +15,9 @@ from launch.data.indexed import open_indexed, read_summary
 from launch.data.indexed_writer import IndexedWriter
 
 
-def cached_shard(
-    directory: Path, key: str, dtype: np.dtype, documents: Callable[[], Iterable[Tokens]]
-) -> tuple[Shard, int]:
-    """The documents kept under directory/key, and their largest token id, built from `documents()` by the first process
-    to come.
+def cached_shard(directory: Path, key: str, dtype: np.dtype, documents: Iterable[Tokens]) -> tuple[Shard, int]:
+    """The documents kept under directory/key, and their largest token id. Only the first process to come takes any of
+    `documents`, to build them from.
 
     Every process of the node calls this. One takes the lock and builds; the others wait in the kernel until it is done
     or dead, so a killed builder leaves nobody hanging. The finished folder appears by a rename, hence complete or not
@@ -31,7 +29,7 @@ def cached_shard(
         with open(directory / f"{key}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not entry.exists():
-                _build(entry, dtype, documents())
+                _build(entry, dtype, documents)
     try:
         summary = read_summary(entry / "tokens")
         if summary is None:
