@@ -128,6 +128,7 @@ def _train(
         *(f"warning: {line}" for line in job.idle_keys(place.world_size)),
         *(f"warning: {line}" for line in ([] if place.rank else other_tokenizers(job))),
         device_note,
+        f"{job.mesh_shape(place.world_size)}, ZeRO-{job.parallel.zero_stage}; {job.num_parameters:,} parameters",
         f"precision {job.resolve_precision(device.type)}; {attention_note}",
         f"run directory {job.run_path}",
         *probed,
