@@ -136,9 +136,12 @@ def outliers(found: Sequence[Rates], members: Sequence[Member], share: float) ->
         for rank, rate in rates.items():
             peers = [other for peer, other in rates.items() if peer != rank]
             if peers and rate < share * (usual := median(peers)):
-                node, what = members[rank].host, f"{kind} of {owners[rank]}"
-                compared = f"{_si(rate)}{unit}, is {rate / usual:.0%} of its peers' {_si(usual)}{unit}"
-                slow.append(Outlier(node, what, f"{node}: {what}, {compared}"))
+                node, owner = members[rank].host, owners[rank]
+                told = (
+                    f"{node}: {kind} of {owner}, {_si(rate)}{unit}, is {rate / usual:.0%} of its peers' "
+                    f"{_si(usual)}{unit}"
+                )
+                slow.append(Outlier(node, f"{kind} of {owner}", told))
     return slow
 
 
