@@ -46,3 +46,36 @@ def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither(
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     once = "interrupted: stopping after this step, with a checkpoint; once more ends it at once"
     assert ended.stdout.splitlines() == ["asked", once] and ended.returncode == 128 + signal.SIGINT, ended.stderr
+
+
+def test_a_run_in_the_background_hears_no_interrupt_and_one_that_is_cleared_up_ends_at_once() -> None:
+    """What a shell has told it to ignore, and what its launcher sends once another rank is gone."""
+    code = """
+        import os, signal, time
+        from launch.environment import Place
+        from launch.stopping import StopRequests
+
+        def ended(action):
+            child = os.fork()
+            if not child:
+                try:
+                    action(StopRequests(Place(0, 0, 1, 1)))
+                finally:
+                    os._exit(1)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        def ignores(stop):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # in which it would be heard
+            os._exit(1 if stop() else 7)
+
+        def cleared_up(stop):
+            stop._a_rank_of_this_node_is_gone = lambda: True
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(ended(ignores), ended(cleared_up))
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == f"7 {128 + signal.SIGTERM}\n", ended.stderr
