@@ -47,11 +47,11 @@ class Preparation:
     def __init__(self, options: argparse.Namespace) -> None:
         """Raises CorpusError where inputs or tokenizer cannot be used, OSError where an input cannot be looked at."""
         self.options, self.prefix = options, options.output
-        found = [path for pattern in options.input for path in matching_files(pattern, "--input")]
+        found = [Path(path) for pattern in options.input for path in matching_files(pattern, "--input")]
         self.encoder = encoder_of(options.tokenizer)
         if options.end_of_document is not None:
             self.encoder.token_id(options.end_of_document)
-        self.inputs = InputFiles([Path(path) for path in dict.fromkeys(found)], options.field)
+        self.inputs = InputFiles(found, options.field)
         inputs = [(str(path.resolve()), *version) for path, version in self.inputs.versions.items()]
         told = [self.encoder.identity, options.field, options.end_of_document, inputs]
         self.job = hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -97,13 +97,15 @@ class Preparation:
             TokenisingProcesses(options.workers, options.tokenizer, options.field, options.end_of_document) as workers,
             tqdm(total=self.inputs.size, unit="B", unit_scale=True, disable=None) as bar,
         ):
-            for progress, block in workers.map(self.inputs.read(Place(**saved["place"]))):
+            place = Place(**saved["place"])
+            for progress, block in workers.map(self.inputs.read(place)):
                 writer.write(block.tokens, block.lengths, continues=block.continues)
                 self._reject(progress.path, block.faults, listing)
                 bar.update(progress.read - bar.n)
+                place = progress.place
                 if time.monotonic() > self._save_at:
-                    self._save(writer, listing, progress.place)
-            self._save(writer, listing, self.inputs.end)
+                    self._save(writer, listing, place)
+            self._save(writer, listing, place)
             if not writer.state["documents"]:
                 raise BeginAfresh(self._nothing())
             summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)

@@ -39,14 +39,20 @@ class Encoder(Protocol):
     def token_id(self, token: str) -> int:
         """Raises CorpusError where there is no such token."""
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a text that is to be gone on with: with the special tokens before it, without those after it."""
-
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of these tokens; special ones are not shown."""
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text that is to be gone on with: with the special tokens before it, without those after it.
 
-class ByteEncoder:
+        Of no text, where nothing stands before it, the first of those after it.
+        """
+        before, after = self.at_the_ends()
+        [ids] = self.ids([text], special=False)
+        return [*before, *np.asarray(ids).tolist()] or after[:1]
+
+
+class ByteEncoder(Encoder):
     """Token = byte; any file will do."""
 
     dtype: np.dtype = np.dtype("u1")
@@ -69,15 +75,12 @@ class ByteEncoder:
             )
         return token.encode()[0]
 
-    def prompt(self, text: str) -> list[int]:
-        return list(text.encode())
-
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that form no character are shown as the replacement character."""
         return bytes(token for token in tokens if token < self.vocab_size).decode(errors="replace")
 
 
-class TokenizerEncoder:
+class TokenizerEncoder(Encoder):
     """A Hugging Face tokenizer.json."""
 
     def __init__(self, path: str) -> None:
@@ -110,15 +113,6 @@ class TokenizerEncoder:
         if found is None:
             raise CorpusError(f"{token!r} is none of the tokenizer's {self.vocab_size} tokens; name one that it has")
         return int(found)
-
-    def prompt(self, text: str) -> list[int]:
-        encoded = self._tokenizer.encode(text)
-        ids = list(encoded.ids)
-        for special in reversed(encoded.special_tokens_mask):
-            if not special or len(ids) == 1:
-                break
-            ids.pop()
-        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))

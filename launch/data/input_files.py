@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
@@ -19,12 +19,10 @@ class BeginAfresh(CorpusError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far the files have been read: file, and the block in it."""
+class Place(Start):
+    """How far the files have been read: a block of one of them."""
 
     file: int = 0
-    position: int = 0
-    record: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,25 @@ class Version(NamedTuple):
 
 
 class InputFiles:
-    """`field` names the column of Parquet files."""
+    """Each once, in the order given. `field` names the column of Parquet files."""
 
-    def __init__(self, paths: Sequence[Path], field: str) -> None:
+    def __init__(self, paths: Iterable[Path], field: str) -> None:
         """Raises OSError."""
-        self._paths, self._field = paths, field
+        self._field = field
         self.versions = {path: Version.of(path) for path in paths}
         self._before = list(accumulate((version.size for version in self.versions.values()), initial=0))
         self.size = self._before[-1]
         """Bytes of all on disk."""
-        self.end = Place(len(paths))
 
     def read(self, place: Place) -> Iterator[tuple[Progress, Block | TokenisedBlock]]:
         """The blocks from `place` on; at the end of each file its fault, if it has one, and no documents.
 
         Raises BeginAfresh where a file has changed, CorpusError where a text breaks off that was whole before.
         """
-        for file, path in enumerate(self._paths[place.file :], start=place.file):
-            at = Start(place.position, place.record) if file == place.file else Start()
+        for file, path in enumerate(self.versions):
+            if file < place.file:
+                continue
+            at = place if file == place.file else Start()
             is_text, faults = kind_of(path) == "text", []
             try:
                 if is_text and not at.position:
@@ -82,7 +81,7 @@ class InputFiles:
                 for block in blocks(path, self._field, at):
                     self._check_unchanged(path)
                     at = block.following
-                    yield Progress(path, Place(file, at.position, at.record), self._before[file] + block.read), block
+                    yield Progress(path, Place(at.position, at.record, file), self._before[file] + block.read), block
             except BadInput as error:
                 self._check_unchanged(path)
                 if is_text and at.position:  # half a document can be neither kept nor listed
@@ -93,7 +92,7 @@ class InputFiles:
                     ) from error
                 faults = [Fault(at.record + 1, str(error))]
             self._check_unchanged(path)
-            yield Progress(path, Place(file + 1), self._before[file + 1]), without_documents(faults)
+            yield Progress(path, Place(file=file + 1), self._before[file + 1]), without_documents(faults)
 
     def _check_unchanged(self, path: Path) -> None:
         """Half a corpus would be of one version, half of another."""

@@ -71,16 +71,15 @@ def best_fit(documents: list[Stretch], length: int) -> list[list[Stretch]]:
         room, index = rooms.pop(place)
         windows[index].append((start, stop))
         insort(rooms, (room - (stop - start), index))
-    gaps = sorted((index, room) for room, index in rooms if room)
+    gaps = sorted(((index, room) for room, index in rooms if room), reverse=True)
     for start, stop in left_over:
         while start < stop:
-            index, room = gaps[0]
+            index, room = gaps.pop()
             taken = min(room, stop - start)
             windows[index].append((start, start + taken))
             start += taken
-            gaps[0] = (index, room - taken)
-            if taken == room:
-                gaps.pop(0)
+            if taken < room:
+                gaps.append((index, room - taken))
     return [_merged(sorted(window)) for window in windows]
 
 
