@@ -31,18 +31,17 @@ class Blend:
         assert positive, weights
         self.names = tuple(positive)
         *inner, whole = accumulate(positive.values())
-        self._edges = [math.floor(share / whole * _TURN) for share in inner]
-        self._inner = np.array(self._edges, dtype=np.uint64)
+        self._edges = np.array([math.floor(share / whole * _TURN) for share in inner], dtype=np.uint64)
         self._phase = int.from_bytes(hashlib.blake2b(f"{seed}/blend".encode(), digest_size=8).digest(), "little")
 
     def corpora(self, samples: Int64) -> Int64:
         """The index in `names` of each sample's corpus, same shape."""
         points = samples.astype(np.uint64) * np.uint64(_STRIDE) + np.uint64(self._phase)  # wraps
-        return np.searchsorted(self._inner, points, side="right").astype(np.int64)
+        return np.searchsorted(self._edges, points, side="right").astype(np.int64)
 
     def counts(self, samples: int) -> dict[str, int]:
         """How many of the samples 0..samples-1 each corpus has."""
-        below = [0, *(self._points_below(edge, samples) for edge in self._edges), samples]
+        below = [0, *(self._points_below(edge, samples) for edge in self._edges.tolist()), samples]
         return {name: below[i + 1] - below[i] for i, name in enumerate(self.names)}
 
     def _points_below(self, edge: int, samples: int) -> int:

@@ -129,21 +129,19 @@ class TokenisingProcesses:
 
         Raises RuntimeError where a worker dies.
         """
-        waiting: deque[T] = deque()
+        waiting: deque[tuple[int, T]] = deque()
         ready: dict[int, TokenisedBlock] = {}
-        given = 0
         for number, (label, block) in enumerate(blocks):
-            waiting.append(label)
+            waiting.append((number, label))
             if isinstance(block, TokenisedBlock):
                 ready[number] = block
             else:
                 self._inbox.put((number, block))
-            while waiting and (given in ready or len(waiting) >= self.DEPTH * len(self._processes)):
-                yield waiting.popleft(), self._take(given, ready)
-                given += 1
-        while waiting:
-            yield waiting.popleft(), self._take(given, ready)
-            given += 1
+            while waiting and (waiting[0][0] in ready or len(waiting) >= self.DEPTH * len(self._processes)):
+                first, its_label = waiting.popleft()
+                yield its_label, self._take(first, ready)
+        for number, label in waiting:
+            yield label, self._take(number, ready)
 
     def _take(self, number: int, ready: dict[int, TokenisedBlock]) -> TokenisedBlock:
         while number not in ready:

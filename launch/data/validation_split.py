@@ -38,12 +38,12 @@ def split_corpus(corpus: Corpus, validation_fraction: float, seed: int) -> tuple
     while True:
         order = Permutation(len(groups), seed, "split")(np.arange(len(groups)))
         held_out = _fitting(groups["length"], order, target)
+        if held_out.any():
+            return _selected(corpus, "training", groups[~held_out]), _selected(corpus, "validation", groups[held_out])
         several = order[(groups["last"] - groups["first"])[order] > 1]
-        if held_out.any() or not len(several):
+        if not len(several):
             break
         groups = _taken_apart(corpus, groups, int(several[0]))
-    if held_out.any():
-        return _selected(corpus, "training", groups[~held_out]), _selected(corpus, "validation", groups[held_out])
     largest = int(np.argmax(groups["length"]))
     end = groups[largest : largest + 1].copy()
     end["start"] += end["length"] - target

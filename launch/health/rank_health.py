@@ -56,11 +56,12 @@ class Health:
             return []
         begun = time.perf_counter()
         links = Links(self.place.rank, self.members)
-        found = probe(device, self.place.rank, self.members, links, self.folder.path)
+        measure = partial(probe, device, self.place.rank, self.members, links, self.folder.path)
+        found = measure()
         slow = outliers(found, self.members, wanted.outlier)
         if slow:  # once may be chance
             before = {outlier.what for outlier in slow}
-            found = probe(device, self.place.rank, self.members, links, self.folder.path)
+            found = measure()
             slow = [outlier for outlier in outliers(found, self.members, wanted.outlier) if outlier.what in before]
         links.close()
         lines = [summary(found, time.perf_counter() - begun), *(f"warning: {outlier.words}" for outlier in slow)]

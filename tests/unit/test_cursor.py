@@ -95,7 +95,7 @@ def test_a_sample_on_the_edge_of_two_shares_is_counted_where_it_is_drawn() -> No
     for point in points:
         for edge in (point, point + 1):
             assert blend._points_below(edge, 40) == sum(other < edge for other in points)
-        blend._inner = np.array([point], dtype=np.uint64)
+        blend._edges = np.array([point], dtype=np.uint64)
         assert blend.corpora(np.arange(40)).tolist() == [int(other >= point) for other in points]
 
 
