@@ -193,6 +193,13 @@ def test_what_a_power_cut_must_not_take_is_on_the_disk_before_the_checkpoint_app
     partial = f"{NAME}.partial"
     files = [("__0_0.distcp", 6000), (".metadata", 6), ("manifest.json", manifest)]
     assert done == [*files, (partial, None), (partial, "becomes"), (tmp_path.name, None)]
+    write(storage, OTHER)
+    done.clear()
+    with patch("os.fsync", note_sync), patch.object(Path, "rename", note_rename):
+        for name in (NAME, OTHER):
+            storage.set_aside(name, "aside")
+    moves = [[(name, "becomes"), ("aside", None), (tmp_path.name, None)] for name in (NAME, OTHER)]
+    assert done == [*moves[0], *moves[1]]
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 
