@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -165,7 +164,7 @@ def fresh_cursor(corpora: Corpora, job: JobConfig) -> DataCursor:
     )
 
 
-def describe(corpora: Corpora, job: JobConfig, cursor: DataCursor, step: int) -> Sequence[str]:
+def describe(corpora: Corpora, job: JobConfig, cursor: DataCursor, step: int) -> list[str]:
     """A line on each corpus: its size, and how much of it the run has read and will have read at its end. And one on
     the steps that are to be skipped."""
     last, end = cursor.history[-1].weights, max(step, job.total_steps)

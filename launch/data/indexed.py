@@ -207,7 +207,7 @@ def read_summary(prefix: Path) -> dict[str, Any] | None:
     path = beside(prefix, "summary.json")
     try:
         found = json.loads(path.read_text())
-        return {"tokens": int(found["tokens"]), "largest_token": int(found["largest_token"])} | found
+        return found | {key: int(found[key]) for key in ("tokens", "largest_token")}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

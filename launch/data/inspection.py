@@ -31,7 +31,7 @@ def inspect_data(job: JobConfig) -> tuple[list[str], list[str]]:
         corpora = load_corpora(job)
     except CorpusError as error:
         return [], [str(error)]
-    return list(describe(corpora, job, fresh_cursor(corpora, job), 0)), []
+    return describe(corpora, job, fresh_cursor(corpora, job), 0), []
 
 
 def other_tokenizers(job: JobConfig) -> list[str]:

@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def flight_of(dumps: Iterable[Mapping[str, Any]]) -> Flight:
     """From the recorders' own form."""
     last: dict[str, int] = defaultdict(int)
     unfinished: list[tuple[int, str]] = []
-    for entry in (entry for dump in dumps for entry in dump.get("entries", [])):
+    for entry in chain.from_iterable(dump.get("entries", []) for dump in dumps):
         group, described = entry["process_group"]
         if described not in ("", "undefined"):
             group = f"{group} ({described})"
@@ -85,17 +87,13 @@ def _dumps() -> list[dict[str, Any]]:
 
 
 def _ask(path: Path, question: str) -> dict[str, Any]:
-    connection = _Connection(path)
-    try:
+    with closing(_Connection(path)) as connection:
         connection.request("POST", f"/handler/{question}")
         answer = connection.getresponse()
         text = answer.read()
-        if answer.status != http.client.OK:
-            raise ValueError(f"{question}: {answer.status} {text[:200].decode(errors='replace')}")
-        dump: dict[str, Any] = json.loads(text)
-        return dump
-    finally:
-        connection.close()
+    if answer.status != http.client.OK:
+        raise ValueError(f"{question}: {answer.status} {text[:200].decode(errors='replace')}")
+    return dict(json.loads(text))
 
 
 class _Connection(http.client.HTTPConnection):
