@@ -112,12 +112,10 @@ class Corpus:
     @classmethod
     def of_shards(cls, name: str, shards: Sequence[Shard]) -> Corpus:
         """All documents of `shards`, in their order."""
-        full = [index for index, shard in enumerate(shards) if len(shard.tokens)]
-        lengths = np.array([len(shards[index].tokens) for index in full], dtype=np.int64)
+        lengths = np.array([len(shard.tokens) for shard in shards], dtype=np.int64)
+        full = np.flatnonzero(lengths)
         digest = shards[0].fingerprint if len(shards) == 1 else _digest(*(shard.fingerprint for shard in shards))
-        return cls(
-            name, tuple(shards), np.array(full, np.int64), np.zeros(len(full), np.int64), _offsets(lengths), digest
-        )
+        return cls(name, tuple(shards), full, np.zeros_like(full), _offsets(lengths[full]), digest)
 
     @classmethod
     def from_documents(cls, name: str, tokens: Tokens, lengths: npt.ArrayLike, fingerprint: str) -> Corpus:

@@ -39,19 +39,16 @@ class Progress:
 class Version(NamedTuple):
     """What tells a file from one that was written in its place."""
 
-    size: int
-    """Bytes."""
-    changed: int
-    """ns."""
+    bytes: int
+    changed_ns: int
 
     @classmethod
     def of(cls, path: Path) -> Version:
-        """Raises OSError."""
         status = path.stat()
         return cls(status.st_size, status.st_mtime_ns)
 
     def __str__(self) -> str:
-        return f"{self.size} bytes of {datetime.fromtimestamp(self.changed / 1e9)}"
+        return f"{self.bytes} bytes of {datetime.fromtimestamp(self.changed_ns / 1e9)}"
 
 
 class InputFiles:
@@ -61,7 +58,7 @@ class InputFiles:
         """Raises OSError."""
         self._field = field
         self.versions = {path: Version.of(path) for path in paths}
-        self._before = list(accumulate((version.size for version in self.versions.values()), initial=0))
+        self._before = list(accumulate((version.bytes for version in self.versions.values()), initial=0))
         self.size = self._before[-1]
         """Bytes of all on disk."""
 
@@ -74,7 +71,7 @@ class InputFiles:
             if file < place.file:
                 continue
             at = place if file == place.file else Start()
-            is_text, faults = kind_of(path) == "text", []
+            is_text, broken = kind_of(path) == "text", None
             try:
                 if is_text and not at.position:
                     check_text(path)
@@ -83,15 +80,15 @@ class InputFiles:
                     at = block.following
                     yield Progress(path, Place(at.position, at.record, file), self._before[file] + block.read), block
             except BadInput as error:
-                self._check_unchanged(path)
-                if is_text and at.position:  # half a document can be neither kept nor listed
-                    raise CorpusError(
-                        f"{path}: whole when it was looked through, but broke off after {at.position} bytes of "
-                        f"text when it was read again ({error}); the same command goes on from there: see to the "
-                        "disk or file server first, or leave the file out"
-                    ) from error
-                faults = [Fault(at.record + 1, str(error))]
+                broken = error
             self._check_unchanged(path)
+            if broken and is_text and at.position:  # half a document can be neither kept nor listed
+                raise CorpusError(
+                    f"{path}: whole when it was looked through, but broke off after {at.position} bytes of "
+                    f"text when it was read again ({broken}); the same command goes on from there: see to the "
+                    "disk or file server first, or leave the file out"
+                ) from broken
+            faults = [Fault(at.record + 1, str(broken))] if broken else []
             yield Progress(path, Place(file=file + 1), self._before[file + 1]), without_documents(faults)
 
     def _check_unchanged(self, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,11 +19,11 @@ def prefetched(load: Callable[[int], T], steps: Iterable[int]) -> Iterator[Itera
     """
 
     def loaded() -> Iterator[T]:
-        left = iter(steps)
-        ahead = [thread.submit(load, step) for step in islice(left, 1)]
-        while ahead:
-            batch = ahead.pop().result()
-            ahead = [thread.submit(load, step) for step in islice(left, 1)]
+        loads = (thread.submit(load, step) for step in steps)  # each submitted when it is asked for
+        ahead = next(loads, None)
+        while ahead is not None:
+            batch = ahead.result()
+            ahead = next(loads, None)
             yield batch
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
