@@ -151,8 +151,9 @@ class Trainer:
         raise NonFiniteLoss(
             f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; it arose {where}. "
             f"Last good checkpoint: {good}. "
-            "Lower optimizer.learning_rate or training.gradient_clipping, lengthen optimizer.warmup_steps, or look at "
-            "the data of this step, which training.skip_steps can leave out"
+            "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, clip gradients at a smaller norm "
+            f"(training.gradient_clipping is {self.job.training.gradient_clipping:g}; 0 clips none), or look at the "
+            "data of this step, which training.skip_steps can leave out"
         )
 
     def _log(self, outcome: StepOutcome, progress: Progress, clock: StepClock) -> None:

@@ -86,6 +86,7 @@ def test_a_gradient_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: 
     back = f"python launch/rollback.py {tiny.run} --step 3 goes back to it"
     good = f"Last good checkpoint: step-00000003 in {tiny.checkpoints} ({back}). "
     assert good in said, said
+    assert "(training.gradient_clipping is 0; 0 clips none)" in said
     assert tiny.complete()[-1] == 4
 
 
