@@ -78,12 +78,12 @@ class ModelConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=100_000_000)
     """Rows of the embedding; a tokenizer may use fewer. Padding for tensor parallelism is added to this and never
     stored."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=100_000_000)
     """Width of the residual stream."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=100_000_000)
     """Width of the SwiGLU's two inner projections."""
     num_hidden_layers: int = Field(gt=0, le=10_000)
     """Transformer blocks."""
@@ -91,7 +91,7 @@ class ModelConfig(BaseModel):
     """Query heads."""
     num_key_value_heads: int = Field(gt=0, le=1_000_000)
     """Key and value heads: equal to the query heads for MHA, 1 for MQA, between for GQA."""
-    head_dim: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0, le=10_000)
     """Width of one head; 0 takes hidden_size / num_attention_heads."""
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square inside every RMSNorm."""

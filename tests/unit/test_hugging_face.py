@@ -167,6 +167,10 @@ def test_the_keys_of_transformers_4_are_read() -> None:
             {"model_type": "qwen2", "num_hidden_layers": 10**11},
             "num_hidden_layers: Input should be less than or equal to",
         ),
+        *(
+            ({key: 2**63}, f"{key}: Input should be less than or equal to")
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+        ),
     ],
 )
 def test_what_our_model_has_not_is_refused(changes: dict[str, Any], complaint: str) -> None:
