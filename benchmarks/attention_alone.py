@@ -108,12 +108,13 @@ def stage_of(row: Row, kernel: str, rank: int) -> Stage:
 
 
 def builders(stage: Stage, options: argparse.Namespace) -> dict[str, Builder]:
-    """One GPU, and what is asked for of our modes and of peers that can take part."""
-    found = our_contestants(stage)
+    """One GPU, those of our modes that are asked for, and with `--peers` the peer that can take part."""
+    ours = our_contestants(stage)
+    del ours["zigzag ring"]  # its messages need a world
+    found = {name: build for name, build in ours.items() if name == ONE_GPU or re.search(options.modes, name)}
     if options.peers:
         found |= {name: build for name, build in peers(stage).items() if name == ZIGZAG}
-    del found["zigzag ring"]  # its messages need a world
-    return {name: build for name, build in found.items() if name == ONE_GPU or re.search(options.modes, name)}
+    return found
 
 
 def action_of(name: str, build: Builder, stage: Stage) -> Action:
@@ -188,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="flash_attn_4")
     parser.add_argument("--rows", default="", help="regular expression on the bars' row names")
-    parser.add_argument("--modes", default="exchange|heads", help="regular expression on contestants' names")
+    parser.add_argument("--modes", default="exchange|heads", help="regular expression on our modes")
     parser.add_argument("--peers", action="store_true", help=f"{ZIGZAG} too, on rows of flash_attn_2")
     options = parser.parse_args()
     rows = dict.fromkeys(bar.row for bar in bars() if bar.kernel == options.kernel)
