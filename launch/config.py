@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 import launch.sections.model  # noqa: F401  its rules; the keys are in model.config
 from launch.memory.parameters import count_parameters
@@ -23,7 +23,7 @@ from launch.sections.health import HealthSection
 from launch.sections.job import JobSection
 from launch.sections.monitor import MonitorSection
 from launch.sections.optimizer import OptimizerSection
-from launch.sections.parallel import ParallelSection, sequence_parallel
+from launch.sections.parallel import ParallelSection
 from launch.sections.profile import ProfileSection
 from launch.sections.slurm import SlurmSection
 from launch.sections.training import TrainingSection, check_global_batch
@@ -34,6 +34,7 @@ from launch.settings.yaml_strict import write_yaml
 from launch.weights.stored_model import RUN_FILE
 from model.config import ModelConfig
 from parallel.mesh import MeshShape
+from parallel.sequence import check_sequence_parallel
 
 
 class JobConfig(Section):
@@ -50,11 +51,6 @@ class JobConfig(Section):
     profile: ProfileSection = Field(default_factory=ProfileSection)
     health: HealthSection = Field(default_factory=HealthSection)
     slurm: SlurmSection = Field(default_factory=SlurmSection)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_section(cls, value: object) -> object:
-        return {} if value is None else value
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -112,7 +108,16 @@ class JobConfig(Section):
     @property
     def sequence_parallel(self) -> bool:
         """Whether hidden states are split over tensor-parallel ranks too."""
-        return sequence_parallel(self.parallel, self.training)
+        size, configured = self.parallel.tensor_parallel_size, self.parallel.sequence_parallel
+        if size == 1:
+            return False
+        if configured != "auto":
+            return configured
+        try:
+            check_sequence_parallel(self.training.sequence_length, self.parallel.context_parallel_size, size)
+        except ValueError:
+            return False
+        return True
 
     def compiles(self, device_type: str) -> bool:
         """Whether transformer blocks are compiled there."""
@@ -166,13 +171,11 @@ def _text(path: Path, remedy: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(_LONGEST_FILE + 1)
+        if len(text) <= _LONGEST_FILE:
+            return text
+        reason = f"has more than {_LONGEST_FILE:,} characters, which no job has; check the path given to --config"
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); {remedy}"
-        raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        raise ConfigError(str(path), [Violation((), reason, place=str(path))]) from None
-    if len(text) > _LONGEST_FILE:
-        reason = f"has more than {_LONGEST_FILE:,} characters, which no job has; check the path given to --config"
-        raise ConfigError(str(path), [Violation((), reason, place=str(path))])
-    return text
+    raise ConfigError(str(path), [Violation((), reason, place=str(path))])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], Field(strict=False)]
+"""A list in YAML, which nothing changes after loading."""
 
 _Step = Annotated[int, Field(ge=1)]
 StepRange = Annotated[tuple[_Step, _Step], Field(strict=False)]

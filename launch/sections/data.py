@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from launch.data.encoders import BYTES
-from launch.sections.base import Section
+from launch.sections.base import ListOf, Section
 from launch.settings.rules import Job, idle, rule
 from launch.user_path import UserPath
 
@@ -36,15 +36,15 @@ class DataSection(Section):
     source: Literal["python_stdlib", "files", "indexed"]
     """python_stdlib: the running interpreter's own library. files: the texts that data.files names. indexed: the token
     files of data.blend."""
-    files: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
+    files: ListOf[UserPath] = ()
     """Glob patterns of the text files, relative to the working directory; only with source: files."""
-    blend: Annotated[tuple[BlendedCorpus, ...], Field(strict=False)] = ()
+    blend: ListOf[BlendedCorpus] = ()
     """Corpora in Megatron's indexed format, with weights; only with source: indexed."""
     tokenizer: UserPath = BYTES
     """bytes, or the path of a Hugging Face tokenizer.json. With source: indexed it serves prompts and samples only."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of each corpus held out for evaluation; whole documents go to one side or the other."""
-    validation_paths: Annotated[tuple[UserPath, ...], Field(strict=False)] = ()
+    validation_paths: ListOf[UserPath] = ()
     """Separate corpora for evaluation, written like the path of a blend. Nothing is held out then. Only with source:
     indexed."""
     packing: Literal["split", "best_fit"] = "split"

@@ -9,15 +9,15 @@ from pydantic import Field
 from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerSection(Section):
     """AdamW (arXiv:1711.05101) and its learning-rate schedule."""
 
     learning_rate: float = Field(gt=0)
     """Peak of the schedule."""
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = (0.9, 0.95)
+    betas: Annotated[tuple[_Decay, _Decay], Field(strict=False)] = (0.9, 0.95)
     """Decay of Adam's two running means, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second mean."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from math import gcd
 from typing import Literal
 
 from pydantic import Field
 
 from launch.sections.base import Section
-from launch.sections.training import TrainingSection
 from launch.settings.rules import Job, idle, rule
 from parallel.mesh import MeshShape
 from parallel.sequence import check_sequence_parallel
@@ -54,17 +52,6 @@ class ParallelSection(Section):
     """Number of neighbours in dp x cp, such as those of one node, that share a second copy of the parameters, so that
     the backward pass gathers from them only (hpZ of ZeRO++, arXiv:2306.10209). Must divide dp x cp. 1: no second
     copy."""
-
-
-def sequence_parallel(parallel: ParallelSection, training: TrainingSection) -> bool:
-    """Whether hidden states are split over tensor-parallel ranks too."""
-    if parallel.sequence_parallel != "auto":
-        return parallel.sequence_parallel and parallel.tensor_parallel_size > 1
-    try:
-        check_sequence_parallel(training.sequence_length, parallel.context_parallel_size, parallel.tensor_parallel_size)
-    except ValueError:
-        return False
-    return parallel.tensor_parallel_size > 1
 
 
 @rule("parallel.tensor_parallel_size", "model.num_attention_heads", "model.num_key_value_heads")
@@ -189,7 +176,7 @@ def _no_sequence_or_head_is_traded(job: Job) -> str | None:
     if size == 1:
         return f"context_parallel_size ({size}) splits no sequence; raise that, or set this to auto"
     heads = job.model.num_key_value_heads // tp
-    if job.parallel.context_parallel_mode == "heads" and gcd(heads, size) == 1:
+    if job.parallel.context_parallel_mode == "heads" and math.gcd(heads, size) == 1:
         return (
             f"a rank's num_key_value_heads ({heads}) and context_parallel_size ({size}) have no divisor in common, so "
             "that keys travel and no heads; change that size, or set this to auto, exchange or ring"

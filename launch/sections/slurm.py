@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from launch.sections.base import Section
+from launch.sections.base import ListOf, Section
 from launch.settings.rules import Job, idle, rule
 from launch.user_path import UserPath
 
@@ -57,18 +57,18 @@ class SlurmSection(Section):
         default_factory=dict
     )
     """Variables that every process gets, such as NCCL_SOCKET_IFNAME: ib0."""
-    modules: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    modules: ListOf[Word] = ()
     """Loaded by `module load` before anything else."""
-    setup: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    setup: ListOf[Line] = ()
     """Lines of bash that run on the first node before the job starts."""
     python: str | None = Field(default=None, min_length=1)
     """Interpreter on the nodes; null is the one that submits."""
     container: Line | None = None
     """Words before the command of each node, such as apptainer exec --nv image.sif. Options of srun itself go into
     srun_options."""
-    sbatch_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    sbatch_options: ListOf[Line] = ()
     """More `#SBATCH` lines, such as --mail-type=END."""
-    srun_options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    srun_options: ListOf[Line] = ()
     """More options of srun, one each, such as --container-image=image.sqsh."""
     template: UserPath | None = None
     """File to render in place of the built-in job script; it holds {directives}, {setup} and {command}."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from launch.data.skipped import check_ranges
 from launch.precision import check_precision
-from launch.sections.base import Section, StepRange
+from launch.sections.base import ListOf, Section, StepRange
 from launch.settings.rules import Job, idle, rule
 from parallel.sequence import check_sequence_length
 
@@ -26,7 +26,7 @@ class TrainingSection(Section):
     """Stop after this many optimizer steps."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Stop at the first step that has seen this many tokens; with max_steps too, whichever comes first."""
-    skip_steps: Annotated[tuple[StepRange, ...], Field(strict=False)] = ()
+    skip_steps: ListOf[StepRange] = ()
     """Steps to leave out, as after a spike of the loss: [[1001, 1200]] neither reads the data of steps 1001 to 1200 nor
     updates the weights. The steps keep their numbers in the log, the schedule and the limits above, and every other
     step reads what it would have read. May change at a resume, for steps that are still to come."""
