@@ -236,11 +236,7 @@ class Checkpoints:
         """The allowed differences. Raises CheckpointError with those that are not allowed."""
         refused, told = resume_checks.differences(manifest["settings"], self.settings, self.accept_changes)
         if refused:
-            kind = "model" if refused[0].startswith("model.") else "run"
-            raise CheckpointError(
-                f"checkpoint {path} is of another {kind}: {'; '.join(refused)}; give this {kind} another job.name, or, "
-                "if the change is meant, name the keys in checkpoint.accept_changes"
-            )
+            raise CheckpointError(f"checkpoint {path} is of another {resume_checks.refusal(refused)}")
         return told
 
     def _damage(self, step: int) -> str | None:

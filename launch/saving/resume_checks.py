@@ -2,7 +2,8 @@
 
 What is compared, and what a difference means:
 
-    model, data, what a sample is, Adam's betas and eps    refused: another run, or another meaning of the saved moments
+    what shapes the model's tensors                        refused for good: the saved ones do not fit
+    the rest of model, data, samples, Adam's betas, eps    refused until accepted: another meaning of what is saved
     learning rate, schedule, batch size, clipping, length  reported: the user may want to change them
     layout, kernels, intervals, names                      not compared: they change no number but by rounding
 """
@@ -21,7 +22,7 @@ from launch.data.cursor import ACCEPT_DATA
 from launch.schedule import learning_rate_at
 from launch.sections.optimizer import OptimizerSection
 from launch.sections.training import TrainingSection
-from model.config import JOB_KEYS
+from model.config import JOB_KEYS, SHAPE_KEYS, ModelConfig
 
 NEXT_BATCHES = 20
 """Global batches after a checkpoint whose tokens it vouches for."""
@@ -49,6 +50,14 @@ _STEERED = (
     "training.precision",
 )
 
+_SHAPES = tuple(f"model.{key}" for key in SHAPE_KEYS)
+_ACCEPTABLE = (
+    ACCEPT_DATA,
+    *(f"model.{key}" for key in ModelConfig.model_fields if key not in {*SHAPE_KEYS, *JOB_KEYS}),
+    *_FIXED,
+)
+"""What checkpoint.accept_changes may name."""
+
 _BEFORE_THE_KEY: dict[str, Any] = {"model.full_attention_layers": []}
 """Keys that older checkpoints do not know, and what was so without them."""
 
@@ -56,14 +65,20 @@ Settings = dict[str, Any]
 """section.key -> value, plain JSON."""
 
 
-def acceptable(key: str) -> bool:
-    """Whether checkpoint.accept_changes may name `key`."""
-    return key == ACCEPT_DATA or key in _FIXED or key.startswith("model.")
-
-
-def acceptable_keys() -> str:
-    """In words."""
-    return ", ".join([ACCEPT_DATA, "model.KEY", *_FIXED])
+def check_acceptable(keys: Collection[str]) -> None:
+    """Raises ValueError unless checkpoint.accept_changes may name each of `keys`."""
+    shapes = [key for key in keys if key in _SHAPES]
+    if shapes:
+        raise ValueError(
+            f"{', '.join(shapes)} cannot be accepted: the tensors of a checkpoint do not fit another shape; leave this "
+            "out, and give a model of another shape another job.name, under which it begins anew"
+        )
+    unknown = [key for key in keys if key not in _ACCEPTABLE]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no key that a resume refuses; those that can be accepted are "
+            f"{', '.join(_ACCEPTABLE)}"
+        )
 
 
 def settings(job: BaseModel) -> Settings:
@@ -74,16 +89,36 @@ def settings(job: BaseModel) -> Settings:
     return model | {f"{section}.{key}": sections[section][key] for section, key in keys}
 
 
-def differences(there: Settings, here: Settings, accepted: Collection[str]) -> tuple[list[str], list[str]]:
-    """(what forbids a resume, what is only told), each naming a key and both its values."""
-    refused: list[str] = []
+def differences(there: Settings, here: Settings, accepted: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """(what forbids a resume, by key; what is only told), each naming a key and both its values."""
+    refused: dict[str, str] = {}
     told: list[str] = []
     for key, value in here.items():
         before = there.get(key, _BEFORE_THE_KEY.get(key))
         if before != value:
             text = f"{key} is {before!r} there and {value!r} here"
-            (told if key in _STEERED or key in accepted else refused).append(text)
+            if key in _STEERED or key in accepted:
+                told.append(text)
+            else:
+                refused[key] = text
     return refused, told
+
+
+def refusal(refused: Mapping[str, str]) -> str:
+    """Of `differences`, with what to do: to stand after "is of another"."""
+    kind = "model" if any(key.startswith("model.") for key in refused) else "run"
+    shapes = [key for key in refused if key in _SHAPES]
+    if shapes:
+        remedy = (
+            f"its tensors do not fit another shape: set {', '.join(shapes)} back to go on, or give this model another "
+            "job.name, under which it begins anew"
+        )
+    else:
+        remedy = (
+            f"give this {kind} another job.name, or, if the change is meant, name {', '.join(refused)} in "
+            "checkpoint.accept_changes"
+        )
+    return f"{kind}: {'; '.join(refused.values())}; {remedy}"
 
 
 def another_learning_rate(there: Settings, here: Settings, step: int) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launch.saving.resume_checks import acceptable, acceptable_keys
+from launch.saving.resume_checks import check_acceptable
 from launch.saving.storage import check_client
 from launch.sections.base import Section
 from launch.settings.rules import Job, idle, rule
@@ -36,7 +36,7 @@ class CheckpointSection(Section):
     and fail if there is one."""
     accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Keys that may differ from the checkpoint's although a resume would otherwise refuse that, such as
-    optimizer.betas. data accepts other tokens."""
+    optimizer.betas. data accepts other tokens. Keys that change the shape of the model's tensors cannot be accepted."""
 
 
 @rule("checkpoint.keep_every", "checkpoint.save_interval")
@@ -63,9 +63,7 @@ def _storage_can_be_reached(job: Job) -> None:
 
 @rule("checkpoint.accept_changes")
 def _changes_can_be_accepted(job: Job) -> None:
-    unknown = [key for key in job.checkpoint.accept_changes if not acceptable(key)]
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)} is no key that a resume refuses; those are {acceptable_keys()}")
+    check_acceptable(job.checkpoint.accept_changes)
 
 
 @idle("checkpoint.on_save_error")

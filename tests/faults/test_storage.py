@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) 
     assert status == 1 and refusal in said, said[-8000:]
     for difference in ("model.num_hidden_layers is 2 there and 3 here", "model.qk_norm is False there and True here"):
         assert difference in said
-    assert "give this model another job.name" in said
+    assert "give this model another job.name" in said and "accept_changes" not in said
     words = (tmp_path / "text" / "0.txt").read_text()
     (tmp_path / "text" / "0.txt").write_text("other words, and fewer")
     status, said = train(tiny, 1, "training.max_steps=4")

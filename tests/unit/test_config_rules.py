@@ -143,7 +143,13 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         (["checkpoint.directory=''"], "must have at least 1 character"),
         (
             ["checkpoint.accept_changes=[data, optimizer.learning_rate]"],
-            "optimizer.learning_rate is no key that a resume refuses; those are data, model.KEY, job.seed",
+            "optimizer.learning_rate is no key that a resume refuses; those that can be accepted are "
+            "data, model.rms_norm_eps, model.rope_theta, model.rope_scaling, model.sliding_window, ",
+        ),
+        (["checkpoint.accept_changes=[model.hidden_sise]"], "model.hidden_sise is no key that a resume refuses"),
+        (
+            ["checkpoint.accept_changes=[data, model.hidden_size, model.rope_theta, model.qk_norm]"],
+            "model.hidden_size, model.qk_norm cannot be accepted: the tensors of a checkpoint do not fit another shape",
         ),
         (
             ["training.offload_activations=cpu", "training.activation_checkpointing=selective"],
@@ -221,9 +227,9 @@ def test_steps_can_be_skipped(tmp_path: Path) -> None:
 
 
 def test_checkpoint_rules_let_sound_keys_pass(tmp_path: Path) -> None:
-    overrides = ["save_interval=20", "keep_every=60", "accept_changes=[data, model.qk_norm, optimizer.betas]"]
+    overrides = ["save_interval=20", "keep_every=60", "accept_changes=[data, model.rope_theta, optimizer.betas]"]
     job = load(tmp_path, *(f"checkpoint.{override}" for override in overrides))
-    assert job.checkpoint.keep_every == 60 and job.checkpoint.accept_changes[1] == "model.qk_norm"
+    assert job.checkpoint.keep_every == 60 and job.checkpoint.accept_changes[1] == "model.rope_theta"
     assert job.checkpoint_location == str(job.run_path / "checkpoints")
     for place in ("memory://runs/{name}", "shared/{name}/steps"):
         assert load(tmp_path, f"checkpoint.directory={place}").checkpoint_location == place.replace("{name}", "test")

@@ -15,15 +15,17 @@ from launch.data.corpus import Corpus
 from launch.saving.checkpoint_names import removable
 from launch.saving.resume_checks import (
     NEXT_BATCHES,
-    acceptable,
     another_learning_rate,
     batch_hash,
+    check_acceptable,
     differences,
     next_batches,
     other_batch,
+    refusal,
     settings,
     unlike_recent,
 )
+from model.config import SHAPE_KEYS
 
 LENGTH, GLOBAL_BATCH = 16, 8
 
@@ -113,7 +115,7 @@ def test_a_step_that_is_skipped_is_neither_read_nor_compared() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model": {"num_hidden_layers": 3}}, "model.num_hidden_layers is 2 there and 3 here"),
+        ({"model": {"rope_theta": 5e5}}, "model.rope_theta is 10000.0 there and 500000.0 here"),
         ({"training": {"sequence_length": 32}}, "training.sequence_length is 64 there and 32 here"),
         ({"model": {"full_attention_layers": (1,)}}, "model.full_attention_layers is [] there and [1] here"),
         ({"job": {"seed": 1}}, "job.seed is 0 there and 1 here"),
@@ -124,17 +126,40 @@ def test_a_step_that_is_skipped_is_neither_read_nor_compared() -> None:
 def test_another_run_is_refused_unless_accepted(change: dict[str, dict[str, object]], expected: str) -> None:
     there, here = settings(job()), settings(job(**change))
     key = expected.split()[0]
-    assert differences(there, here, ()) == ([expected], [])
-    assert acceptable(key) and acceptable("data") and not acceptable("optimizer.learning_rate")
-    assert differences(there, here, (key,)) == ([], [expected])
+    assert differences(there, here, ()) == ({key: expected}, [])
+    kind = "model" if key.startswith("model.") else "run"
+    assert refusal({key: expected}) == (
+        f"{kind}: {expected}; give this {kind} another job.name, or, if the change is meant, name {key} in "
+        "checkpoint.accept_changes"
+    )
+    check_acceptable([key, "data"])
+    assert differences(there, here, (key,)) == ({}, [expected])
+
+
+def test_another_shape_is_refused_and_never_offered_to_be_accepted() -> None:
+    """Every key of the model that is compared either changes its tensors, or can be accepted."""
+    there = settings(job())
+    wider = settings(job(model={"hidden_size": 64, "rope_theta": 5e5}, optimizer={"eps": 1e-6}))
+    refused, _ = differences(there, wider, ())
+    assert refused.keys() == {"model.hidden_size", "model.head_dim", "model.rope_theta", "optimizer.eps"}
+    assert refusal(refused) == (
+        f"model: {'; '.join(refused.values())}; its tensors do not fit another shape: set model.hidden_size, "
+        "model.head_dim back to go on, or give this model another job.name, under which it begins anew"
+    )
+    shapes = {f"model.{key}" for key in SHAPE_KEYS}
+    check_acceptable([key for key in there if key.startswith("model.") and key not in shapes])
+    for key in (*shapes, "model.init_from", "model.attention_backend", "optimizer.learning_rate"):
+        with pytest.raises(ValueError, match=f"^{key} (cannot be accepted|is no key that a resume refuses)"):
+            check_acceptable(["data", key])
 
 
 def test_a_checkpoint_older_than_a_key_is_of_the_run_without_it() -> None:
     there = settings(job())
     del there["model.full_attention_layers"]
-    assert differences(there, settings(job()), ()) == ([], [])
+    assert differences(there, settings(job()), ()) == ({}, [])
     windowed = settings(job(model={"full_attention_layers": (1,)}))
-    assert differences(there, windowed, ()) == (["model.full_attention_layers is [] there and [1] here"], [])
+    expected = {"model.full_attention_layers": "model.full_attention_layers is [] there and [1] here"}
+    assert differences(there, windowed, ()) == (expected, [])
 
 
 def test_steering_is_told_and_the_layout_is_not_compared() -> None:
