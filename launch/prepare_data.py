@@ -108,8 +108,8 @@ class Preparation:
             self._save(writer, listing, place)
             if not writer.state["documents"]:
                 raise BeginAfresh(self._nothing())
-            summary = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
-        print(f"{self.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}")
+            known = writer.finish(job=self.job, tokenizer=self.encoder.identity, rejected=self.rejected)
+        print(f"{self.prefix}: {counted(known['documents'], 'document')}, {counted(known['tokens'], 'token')}")
         if self.rejected:
             left_out = counted(self.rejected, "bad record was", "bad records were")
             print(f"{left_out} left out, as listed in {self.prefix}.rejected.jsonl; {self._first_rejected()}")

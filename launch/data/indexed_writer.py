@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -18,16 +17,6 @@ LONGEST_SEQUENCE = (1 << 31) - 1
 
 _ENTRIES = 1 << 17
 """Documents whose index entries are made at a time."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the pass over the documents learned."""
-
-    tokens: int
-    documents: int
-    largest_token: int
-    """-1 where there is no token."""
 
 
 class IndexedWriter:
@@ -48,6 +37,7 @@ class IndexedWriter:
         self.prefix, self.dtype, self._type_code = prefix, dtype, codes[dtype]
         if state and not beside(prefix, "bin.partial").exists() and not beside(prefix, "idx").exists():
             os.replace(beside(prefix, "bin"), beside(prefix, "bin.partial"))  # killed between the last two renames
+        # largest_token: -1 where there is no token. open: tokens of the last document, where that is not at its end.
         self.state = {"tokens": 0, "documents": 0, "sequences": 0, "largest_token": -1, "open": 0} | (state or {})
         self._tokens = reopened(beside(prefix, "bin.partial"), self.state["tokens"] * dtype.itemsize)
         self._lengths = reopened(beside(prefix, "lengths.partial"), self.state["sequences"] * 8)
@@ -78,8 +68,8 @@ class IndexedWriter:
         to_disk(self._lengths)
         return dict(self.state)
 
-    def finish(self, **facts: Any) -> Summary:
-        """Writes the index and the summary, with `facts` beside what the writer knows."""
+    def finish(self, **facts: Any) -> dict[str, int]:
+        """Writes the index and the summary; returns what the writer knows, beside which the summary has `facts`."""
         assert not self.state["open"], "the last document is not at its end"
         self.sync()
         self.close()
@@ -87,14 +77,14 @@ class IndexedWriter:
         with open(beside(self.prefix, "idx.partial"), "wb") as file:
             self._write_index(file, lengths_file)
             to_disk(file)
-        summary = Summary(*(self.state[key] for key in ("tokens", "documents", "largest_token")))
+        known = {key: self.state[key] for key in ("tokens", "documents", "largest_token")}
         with open(beside(self.prefix, "summary.json.partial"), "w") as text:
-            json.dump({**asdict(summary), **facts}, text, indent=1)
+            json.dump(known | facts, text, indent=1)
             to_disk(text)
         for suffix in ("summary.json", "bin", "idx"):
             os.replace(beside(self.prefix, f"{suffix}.partial"), beside(self.prefix, suffix))
         lengths_file.unlink()
-        return summary
+        return known
 
     def close(self) -> None:
         self._tokens.close()

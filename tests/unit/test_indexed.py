@@ -18,7 +18,7 @@ from launch.config import JobConfig
 from launch.data import indexed, indexed_writer
 from launch.data.corpora import load_corpora, open_corpus
 from launch.data.corpus import Corpus, CorpusError
-from launch.data.indexed import HEADER, fingerprint, open_indexed
+from launch.data.indexed import HEADER, fingerprint, open_indexed, read_summary
 from launch.data.indexed_writer import IndexedWriter
 from launch.data.sorted_search import search_left
 from launch.data.validation_split import GROUPS, split_corpus
@@ -110,9 +110,10 @@ def test_what_we_write_is_what_megatron_writes(tmp_path: Path, dtype: str) -> No
     for first in range(0, len(texts), 7):
         group = texts[first : first + 7]
         writer.write(np.concatenate(group), np.array([len(text) for text in group]))
-    summary = writer.finish()
-    assert (summary.tokens, summary.documents) == (sum(map(len, texts)), len(texts))
-    assert summary.largest_token == max(int(text.max()) for text in texts)
+    known = writer.finish()
+    largest = max(int(text.max()) for text in texts)
+    learned = {"tokens": sum(map(len, texts)), "documents": len(texts), "largest_token": largest}
+    assert known == read_summary(tmp_path / "ours") == learned
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == theirs.with_suffix(suffix).read_bytes()
     assert open_indexed(tmp_path / "ours").fingerprint == open_indexed(theirs).fingerprint
