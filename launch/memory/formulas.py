@@ -158,18 +158,18 @@ def estimate_activations(
     tokens: int,
     tensor_parallel_size: int,
     sequence_parallel: bool,
-    context: ContextPlan | None | Sequence[ContextPlan | None],
+    context: Sequence[ContextPlan | None],
     precision: Precision,
     autocast: bool,
-    recompute: Recompute | Sequence[Recompute],
+    recompute: Sequence[Recompute],
     mlp_tile_tokens: int | None = None,
     offload: bool = False,
 ) -> Activations:
     """Activations of `tokens` tokens (one micro-batch on one rank).
 
     `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
-    `context` and `recompute`: one plan and one policy for all blocks, or one for each. `offload`: blocks keep in host
-    memory what is as large as their input; on the device are those of two blocks, of which one is on its way.
+    `context` and `recompute`: a plan and a policy for each block. `offload`: blocks keep in host memory what is as
+    large as their input; on the device are those of two blocks, of which one is on its way.
     """
     width, size = BYTES[precision], tensor_parallel_size
     stream = 4 if autocast else width
@@ -194,22 +194,20 @@ def estimate_activations(
         "attention": residual + attended,
         "full": residual,
     }
-    policies = [recompute] * model.num_hidden_layers if isinstance(recompute, str) else recompute
-    plans = context if isinstance(context, Sequence) else [context] * model.num_hidden_layers
     sizes = tokens, query_heads, kv_heads, model.head_dim, width
     in_blocks, again = [], []
-    for policy, plan in zip(policies, plans, strict=True):
+    for policy, plan in zip(recompute, context, strict=True):
         exchanged = context_kept(plan, *sizes)
         in_blocks.append(kept[policy] + (exchanged if policy != "full" else 0))
         again.append(0 if policy == "none" else block + (exchanged if policy == "full" else 0))
-    stays = [statistics if policy == "attention" else 0 for policy in policies] if offload else in_blocks
+    stays = [statistics if policy == "attention" else 0 for policy in recompute] if offload else in_blocks
     leaves = [whole - part for whole, part in zip(in_blocks, stays, strict=True)]
-    last = max((number for number, policy in enumerate(policies) if policy != "none"), default=len(policies) - 1)
+    last = max((number for number, policy in enumerate(recompute) if policy != "none"), default=len(recompute) - 1)
     return Activations(
         kept=sum(stays) + sum(sorted(leaves)[-2:]) + residual,  # with the last norm's input
         recomputed=max(again),
         head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
-        context=max(context_bytes(plan, *sizes) for plan in plans),
+        context=max(context_bytes(plan, *sizes) for plan in context),
         tile=tile * inner,
         freed=0 if offload else sum(in_blocks[last + 1 :]),
         host=sum(leaves),

@@ -24,8 +24,6 @@ class RecomputePlan:
     """A policy for each block; at most two different ones."""
 
     policies: tuple[Recompute, ...]
-    fits: bool = True
-    """Whether the estimate is within the budget."""
     reason: str = "as configured"
 
     @property
@@ -51,12 +49,11 @@ def recompute_plan(job: JobConfig, mesh: MeshShape, device: str, device_memory: 
     for policies in _candidates(blocks):
         peaks[policies] = footprint(job, mesh, device, policies).peak
         if peaks[policies] <= budget:
-            return RecomputePlan(policies, reason=f"estimated peak {_gib(peaks[policies])} of {source}")
+            return RecomputePlan(policies, f"estimated peak {_gib(peaks[policies])} of {source}")
     least = min(peaks, key=lambda policies: peaks[policies])
     return RecomputePlan(
         least,
-        fits=False,
-        reason=f"nothing fits: the least peak is {_gib(peaks[least])}, against {source}; shard more (zero_stage, "
+        f"nothing fits: the least peak is {_gib(peaks[least])}, against {source}; shard more (zero_stage, "
         "context_parallel_size, tensor_parallel_size), or set training.mlp_tile_tokens, or offload_activations=cpu"
         " with training.activation_checkpointing=full",
     )

@@ -65,9 +65,9 @@ def test_it_takes_what_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens=TOKENS,
         tensor_parallel_size=1,
         sequence_parallel=False,
-        context=None,
+        context=[None],
         precision="bf16",
         autocast=False,
-        recompute="none",
+        recompute=["none"],
     ).head
     assert 0.95 * estimate <= torch.cuda.max_memory_allocated() - before <= 1.05 * estimate

@@ -138,10 +138,10 @@ def test_a_rank_of_two_holds_what_the_printed_formulas_say(
             tokens=tokens,
             tensor_parallel_size=2,
             sequence_parallel=sequence_parallel,
-            context=context,
+            context=context if isinstance(context, list) else [context] * 3,
             precision=precision,
             autocast=autocast,
-            recompute=recompute,
+            recompute=recompute if isinstance(recompute, list) else [recompute] * 3,
             mlp_tile_tokens=tile,
             offload=offload,
         )
@@ -213,10 +213,10 @@ def on_one_rank(
         tokens=tokens,
         tensor_parallel_size=1,
         sequence_parallel=False,
-        context=None,
+        context=[None] * config.num_hidden_layers,
         precision=precision,
         autocast=False,
-        recompute=recompute,
+        recompute=[recompute] * config.num_hidden_layers,
         mlp_tile_tokens=mlp_tile_tokens,
     )
 
