@@ -27,7 +27,6 @@ from launch.data.data_log import total_digest
 from launch.data.run_record import Noted, RunRecord
 from launch.data.skipped import in_words
 from launch.plurals import counted
-from launch.settings.violations import ConfigError
 from launch.standard_output import output_matters
 from launch.user_path import user_path
 
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(run, options.show - 1)
             return 0
         faults = audit(run, quick=options.quick)
-    except (ConfigError, CorpusError, OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for fault in faults[:_MOST_FAULTS]:

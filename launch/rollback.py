@@ -21,14 +21,13 @@ from launch.plurals import counted
 from launch.run_lock import lock_run
 from launch.saving.checkpoint_names import complete_steps, newest_checkpoint, step_name
 from launch.saving.storage import storage_at
-from launch.settings.violations import ConfigError
 from launch.standard_output import output_matters
 from launch.user_path import user_path
 
 
 def roll_back(run: Path, step: int) -> str:
-    """Says what was done. Raises ConfigError where `run` is no run, RunBusy while it trains, CheckpointError where it
-    has no such checkpoint, and OSError. After a kill the same call completes it."""
+    """Says what was done. Raises ConfigError where `run` is no run, RunDirectoryError while it trains,
+    CheckpointError where it has no such checkpoint, and OSError. After a kill the same call completes it."""
     storage = storage_at(JobConfig.of_run(run).checkpoint_location_from(run))
     lock = lock_run(run)
     try:
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(roll_back(options.run, options.step))
-    except (ConfigError, OSError, ValueError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -20,11 +20,7 @@ _PATIENCE = 10.0
 
 
 class RunDirectoryError(ValueError):
-    """A run directory that cannot be written."""
-
-
-class RunBusy(RunDirectoryError):
-    """Another process has the run directory."""
+    """A run directory that cannot be written, or that another process has."""
 
 
 @contextmanager
@@ -41,8 +37,8 @@ def writing_into(run: Path) -> Iterator[None]:
 def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
     """Takes the directory, made if needed, for as long as the returned file is open, or this process lives.
 
-    None where the file system has no locks, with a warning. Raises RunDirectoryError, and RunBusy, naming the holder,
-    after `patience` seconds.
+    None where the file system has no locks, with a warning. Raises RunDirectoryError; where another process has it,
+    naming that, after `patience` seconds.
     """
     with writing_into(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -64,7 +60,7 @@ def lock_run(run: Path, patience: float = _PATIENCE) -> BinaryIO | None:
                 file.seek(0)
                 holder = file.read().decode(errors="replace").strip() or "another process"
                 file.close()
-                raise RunBusy(
+                raise RunDirectoryError(
                     f"run directory {run} is in use by {holder}; wait for it or end it, or give this run another "
                     "job.name"
                 )

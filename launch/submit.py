@@ -20,7 +20,6 @@ from launch.check import layout_report
 from launch.config import JobConfig, load_job
 from launch.data.inspection import inspect_data
 from launch.run_lock import RunDirectoryError, writing_into
-from launch.settings.violations import ConfigError
 from launch.slurm.batch_script import gpu_request, render
 from launch.slurm.submission import CONFIG, SCRIPT, Submission, point_latest
 from launch.standard_output import output_matters
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = checked(options.config, options.overrides)
         folder = _new_folder(job)
         script = _script(job, folder)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     for line in (*job.idle_keys(job.slurm.nodes * job.slurm.gpus_per_node), *inspect_data(job)[1]):

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from launch.run_lock import RunBusy, RunDirectoryError, lock_run
+from launch.run_lock import RunDirectoryError, lock_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     code += "print('locked', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
-    with pytest.raises(RunBusy, match=rf"in use by .*process {holder.pid} on "):
+    with pytest.raises(RunDirectoryError, match=rf"in use by .*process {holder.pid} on "):
         lock_run(tmp_path, patience=0.1)
     threading.Timer(0.3, holder.kill).start()
     held = lock_run(tmp_path, patience=600)  # it is let go meanwhile
