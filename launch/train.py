@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.check import layout_report, planned_world_size
-from launch.config import JobConfig, load_job
+from launch.config import load_job
 from launch.data.inspection import inspect_data
 from launch.environment import choose_device, end_process, place_in_world, report_failure
 from launch.precision import check_precision
@@ -58,18 +58,13 @@ def _check(path: Path, overrides: Sequence[str], world_size: int | None) -> int:
             print(f"--world_size is not given: {reason}")
         job = load_job(path, overrides, world_size)
         print(layout_report(job, world_size))
-        print(_data_report(job))
+        found, faults = inspect_data(job)
+        if lines := found or faults:  # what this machine lacks may be on the nodes, so that is no error
+            print("\ndata, as this machine sees it", *lines, sep="\n  ")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _data_report(job: JobConfig) -> str:
-    """What this machine has of the job's data; what it lacks may be on the nodes, so that is no error."""
-    found, faults = inspect_data(job)
-    lines = ["", "data, as this machine sees it", *(f"  {line}" for line in found or faults)]
-    return "\n".join(lines if len(lines) > 2 else [])
 
 
 def quickstart() -> Path:

@@ -107,10 +107,6 @@ def _standard_library() -> list[TextFile]:
 
 
 def _matching_files(patterns: Sequence[str]) -> list[TextFile]:
-    if not patterns:
-        raise CorpusError(
-            "data.source is files, but data.files is empty; list one glob or more, as in ['text/**/*.txt']"
-        )
     paths = {os.path.abspath(path) for pattern in patterns for path in plain_texts(pattern)}
     return [_stat(Path(path), path) for path in sorted(paths)]
 

@@ -23,9 +23,9 @@ class StepRecord:
     """Seen by the run so far, this step included."""
     seconds: float
     """Wall time of a step."""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float]
     """Seconds of a step by part: data, compute, optimizer."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int
     """On this device."""
     stragglers: Mapping[str, float] = field(default_factory=dict)
     """The slowest rank and how slow it is, by name."""

@@ -95,10 +95,8 @@ class RunMonitor(Monitor):
             **{name: (f"train/{name}", value) for name, value in record.extra.items()},
         }
         entry = {"step": record.step, **{name: value for name, (_, value) in values.items()}}
-        scalars = dict(values.values())
-        if record.peak_memory_bytes is not None:
-            entry["peak_memory_bytes"] = record.peak_memory_bytes
-            scalars["memory/peak_gib"] = record.peak_memory_bytes / 2**30
+        entry["peak_memory_bytes"] = record.peak_memory_bytes
+        scalars = {**dict(values.values()), "memory/peak_gib": record.peak_memory_bytes / 2**30}
         self._write(record.step, entry, scalars)
         if self._bar is None:
             self.message(self._line(record, rates))
@@ -116,8 +114,7 @@ class RunMonitor(Monitor):
         ]
         if "mfu_causal" in rates:
             fields.append(f"MFU {rates['mfu_causal']:.1%} causal, {rates['mfu_full']:.1%} full")
-        if record.peak_memory_bytes is not None:
-            fields.append(f"peak {record.peak_memory_bytes / 2**30:.2f} GiB")
+        fields.append(f"peak {record.peak_memory_bytes / 2**30:.2f} GiB")
         return "  ".join(fields)
 
     def log_validation(self, step: int, loss: float, extra: Mapping[str, float]) -> None:

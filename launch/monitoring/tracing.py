@@ -66,9 +66,8 @@ class StepTracer:
         self._profile = self._range = None
         with gzip.open(path, "rt") as file:
             parts = step_parts(json.load(file)["traceEvents"])
-        count = steps[1] - steps[0] + 1
         (self._directory / f"rank-{self._rank}.parts.json").write_text(json.dumps(parts, indent=1))
-        return f"{_table(parts, steps, count)}\ntrace in {path}"
+        return f"{_table(parts, *steps)}\ntrace in {path}"
 
 
 def _finish_device_work() -> None:
@@ -162,10 +161,10 @@ def _length(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals)
 
 
-def _table(parts: Mapping[str, float], steps: tuple[int, int], count: int) -> str:
-    lines = [f"steps {steps[0]} to {steps[1]}, milliseconds a step on this rank:"]
+def _table(parts: Mapping[str, float], first: int, last: int) -> str:
+    lines = [f"steps {first} to {last}, milliseconds a step on this rank:"]
     for name, seconds in parts.items():
         share = f"{seconds / parts['total']:7.1%}" if parts["total"] else ""
         label = "communication, hidden too" if name == "communication" else name
-        lines.append(f"  {label:<26}{seconds / count * 1000:10.1f}{share}")
+        lines.append(f"  {label:<26}{seconds / (last + 1 - first) * 1000:10.1f}{share}")
     return "\n".join(lines)

@@ -164,7 +164,6 @@ def test_errors_of_sources_say_what_to_do(texts: Path, tokenizer: Path, tmp_path
                 cache_directory=tmp_path / "cache",
             )
 
-    refuse("data.files is empty")
     refuse(r"no file matches '.*\*.md'", f"{texts}/*.txt", f"{texts}/*.md")
     refuse(rf"data.files: '{texts}' is a folder; name the files in it, such as '{texts}/\*\*/\*.txt'", f"{texts}")
     (texts / "c.jsonl").write_text('{"text": "a"}')
