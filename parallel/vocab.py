@@ -52,6 +52,7 @@ class VocabParallelHead(nn.Module):
         self.vocab_size, hidden_size = dense_weight.shape
         rows = padded_vocabulary(self.vocab_size, group.size()) // group.size()
         self.group, self.start = group, rows * dist.get_rank(group)
+        self.compiled = False
         self.weight = nn.Parameter(dense_weight.new_empty(rows, hidden_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -66,6 +67,7 @@ class VocabParallelHead(nn.Module):
             labels.flatten(),
             vocabulary=VocabularySlice(self.start, max(0, self.vocab_size - self.start)),
             combine=lambda statistics: _combined(statistics, self.group),
+            compiled=self.compiled,
         )
         return loss_sum, (labels != IGNORED_LABEL).sum()
 
