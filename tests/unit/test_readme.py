@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import socket
@@ -17,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.config import SECTIONS
+from launch.monitoring.tracing import DATA, OPTIMIZER, STEPS
 from launch.train import main as train
 from tests.unit.commands import run_in
 
@@ -53,13 +56,25 @@ OF_A_RUN = ("generate", "run_eval", "convert", "audit_data")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with two steps of the quickstart, by one process."""
+    """A working directory with two steps of the quickstart, by one process; the second one is traced."""
     folder = tmp_path_factory.mktemp("trained")
     less = "training.max_steps=2 optimizer.warmup_steps=1 training.sample_tokens=0 training.evaluation_batches=1"
     alone = "parallel.tensor_parallel_size=1 parallel.context_parallel_size=1 job.device=cpu monitor.histograms=true"
+    alone += " profile.steps=[2,2]"
     said = run_in(folder, "train", [*less.split(), *alone.split()])
     assert 'warning: training.sample_prompt = "def " does nothing: sample_tokens (0) writes no sample' in said
+    assert "steps 2 to 2, milliseconds a step on this rank:" in said
     return folder
+
+
+def test_a_job_is_traced_as_its_configuration_says(trained: Path) -> None:
+    """What docs/performance.md promises of `profile.steps`; the ranges of the trainer's own parts are in it."""
+    traces = trained / "runs" / "quickstart" / "trace"
+    with gzip.open(traces / "rank-0.pt.trace.json.gz", "rt") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"]]
+    assert [names.count(name) for name in (STEPS, DATA, OPTIMIZER)] == [1, 1, 1] and names.count("aten::mm") > 10
+    parts = json.loads((traces / "rank-0.parts.json").read_text())
+    assert parts["total"] > parts["computation"] > parts["optimizer"] > 0 <= parts["data"]
 
 
 @pytest.mark.parametrize("command", commands())
