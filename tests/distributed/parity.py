@@ -22,10 +22,12 @@ from launch.stepper import Stepper
 from model.attention import kernel_attention
 from model.gpt import GPT
 from model.kernels import select_kernel
+from parallel import zero, zero_config
 from parallel.materialize import materialize
 from parallel.mesh import MeshShape, ParallelMesh
 from parallel.state import rectangles
 from parallel.tensor import TensorShard
+from parallel.zero_config import ModelSizes, ZeroSettings
 from tests.distributed.harness import run_distributed
 from tests.distributed.parity_cases import (
     ACCUMULATION,
@@ -219,6 +221,20 @@ def run_cases(
         case: compare(assemble([results[index] for results in by_rank]), dense_twin(case.model_variant(), device_type))
         for index, case in enumerate(cases)
     }
+
+
+def many_buckets() -> None:
+    """Not a fault: a `mutate` under which gradients of the cases' small models fill many buckets, as those of large
+    ones do. One would hold all of them, and nothing be reduced while others are computed."""
+    zero_config._LARGEST_BUCKET = 8000
+    config = zero.deepspeed_config
+
+    def checked(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -> dict[str, Any]:  # noqa: B008 (frozen)
+        found = config(settings, sizes)
+        assert sizes.total == 0 or 4 * found["zero_optimization"]["reduce_bucket_size"] < sizes.total
+        return found
+
+    zero.deepspeed_config = checked
 
 
 @cache

@@ -27,7 +27,7 @@ from model.kernels.cpu import CpuKernel
 from parallel.sequence import Part
 from parallel.tensor import TensorShard
 from tests.distributed import parity
-from tests.distributed.parity import TOLERANCE, Errors, errors_of_layout, run_cases
+from tests.distributed.parity import TOLERANCE, Errors, errors_of_layout, many_buckets, run_cases
 from tests.distributed.parity_cases import LAYOUTS, Case, all_cases
 
 
@@ -41,6 +41,13 @@ def test_the_cases_cover_what_they_should() -> None:
     cases = all_cases()
     assert {(case.tp, case.cp, case.dp) for case in cases} == set(LAYOUTS)
     assert {case.stage for case in cases} == {0, 1, 2, 3} and len(set(cases)) == len(cases) == 118
+
+
+def test_gradients_reduced_in_many_buckets() -> None:
+    """DeepSpeed's two buffers in turn, while other gradients are computed (DeepSpeed #4298, #5347)."""
+    for layout, stages in (((1, 1, 2), (1, 2, 3)), ((2, 1, 2), (2,))):
+        for case, errors in run_cases([Case(*layout, stage, False) for stage in stages], many_buckets).items():
+            assert errors.largest < TOLERANCE, (case, errors)
 
 
 # -- mutations: each runs inside the ranks, and the comparison must fail ----------------------------------------------

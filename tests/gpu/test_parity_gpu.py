@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.kernels.select import KERNELS
-from tests.distributed.parity import run_cases
+from tests.distributed.parity import many_buckets, run_cases
 from tests.distributed.parity_cases import Case
 
 pytestmark = [
@@ -45,6 +45,12 @@ def test_zero_options(keys: str) -> None:
     stages = (3,) if "parameters" in keys else (2, 3)
     cases = [Case(1, 1, 2, stage, tied=False, head_dim=64, parallel=keys) for stage in stages]
     for case, errors in run_cases(cases, device_type="cuda").items():
+        assert errors.largest < FP32, (case, errors)
+
+
+def test_gradients_reduced_in_many_buckets() -> None:
+    cases = [Case(1, 1, 2, stage, tied=False, head_dim=64) for stage in (1, 2, 3)]
+    for case, errors in run_cases(cases, many_buckets, "cuda").items():
         assert errors.largest < FP32, (case, errors)
 
 
