@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy.typing as npt
 
@@ -27,9 +27,9 @@ class StepRecord:
     """Seconds of a step by part: data, compute, optimizer."""
     peak_memory_bytes: int
     """On this device."""
-    stragglers: Mapping[str, float] = field(default_factory=dict)
+    stragglers: Mapping[str, float]
     """The slowest rank and how slow it is, by name."""
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float]
     """More training scalars by name, as the loss scale."""
 
 

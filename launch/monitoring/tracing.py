@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class StepTracer:
         """Writes rank-N.pt.trace.json.gz and rank-N.parts.json into `directory`."""
         self._steps, self._directory, self._rank = steps, directory, rank
         self._profile: profile | None = None
-        self._range: AbstractContextManager[Any] | None = None
+        self._recording = ExitStack()
 
     def before(self, step: int, clock: StepClock) -> None:
         """Step `step` is about to begin. What the tracing itself takes is no part of a step by `clock`."""
@@ -44,30 +44,27 @@ class StepTracer:
         _finish_device_work()
         with clock.paused():
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self._profile = profile(activities=activities)
-            self._profile.start()
-            self._range = record_function(STEPS)
-            self._range.__enter__()
+            self._profile = self._recording.enter_context(profile(activities=activities))
+            self._recording.enter_context(record_function(STEPS))
 
     def after(self, step: int, clock: StepClock) -> str | None:
         """Step `step` is over. After the last traced one: writes the files and returns the table of parts."""
-        if self._steps is None or self._profile is None or self._range is None or step != self._steps[1]:
+        if self._steps is None or self._profile is None or step != self._steps[1]:
             return None
         _finish_device_work()
         with clock.paused():
-            return self._write(self._profile, self._range, self._steps)
+            self._recording.close()
+            traced, self._profile = self._profile, None
+            return self._write(traced, *self._steps)
 
-    def _write(self, traced: profile, steps_range: AbstractContextManager[Any], steps: tuple[int, int]) -> str:
-        steps_range.__exit__(None, None, None)
-        traced.stop()
+    def _write(self, traced: profile, first: int, last: int) -> str:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank-{self._rank}.pt.trace.json.gz"
         traced.export_chrome_trace(str(path))
-        self._profile = self._range = None
         with gzip.open(path, "rt") as file:
             parts = step_parts(json.load(file)["traceEvents"])
         (self._directory / f"rank-{self._rank}.parts.json").write_text(json.dumps(parts, indent=1))
-        return f"{_table(parts, *steps)}\ntrace in {path}"
+        return f"{_table(parts, first, last)}\ntrace in {path}"
 
 
 def _finish_device_work() -> None:

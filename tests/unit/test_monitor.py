@@ -27,7 +27,7 @@ CPU = Throughput(tokens_per_step=1000, devices=4, flops_causal=1e6, flops_full=2
 GPU = Throughput(tokens_per_step=1000, devices=4, flops_causal=1e6, flops_full=2e6, peak_flops=1e10)
 
 
-def record(step: int, loss: float = 1.5, peak_memory_bytes: int = 1 << 30, **more: Any) -> StepRecord:
+def record(step: int, loss: float = 1.5, **more: Any) -> StepRecord:
     return StepRecord(
         step=step,
         loss=loss,
@@ -36,8 +36,7 @@ def record(step: int, loss: float = 1.5, peak_memory_bytes: int = 1 << 30, **mor
         tokens=1000 * step,
         seconds=0.25,
         parts={"data": 0.01, "compute": 0.2, "optimizer": 0.04},
-        peak_memory_bytes=peak_memory_bytes,
-        **more,
+        **{"peak_memory_bytes": 1 << 30, "stragglers": {}, "extra": {}} | more,
     )
 
 
