@@ -59,7 +59,7 @@ def planned_world_size(job: JobConfig) -> tuple[int, str]:
     """How many processes `job` is meant for, and why: what its slurm section asks for, else one model replica."""
     slurm, tp, cp = job.slurm, job.parallel.tensor_parallel_size, job.parallel.context_parallel_size
     if slurm.model_fields_set:
-        size = slurm.nodes * slurm.gpus_per_node
+        size = slurm.processes
         reason = f"slurm.nodes ({slurm.nodes}) x slurm.gpus_per_node ({slurm.gpus_per_node})"
     else:
         size = tp * cp

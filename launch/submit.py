@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for line in (*job.idle_keys(job.slurm.nodes * job.slurm.gpus_per_node), *inspect_data(job)[1]):
+    for line in (*job.idle_keys(job.slurm.processes), *inspect_data(job)[1]):
         print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(script, end="")
@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def checked(path: Path, overrides: Sequence[str]) -> JobConfig:
     """The job, valid on the processes that its slurm section asks for. Raises ConfigError."""
-    slurm = load_job(path, overrides).slurm
-    world_size = slurm.nodes * slurm.gpus_per_node
+    world_size = load_job(path, overrides).slurm.processes
     job = load_job(path, overrides, world_size)
     layout_report(job, world_size)  # what only a layout shows is seen here too
     return job

@@ -79,6 +79,11 @@ class SlurmSection(Section):
     max_idle_slices: int = Field(default=2, ge=1)
     """A job is not queued again after this many starts in a row from the same step."""
 
+    @property
+    def processes(self) -> int:
+        """Those of the whole job."""
+        return self.nodes * self.gpus_per_node
+
     @field_validator("container")
     @classmethod
     def _words(cls, value: str | None) -> str | None:
