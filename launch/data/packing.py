@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 from launch.data.corpus import Corpus
 
@@ -51,7 +52,7 @@ def _best_fit(corpus: Corpus, sequence_length: int) -> Packing:
         begin = group * GROUP * sequence_length
         end = min(begin + GROUP * sequence_length, len(corpus))
         edges = [begin, *(corpus.document_starts(begin, end) + begin).tolist(), end]
-        return best_fit(list(zip(edges[:-1], edges[1:], strict=True)), sequence_length)
+        return best_fit(list(pairwise(edges)), sequence_length)
 
     return lambda index: planned(index // GROUP)[index % GROUP]
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -241,5 +242,5 @@ def _parts(texts: pa.Array) -> Iterator[pa.Array]:
     ends = np.cumsum(pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False), dtype=np.int64)
     blocks = np.concatenate([[0], ends[:-1]]) // BLOCK_BYTES
     edges = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(texts)]
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         yield texts.slice(first, end - first)

@@ -5,6 +5,8 @@ Shapes: G groups of documents.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -71,7 +73,7 @@ def _whole_corpus(corpus: Corpus) -> _Groups:
     documents = np.cumsum([0, *(shard.num_documents for shard in corpus.shards)])
     edges = np.linspace(0, documents[-1], min(GROUPS, int(documents[-1])) + 1).astype(np.int64)
     parts = []
-    for shard, (low, high) in enumerate(zip(documents[:-1], documents[1:], strict=True)):
+    for shard, (low, high) in enumerate(pairwise(documents)):
         inside = edges[(edges > low) & (edges < high)]
         parts.append(_grouped(corpus, shard, np.array([low, *inside, high], dtype=np.int64) - low))
     return np.concatenate(parts)

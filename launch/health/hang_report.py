@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_stack
 
@@ -55,7 +54,7 @@ class RankReport:
     """Rank -> state of the processes of its node, as Linux shows them."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return _REPORT.dump_json(self).decode()
 
     @staticmethod
     def from_json(text: str) -> RankReport:

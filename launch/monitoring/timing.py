@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
@@ -37,7 +38,7 @@ class StepTimer:
         if self._cuda:
             torch.cuda.synchronize()
         totals: dict[str, float] = defaultdict(float)
-        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
+        for (_, before), (part, after) in pairwise(self._marks):
             if part:
                 totals[part] += _elapsed(before, after)
         steps, self._steps = self._steps, 0
