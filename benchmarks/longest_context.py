@@ -19,6 +19,7 @@ import argparse
 import os
 import re
 import resource
+import textwrap
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -108,7 +109,8 @@ def measure(job: JobConfig, steps: int) -> dict[str, Any]:
 
 
 def table(results: Results) -> str:
-    """Markdown: for each number of GPUs and set of features the longest length that trained, and what the next did."""
+    """Markdown: for each number of GPUs and set of features the longest length that trained, and what the next did; then the sets
+    that nothing was tried of."""
     if not results:
         return "Not measured yet."
     columns = ["GPUs", "features", "layers", "tokens", "s a step", "tokens/s/GPU", "MFU, causal", "peak GiB"]
@@ -132,7 +134,9 @@ def table(results: Results) -> str:
             cells += ["none"] + [""] * 6
         beyond = rows.get(2 * max(trained) if trained else min(rows), {})
         lines.append([*cells, beyond.get("failed", "").replace("|", " ")])
-    return markdown(columns, lines)
+    missing = [f'"{feature}"' for feature in FEATURES if all(row["features"] != feature for row in results.values())]
+    remark = textwrap.fill(f"Not measured yet: {', '.join(missing)}.", 120)
+    return markdown(columns, lines) + (f"\n\n{remark}" if missing else "")
 
 
 def main() -> None:

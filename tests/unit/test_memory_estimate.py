@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from launch.memory import formulas
 from launch.memory.footprint import footprint
 from launch.memory.formulas import Activations, estimate_activations, estimate_states
 from launch.memory.parameters import count_parameters
+from launch.memory.recompute_plan import planned_footprint
 from launch.precision import BYTES, Precision
 from model.attention import kernel_attention
 from model.config import ModelConfig
@@ -29,6 +31,7 @@ from model.recompute import Recompute
 from model.rope import rotary_tables
 from parallel.mesh import MeshShape
 from parallel.zero_config import LIVE_PARAMETERS
+from workload import job_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -359,3 +362,27 @@ def test_the_head_takes_what_is_estimated(
     # torch's CPU has no product of bf16 numbers with an fp32 result: for a moment there is a bf16 one.
     slack = 0 if precision == "fp32" else 2 * 4096 * hidden_size
     assert 0.95 * estimate.head <= peak.bytes <= 1.02 * estimate.head + slack, (estimate.head, peak.bytes)
+
+
+def measured_rows() -> list[Any]:
+    """Rows of ours in the committed results: the overrides, the GPUs, and the peak in GiB."""
+    found = []
+    for page in ("throughput", "longest_context"):
+        for name, row in json.loads((CONFIGS.parent / "docs" / f"{page}.json").read_text()).items():
+            if "failed" in row or row.get("system", "ringzero") != "ringzero":
+                continue
+            settings = [f"model.num_hidden_layers={row['layers']}", *row["settings"]]
+            if page == "longest_context":
+                settings += [f"training.sequence_length={row['tokens']}", "training.global_batch_size=1"]
+                settings += [f"parallel.context_parallel_size={row['gpus']}"]
+            peak = row["peak_gib"] + row.get("uncounted_gib", 0.0)
+            found.append(pytest.param(settings, row["gpus"], peak, id=f"{page}: {name}"))
+    return found
+
+
+@pytest.mark.parametrize(("settings", "gpus", "peak"), measured_rows())
+def test_the_estimate_is_within_a_tenth_of_what_was_measured(settings: list[str], gpus: int, peak: float) -> None:
+    """Of torch's allocator on H200s, whatever the formulas have become since."""
+    job = job_of(settings)
+    estimate = planned_footprint(job, job.mesh_shape(gpus), "cuda").peak / 2**30
+    assert 0.95 * peak <= estimate <= 1.1 * peak
