@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from launch.sections.base import Section
+from launch.sections.training import OF_TOTAL_STEPS
 from launch.settings.rules import Job, idle, rule
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -34,17 +35,9 @@ class OptimizerSection(Section):
     """Share of all steps that wsd spends decaying."""
 
 
-@rule(
-    "optimizer.warmup_steps",
-    "optimizer.schedule",
-    "optimizer.decay_fraction",
-    "training.max_steps",
-    "training.max_tokens",
-    "training.global_batch_size",
-    "training.sequence_length",
-)
+@rule("optimizer.warmup_steps", "optimizer.schedule", "optimizer.decay_fraction", *OF_TOTAL_STEPS)
 def _schedule_fits_the_run(job: Job) -> None:
-    if job.training.max_steps is None and job.training.max_tokens is None:
+    if not job.training.ends:
         return  # another rule's to report
     total, warmup = job.training.total_steps, job.optimizer.warmup_steps
     if warmup > total:

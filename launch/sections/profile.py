@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.data.skipped import in_words, steps_skipped
 from launch.sections.base import Section, StepRange
+from launch.sections.training import OF_TOTAL_STEPS
 from launch.settings.rules import Job, rule
 
 
@@ -15,15 +16,9 @@ class ProfileSection(Section):
     rank 0 prints where the time went."""
 
 
-@rule(
-    "profile.steps",
-    "training.max_steps",
-    "training.max_tokens",
-    "training.global_batch_size",
-    "training.sequence_length",
-)
+@rule("profile.steps", *OF_TOTAL_STEPS)
 def _traced_steps_are_made(job: Job) -> None:
-    if job.profile.steps is None or (job.training.max_steps is None and job.training.max_tokens is None):
+    if job.profile.steps is None or not job.training.ends:
         return
     (first, last), total = job.profile.steps, job.training.total_steps
     if not first <= last <= total:

@@ -12,6 +12,9 @@ from launch.sections.base import ListOf, Section, StepRange
 from launch.settings.rules import Job, idle, rule
 from parallel.sequence import check_sequence_length
 
+OF_TOTAL_STEPS = ("training.max_steps", "training.max_tokens", "training.global_batch_size", "training.sequence_length")
+"""The keys that `TrainingSection.ends` and `total_steps` follow from."""
+
 
 class TrainingSection(Section):
     """Batches, length, precision and evaluation."""
@@ -66,6 +69,11 @@ class TrainingSection(Section):
         return self.global_batch_size * self.sequence_length
 
     @property
+    def ends(self) -> bool:
+        """Whether there are total_steps; else a rule refuses the job."""
+        return self.max_steps is not None or self.max_tokens is not None
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps until max_steps or max_tokens is reached, whichever comes first."""
         limits = [self.max_steps] if self.max_steps is not None else []
@@ -108,22 +116,15 @@ def _global_batch_divides(job: Job) -> None:
 
 @rule("training.max_steps", "training.max_tokens")
 def _job_ends(job: Job) -> None:
-    if job.training.max_steps is None and job.training.max_tokens is None:
+    if not job.training.ends:
         raise ValueError("max_steps and max_tokens are both missing, so the job would never end; give at least one")
 
 
-@rule(
-    "training.skip_steps",
-    "training.max_steps",
-    "training.max_tokens",
-    "training.global_batch_size",
-    "training.sequence_length",
-)
+@rule("training.skip_steps", *OF_TOTAL_STEPS)
 def _skipped_steps_lie_in_the_run(job: Job) -> None:
     skipped = job.training.skip_steps
     check_ranges(skipped)
-    limited = job.training.max_steps is not None or job.training.max_tokens is not None
-    if skipped and limited and skipped[-1][1] >= job.training.total_steps:
+    if skipped and job.training.ends and skipped[-1][1] >= job.training.total_steps:
         raise ValueError(
             f"skip_steps ends with {[*skipped[-1]]}, but the job's last step ({job.training.total_steps}) must be "
             "made; leave that range out, or change max_steps or max_tokens"
