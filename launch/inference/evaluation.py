@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from launch.weights.initial_weights import read_weights
 from model.gpt import GPT
 from model.kernels.linear_cross_entropy import IGNORED_LABEL
 from parallel.mesh import ParallelMesh
+from parallel.zero_inference import InferenceEngine
 
 _RANGES = 7
 """Doubling from sequence_length / 64, as many ranges reach the end."""
@@ -64,12 +65,10 @@ def evaluated(
     engine = build_inference(job, mesh, device)
     origin = read_weights(engine.fragments(), engine.shards, Path(job.model.init_from), step)
     engine.adopt_state()
-    assert isinstance(engine.model, GPT)
     batches = validation_batches(corpora, job, mesh.dp_size, mesh.dp_rank).once(job.training.evaluation_batches)
     edges = position_edges(job.training.sequence_length, first_bucket)
-    return {"weights": origin} | summary(
-        loss_by_position(engine, engine.model, mesh, Cutter.of(job, mesh, device), batches, edges, device), edges
-    )
+    totals = loss_by_position(engine, Cutter.of(job, mesh, device), batches, edges, device)
+    return {"weights": origin} | summary(totals, edges)
 
 
 def position_edges(sequence_length: int, first: int | None = None) -> list[int]:
@@ -82,9 +81,7 @@ def position_edges(sequence_length: int, first: int | None = None) -> list[int]:
 
 @torch.no_grad()
 def loss_by_position(
-    forward: Callable[..., Any],
-    model: GPT,
-    mesh: ParallelMesh,
+    engine: InferenceEngine,
     cutter: Cutter,
     batches: Iterator[list[MicroBatch]],
     edges: Sequence[int],
@@ -93,8 +90,10 @@ def loss_by_position(
     """[N, 2] fp64, the same on every rank: summed loss (nats) and labels of the tokens in each range of positions.
 
     A token's position is what the model can see before it: it counts from the start of its document under a document
-    mask, else from the start of the sequence. `forward` runs `model`: the model itself or the engine around it.
+    mask, else from the start of the sequence.
     """
+    model = engine.model
+    assert isinstance(model, GPT)
     inner, head = torch.tensor(edges[1:-1], device=device), model.lm_head
     by_range = _HeadByRange(head, len(edges) - 1, device)
     model.lm_head = by_range  # type: ignore[assignment]  # GPT names the class of its own head
@@ -103,10 +102,10 @@ def loss_by_position(
             for micro_batch in micro_batches:
                 batch = cutter.cut(micro_batch).to(device)
                 by_range.ranges = torch.bucketize(batch.position_ids, inner, right=True).flatten()
-                forward(*batch)
+                engine(*batch)
     finally:
         model.lm_head = head
-    dist.all_reduce(by_range.totals, group=mesh.zero_group)
+    dist.all_reduce(by_range.totals, group=engine.mesh.zero_group)
     return by_range.totals
 
 
@@ -120,7 +119,7 @@ class _HeadByRange(nn.Module):
         """[B * L] of the batch to come."""
         self.totals = torch.zeros(count, 2, dtype=torch.float64, device=device)
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """hidden [B, L, E], labels [B, L]."""
         nothing = labels.new_full((1,), IGNORED_LABEL)
         for number in range(self.count):
@@ -129,7 +128,7 @@ class _HeadByRange(nn.Module):
             rows = torch.cat([hidden.flatten(0, 1)[places], hidden[0, :1]])
             loss, count = self.head(rows[None], torch.cat([labels.flatten()[places], nothing])[None])
             self.totals[number] += torch.stack([loss.double(), count.double()])
-        return self.totals.sum(dim=0)[0], self.totals.sum(dim=0)[1]
+        return self.totals.sum(dim=0).unbind()
 
 
 def summary(totals: Tensor, edges: Sequence[int]) -> dict[str, Any]:
