@@ -61,7 +61,7 @@ def faults_of_steps(run: RunRecord, *, quick: bool) -> Iterator[str]:
 def skipped_samples(run: RunRecord) -> dict[str, Int64]:
     """Which of each corpus's own samples belong to steps that were skipped."""
     found: dict[str, Int64] = {}
-    for steps in run.cursor.skips(run.steps.start, run.steps.stop):
+    for steps in run.skipped:
         samples = np.arange(run.cursor.first_sample(steps.start), run.cursor.first_sample(steps.stop))
         for name, (_, numbers) in run.cursor.draws(samples).items():
             found[name] = np.append(found.get(name, numbers[:0]), numbers)
@@ -123,7 +123,7 @@ def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
         blend = ", ".join(f"{name} {weight:g}" for name, weight in segment.weights.items())
         print(f"  from step {segment.step + 1}: {segment.global_batch_size} a step; {blend}")
     if skipped:
-        print(f"  skipped: {in_words(run.cursor.skips(run.steps.start, run.steps.stop))}")
+        print(f"  skipped: {in_words(run.skipped)}")
     for name, count in drawn.items():
         sampler, unread = run.samplers.get(name), skipped.get(name, np.empty(0, np.int64))
         line = f"corpus {name}: {_samples(count, len(unread))}"
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"... and {len(faults) - _MOST_FAULTS} more")
     if not faults:
         by = ", by the records alone" if options.quick else ""
-        but = " but the steps skipped" if run.cursor.skips(run.steps.start, run.steps.stop) else ""
+        but = " but the steps skipped" if run.skipped else ""
         print(f"nothing was repeated within an epoch, and nothing was lost{but}{by}")
     return int(bool(faults))
 

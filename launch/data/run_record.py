@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import index
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class RunRecord:
             )
         return run
 
-    @property
+    @cached_property
     def steps(self) -> range:
         """The steps that all ranks have noted in full; the ranks may have read one more before they were stopped."""
         first = self.cursor.history[0].step
@@ -77,10 +78,14 @@ class RunRecord:
         return range(first, max(whole, default=first - 1) + 1)
 
     @property
+    def skipped(self) -> list[range]:
+        """Which of these steps read nothing."""
+        return self.cursor.skips(self.steps.start, self.steps.stop)
+
+    @property
     def samples_noted(self) -> int:
         """How many samples of these steps were noted, those of one noted twice once."""
-        steps = self.steps
-        return sum(min(noted.samples, self.size(step)) for step, noted in self.noted.items() if step in steps)
+        return sum(min(noted.samples, self.size(step)) for step, noted in self.noted.items() if step in self.steps)
 
     def size(self, step: int) -> int:
         """The global batch size of a step."""
