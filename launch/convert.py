@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def _write_companions(run: Path, out: Path, config: dict[str, Any]) -> str:
     return said
 
 
-def _size(shapes: Any) -> str:
+def _size(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{sum(math.prod(shape) for shape in shapes.values()):,} parameters"
 
 

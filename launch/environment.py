@@ -1,4 +1,4 @@
-"""Reads what the launcher tells a process through its environment. Nothing else reads it.
+"""Where a process stands, by what its launcher tells it through the environment; the device it takes; how it ends.
 
 The `deepspeed` launcher sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT. torchrun sets
 LOCAL_WORLD_SIZE instead of LOCAL_SIZE. If `srun` starts a step of several tasks, Slurm's own variables give the same.

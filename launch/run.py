@@ -118,12 +118,13 @@ def _train(
     checkpoints = checkpoints_of(job)
     resumed = resume(job, checkpoints, engine)
     progress = resumed.progress if resumed else None
+    resumed_from = progress.step if progress else None
     cursor = cursor_of(job, corpora, progress)
     batches = training_batches(corpora, job, cursor, mesh.dp_size, mesh.dp_rank)
     if resumed is not None and not cursor.changes_at(resumed.progress.step):
         checkpoints.check_batches(resumed, batches)
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
-    monitor = _monitor(job, place, device, progress)
+    monitor = _monitor(job, place, device, resumed_from)
     lines = (
         *(f"warning: {line}" for line in job.idle_keys(place.world_size)),
         *(f"warning: {line}" for line in ([] if place.rank else other_tokenizers(job))),
@@ -133,14 +134,14 @@ def _train(
         f"run directory {job.run_path}",
         *probed,
         *beginning(resumed, initial),
-        *describe(corpora, job, cursor, progress.step if progress else 0),
+        *describe(corpora, job, cursor, resumed_from or 0),
     )
     for line in lines:
         monitor.message(line)
     monitor.text("probe", "\n".join(probed))
     monitor.text("configuration", job.to_yaml())
     monitor.text("layout", layout_report(job, place.world_size, device.type, device_memory(device)))
-    data_log = _data_log(job, mesh, cursor, progress, monitor)
+    data_log = _data_log(job, mesh, cursor, resumed_from, monitor)
     trainer = Trainer(
         job,
         Stepper(job, mesh, engine),
@@ -183,20 +184,18 @@ class _UnreadableStep(CorpusError):
 
 
 def _data_log(
-    job: JobConfig, mesh: ParallelMesh, cursor: DataCursor, progress: Progress | None, monitor: Monitor
+    job: JobConfig, mesh: ParallelMesh, cursor: DataCursor, resumed_from: int | None, monitor: Monitor
 ) -> DataLog | None:
     """The record of what this replica reads, on its first rank."""
     if mesh.tp_rank or mesh.cp_rank:
         return None
-    log = DataLog(
-        job.run_path / "data", mesh.dp_rank, mesh.dp_size, progress.step if progress else None, monitor.message
-    )
+    log = DataLog(job.run_path / "data", mesh.dp_rank, mesh.dp_size, resumed_from, monitor.message)
     if mesh.dp_rank == 0:
         log.write_cursor(cursor.record(), {corpus.label: corpus.path for corpus in job.data.blend})
     return log
 
 
-def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progress | None) -> Monitor:
+def _monitor(job: JobConfig, place: Place, device: torch.device, resumed_from: int | None) -> Monitor:
     if place.rank:
         return Monitor()
     with writing_into(job.run_path):
@@ -205,7 +204,7 @@ def _monitor(job: JobConfig, place: Place, device: torch.device, progress: Progr
         job.run_path,
         throughput=Throughput.of_job(job, place.world_size, device),
         total_steps=job.total_steps,
-        resumed_from=progress.step if progress else None,
+        resumed_from=resumed_from,
         progress_bar=job.monitor.progress_bar,
         tensorboard=job.monitor.tensorboard,
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.check import layout_report
@@ -95,7 +96,7 @@ def submit(job: JobConfig, folder: Path, script: str, chain: int = 1) -> Submiss
             subprocess.run(["scancel", *map(str, ids)], check=False)
         shutil.rmtree(folder)
         raise
-    submission = _submission(job, folder, tuple(ids))
+    submission = replace(submission, job_ids=tuple(ids))
     submission.write()
     point_latest(folder)
     return submission
@@ -115,7 +116,7 @@ def _sbatch(arguments: Sequence[str]) -> int:
     return int(words[1])
 
 
-def _submission(job: JobConfig, folder: Path, job_ids: tuple[int, ...] = ()) -> Submission:
+def _submission(job: JobConfig, folder: Path) -> Submission:
     slurm, request = job.slurm, gpu_request(job)
     return Submission(
         folder=folder,
@@ -134,7 +135,6 @@ def _submission(job: JobConfig, folder: Path, job_ids: tuple[int, ...] = ()) -> 
         max_idle_slices=slurm.max_idle_slices,
         exclude=job.health.exclude,
         ends_hangs=job.health.on_hang == "stop",
-        job_ids=job_ids,
     )
 
 

@@ -79,16 +79,13 @@ class Throughput:
     def of_job(cls, job: JobConfig, devices: int, device: torch.device) -> Throughput:
         """The constants of `job` on this many devices, all of them like `device`."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        if (given := job.monitor.peak_tflops) is not None:
-            peak: float | None = given * 1e12
-        else:
-            peak = peak_flops_per_second(name, job.resolve_precision(device.type))
+        known, given = peak_flops_per_second(name, job.resolve_precision(device.type)), job.monitor.peak_tflops
         return cls(
             tokens_per_step=job.tokens_per_step,
             devices=devices,
             flops_causal=flops_per_token(job.model, job.training.sequence_length, causal=True),
             flops_full=flops_per_token(job.model, job.training.sequence_length, causal=False),
-            peak_flops=peak,
+            peak_flops=known if given is None else given * 1e12,
         )
 
     def rates(self, seconds: float) -> dict[str, float]:

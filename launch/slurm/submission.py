@@ -52,8 +52,7 @@ class Submission:
 
     def write(self) -> None:
         """Replaces submission.json."""
-        facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        write_atomically(self.folder / _FACTS, json.dumps(facts, indent=1) + "\n")
+        write_atomically(self.folder / _FACTS, json.dumps(asdict(self), indent=1, default=str) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
