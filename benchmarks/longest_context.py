@@ -109,8 +109,8 @@ def measure(job: JobConfig, steps: int) -> dict[str, Any]:
 
 
 def table(results: Results) -> str:
-    """Markdown: for each number of GPUs and set of features the longest length that trained, and what the next did; then the sets
-    that nothing was tried of."""
+    """Markdown: for each number of GPUs and set of features the longest length that trained, and what the next did;
+    then the sets that were not tried."""
     if not results:
         return "Not measured yet."
     columns = ["GPUs", "features", "layers", "tokens", "s a step", "tokens/s/GPU", "MFU, causal", "peak GiB"]
