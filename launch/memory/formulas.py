@@ -171,33 +171,26 @@ def estimate_activations(
     `context` and `recompute`: a plan and a policy for each block. `offload`: blocks keep in host memory what is as
     large as their input; on the device are those of two blocks, of which one is on its way.
     """
-    width, size = BYTES[precision], tensor_parallel_size
-    stream = 4 if autocast else width
-    query_heads, kv_heads = model.num_attention_heads // size, model.num_key_value_heads // size
-    heads = (3 if model.qk_norm else 2) * (query_heads + kv_heads)
-    inner_width = model.intermediate_size // size
-    inner = 4 * inner_width * width  # bytes of one token
-    tile = 0 if mlp_tile_tokens is None or mlp_tile_tokens >= tokens else mlp_tile_tokens
-    residual = tokens * model.hidden_size * stream // (size if sequence_parallel else 1)
-    block = 2 * residual + tokens * (
-        (2 * model.hidden_size + heads * model.head_dim) * width + (0 if tile else inner) + 4 * query_heads
-    )
-    vocabulary = padded_vocabulary(model.vocab_size, size) // size
-    statistics = 4 * tokens * query_heads
-    attended = tokens * query_heads * model.head_dim * width + statistics
-    products = (
-        tokens * width * ((query_heads + 2 * kv_heads) * model.head_dim + 2 * model.hidden_size + inner_width * 2)
-    )
+    b, size = BYTES[precision], tensor_parallel_size
+    t, E, D, F = tokens, model.hidden_size, model.head_dim, model.intermediate_size // size
+    H, K = model.num_attention_heads // size, model.num_key_value_heads // size
+    V = padded_vocabulary(model.vocab_size, size) // size
+    stream = 4 if autocast else b  # bytes of a number of the residual stream, and of the head's weight
+    tile = 0 if mlp_tile_tokens is None or mlp_tile_tokens >= t else mlp_tile_tokens
+    residual = t * E * stream // (size if sequence_parallel else 1)
+    statistics = 4 * t * H
+    attended = t * H * D * b + statistics
+    heads = (3 if model.qk_norm else 2) * (H + K)
+    block = 2 * residual + t * (2 * E + heads * D + (0 if tile else 4 * F)) * b + statistics
     kept: dict[Recompute, int] = {
         "none": block,
-        "selective": residual + attended + products,
+        "selective": residual + attended + t * ((H + 2 * K) * D + 2 * E + 2 * F) * b,
         "attention": residual + attended,
         "full": residual,
     }
-    sizes = tokens, query_heads, kv_heads, model.head_dim, width
     in_blocks, again = [], []
     for policy, plan in zip(recompute, context, strict=True):
-        exchanged = context_kept(plan, *sizes)
+        exchanged = context_kept(plan, t, H, K, D, b)
         in_blocks.append(kept[policy] + (exchanged if policy != "full" else 0))
         again.append(0 if policy == "none" else block + (exchanged if policy == "full" else 0))
     stays = [statistics if policy == "attention" else 0 for policy in recompute] if offload else in_blocks
@@ -206,46 +199,41 @@ def estimate_activations(
     return Activations(
         kept=sum(stays) + sum(sorted(leaves)[-2:]) + residual,  # with the last norm's input
         recomputed=max(again),
-        head=_head(tokens, vocabulary, model.hidden_size, stream, 4 if autocast else width),
-        context=max(context_bytes(plan, *sizes) for plan in context),
-        tile=tile * inner,
+        head=_head(t, E, V, stream),
+        context=max(context_bytes(plan, t, H, K, D, b) for plan in context),
+        tile=tile * 4 * F * b,
         freed=0 if offload else sum(in_blocks[last + 1 :]),
         host=sum(leaves),
     )
 
 
-def context_kept(
-    context: ContextPlan | None, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int
-) -> int:
+def context_kept(context: ContextPlan | None, t: int, H: int, K: int, D: int, b: int) -> int:
     """What one block's attention keeps for its backward pass beside its inputs and outputs."""
     if context is None:
         return 0
     if context.by_heads > 1:  # queries, outputs, keys and values of all tokens, for a share of the heads
-        return 2 * tokens * (query_heads + kv_heads) * head_dim * width
-    return 2 * (context.fetched_tokens - tokens) * kv_heads * head_dim * width if context.keep_gathered else 0
+        return 2 * t * (H + K) * D * b
+    return 2 * (context.fetched_tokens - t) * K * D * b if context.keep_gathered else 0
 
 
-def context_bytes(
-    context: ContextPlan | None, tokens: int, query_heads: int, kv_heads: int, head_dim: int, width: int
-) -> int:
+def context_bytes(context: ContextPlan | None, t: int, H: int, K: int, D: int, b: int) -> int:
     """What one block's attention holds beside its inputs and outputs while it works: RING_, EXCHANGE_ and
     HEADS_FORMULA."""
     if context is None:
         return 0
-    size = 0
-    inside, heads = tokens * context.by_heads, kv_heads // context.by_heads  # of the ranks that trade keys
+    size, ranks = 0, context.by_heads
+    inside, heads = t * ranks, K // ranks  # of the ranks that trade keys
     if context.by_keys > 1 and context.keys == "ring":
-        queries = query_heads // context.by_heads
-        size += inside * head_dim * (4 * queries + 16 * heads + 4 * heads * width)
+        size += inside * D * (4 * (H // ranks) + 16 * heads + 4 * heads * b)
     elif context.by_keys > 1:
-        size += (12 * context.fetched_tokens + 6 * inside) * heads * head_dim * width
-    if context.by_heads > 1:
-        largest = max(group_sizes(heads, context.head_groups)) / heads
-        size += int(tokens * (4 * largest * (query_heads + 2 * kv_heads) + query_heads) * head_dim * width)
+        size += (12 * context.fetched_tokens + 6 * inside) * heads * D * b
+    if ranks > 1:
+        f = max(group_sizes(heads, context.head_groups)) / heads
+        size += int(t * (4 * f * (H + 2 * K) + H) * D * b)
     return size
 
 
-def _head(tokens: int, vocabulary: int, hidden_size: int, stream: int, weight: int) -> int:
-    """`stream`, `weight`: bytes of a hidden state's and of a weight's number."""
-    chunk, matrix, states = min(tokens, chunk_tokens(vocabulary)), vocabulary * hidden_size, tokens * hidden_size
-    return 4 * matrix + states * stream + max(8 * chunk * vocabulary, matrix * weight + states * stream)
+def _head(t: int, E: int, V: int, b: int) -> int:
+    """HEAD_FORMULA."""
+    c = min(t, chunk_tokens(V))
+    return 4 * E * V + t * E * b + max(8 * c * V, E * V * b + t * E * b)
