@@ -43,8 +43,7 @@ def children(pid: int) -> Iterator[Child]:
         return
     for child in map(int, listed):
         try:
-            # The name, in parentheses, may contain anything; what follows the last one does not.
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            fields = _stat(child)
         except OSError:  # gone meanwhile
             continue
         alive = fields[0] not in "ZX"
@@ -56,10 +55,15 @@ def children(pid: int) -> Iterator[Child]:
         yield Child(child, alive, os.waitstatus_to_exitcode(int(fields[-1])), environment)
 
 
+def _stat(pid: int) -> list[str]:
+    """The fields behind the name, which is in parentheses and may contain anything. Raises OSError."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def process_state(pid: int) -> str:
     """What process `pid` of this node is doing, for a person: its state, and where in the kernel it sleeps."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        letter = _stat(pid)[0]
     except OSError:
         return "it is gone"
     try:
