@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
 
+from launch.build import zero_settings
+from launch.config import load_job
 from parallel.zero_config import ModelSizes, ZeroSettings, deepspeed_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def settings(stage: int) -> ZeroSettings:
@@ -47,3 +55,20 @@ def test_buffers_are_no_larger_than_a_small_model() -> None:
     whole, units = model(10, 8, 1)
     sizes = ModelSizes.of(whole, units)
     assert deepspeed_config(settings(2), sizes)["zero_optimization"]["reduce_bucket_size"] == sizes.total
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ([], {"overlap_comm": True, "stage": 3, "zero_hpz_partition_size": 1}),
+        (["overlap_communication=false", "zero_stage=2"], {"overlap_comm": False, "stage": 2}),
+        (["secondary_partition_size=2"], {"zero_hpz_partition_size": 2}),
+        (["offload_optimizer=cpu"], {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}),
+        (["offload_optimizer=cpu", "offload_parameters=cpu"], {"offload_param": {"device": "cpu"}}),
+        (["gradient_reduce_dtype=bf16"], {"communication_data_type": "bf16"}),
+    ],
+)
+def test_a_jobs_keys_reach_deepspeed(keys: list[str], expected: dict[str, Any]) -> None:
+    job = load_job(CONFIGS / "llama3-8b-8k.yaml", [f"parallel.{key}" for key in keys])
+    found = deepspeed_config(zero_settings(job, Mock(shape=job.mesh_shape(2)), "cuda"))
+    assert (found | found["zero_optimization"]).items() >= expected.items()
