@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import train_throughput
+from row_process import load, save
 from throughput_report import comparison, over_anchor, panels, table
+from train_throughput import ANCHOR, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -55,6 +59,37 @@ def row(name: str, run: str, rate: float, system: str = "ringzero", tp: int = 1)
     figures = {"tokens_per_second_per_device": rate, "peak_gib": 2.0, "losses": [1.0], "measured": "2026-11-22"}
     kind = {"sequence_length": 8192, "zero_stage": 3, "tensor_parallel_size": tp}
     return {"row": name, "run": run, "layers": 32, "system": system, "settings": [], **kind, **figures}
+
+
+def test_an_interrupted_run_goes_on_and_every_machine_begins_with_the_anchor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, started = tmp_path / "found.json", list[str]()
+
+    def drive(machine: str, rows: str, fails_at: int = 0) -> list[str]:
+        """The rows that a start on `machine` measures; it is interrupted in the one of that number."""
+
+        def measured(_script: str, arguments: list[str], *_: object) -> None:
+            started.append(arguments[arguments.index("--row") + 1])
+            if len(started) == fails_at:
+                raise KeyboardInterrupt
+            found = load(output) | {f"{machine} / {started[-1]} / 32": row(started[-1], machine, 100.0)}
+            save(found, output)
+
+        started.clear()
+        monkeypatch.setattr(train_throughput, "torchrun", measured)
+        monkeypatch.setattr(train_throughput, "_run_id", lambda: machine)
+        monkeypatch.setattr(sys, "argv", ["train_throughput.py", "--output", str(output), "--rows", rows])
+        with suppress(KeyboardInterrupt):
+            train_throughput.main()
+        return list(started)
+
+    wanted = [name for name in ROWS if "64k" in name]
+    assert len(wanted) > 3 and ANCHOR not in wanted
+    assert drive("a", "64k", fails_at=3) == [ANCHOR, *wanted[:2]]
+    assert drive("a", "64k") == wanted[1:], "neither the anchor nor the first row again"
+    assert drive("a", "64k") == []
+    assert drive("b", "64k|TP 2") == [ANCHOR, *(name for name in ROWS if "TP 2" in name)]
 
 
 def test_rows_are_compared_within_their_run() -> None:
