@@ -68,15 +68,18 @@ def skipped_samples(run: RunRecord) -> dict[str, Int64]:
     return found
 
 
-def faults_of_draws(run: RunRecord, drawn: dict[str, int]) -> Iterator[str]:
-    """Samples of a corpus that the history of the blend gives twice or never. Counts into `drawn`."""
+def draws(run: RunRecord) -> tuple[dict[str, int], list[str]]:
+    """How many samples of each corpus the history of the blend gives, and those that it gives twice or never."""
+    drawn: dict[str, int] = {}
+    faults = []
     end = run.cursor.first_sample(run.steps.stop)
     for start in range(0, end, _SAMPLES):
         for name, (_, numbers) in run.cursor.draws(np.arange(start, min(start + _SAMPLES, end))).items():
-            expected = np.arange(drawn.get(name, 0), drawn.get(name, 0) + len(numbers))
-            if not (np.sort(numbers) == expected).all():
-                yield f"corpus {name}: samples {numbers.min()} to {numbers.max()} follow sample {expected[0] - 1}"
-            drawn[name] = drawn.get(name, 0) + len(numbers)
+            before = drawn.get(name, 0)
+            drawn[name] = before + len(numbers)
+            if not (np.sort(numbers) == np.arange(before, drawn[name])).all():
+                faults.append(f"corpus {name}: samples {numbers.min()} to {numbers.max()} follow sample {before - 1}")
+    return drawn, faults
 
 
 def faults_of_epochs(name: str, sampler: SequenceSampler, drawn: int) -> Iterator[str]:
@@ -113,9 +116,8 @@ def documents_seen(corpus: Corpus, start: Int64, stop: Int64) -> tuple[int, int]
 
 def audit(run: RunRecord, *, quick: bool = False) -> list[str]:
     """Prints what was read; returns the faults."""
-    faults = list(faults_of_steps(run, quick=quick))
-    drawn: dict[str, int] = {}
-    faults += faults_of_draws(run, drawn)
+    drawn, faults = draws(run)
+    faults = [*faults_of_steps(run, quick=quick), *faults]
     skipped = skipped_samples(run)
     end, left_out = run.cursor.first_sample(run.steps.stop), sum(map(len, skipped.values()))
     print(f"steps {run.steps.start + 1} to {run.steps.stop}: {_samples(end, left_out)}")

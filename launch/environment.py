@@ -140,6 +140,7 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
         raise DeviceUnavailable(
             f"job.device is cuda, but this node has {there}; start fewer processes, or set job.device: cpu"
         )
+    why = f"{there} on this node" if wanted == "auto" else f"job.device is {wanted}"
     if wanted == "cuda" or (wanted == "auto" and gpus >= place.local_size):
         os.environ["DS_ACCELERATOR"] = "cuda"
         # A step asks for memory in other sizes than the one before freed: without this a tenth of it lies idle.
@@ -147,10 +148,8 @@ def choose_device(wanted: str, place: Place) -> tuple[torch.device, str]:
         # Of NCCL's last collectives, so that a hang can be explained; read when the first one is called.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(place.local_rank)
-        why = "job.device is cuda" if wanted == "cuda" else f"{there} on this node"
         return torch.device("cuda", place.local_rank), f"GPUs with NCCL: {why}"
     os.environ["DS_ACCELERATOR"] = "cpu"
-    why = "job.device is cpu" if wanted == "cpu" else f"{there} on this node"
     return torch.device("cpu"), f"CPU with gloo: {why}"
 
 

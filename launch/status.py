@@ -68,7 +68,7 @@ def _state(job_id: int) -> str:
     past = subprocess.run(
         ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", str(job_id)], capture_output=True, text=True
     ).stdout.strip()
-    return f"{past.replace('|', ', exit code ')}" if past else "not in the queue any more"
+    return past.replace("|", ", exit code ") or "not in the queue any more"
 
 
 def _verdicts(run: Path, slices: Sequence[dict[str, Any]]) -> list[Path]:

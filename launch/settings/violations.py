@@ -47,9 +47,8 @@ class ConfigError(ValueError):
     """A job that cannot run. `str()` is one report of every violation."""
 
     def __init__(self, source: str, violations: Sequence[Violation]):
-        self.source, self.violations = source, tuple(violations)
-        title = f"{source}: {counted(len(self.violations), 'error')} in the job's configuration"
-        super().__init__("\n".join([title, *(f"  {violation}".replace("\n", "\n  ") for violation in self.violations)]))
+        title = f"{source}: {counted(len(violations), 'error')} in the job's configuration"
+        super().__init__("\n".join([title, *(f"  {violation}".replace("\n", "\n  ") for violation in violations)]))
 
 
 def dotted(path: KeyPath) -> str:
@@ -99,7 +98,7 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
         info = _field(section, location)
         if info is not None and isinstance(location[-1], int):
             return Violation(path[:-1], f"too short; give {describe_field(info)}", detail["input"])
-        purpose = f" ({first_sentence(info.description)})" if info is not None and info.description else ""
+        purpose = f" ({_first_sentence(info.description)})" if info is not None and info.description else ""
         takes = describe_field(info) if info is not None else "a value"
         return Violation(path, f"missing{purpose}; give {takes}")
     if kind in ("value_error", "assertion_error"):  # raised by a validator: its text is already ours
@@ -137,8 +136,8 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
     return Violation(path, problem + takes, detail["input"])
 
 
-def first_sentence(text: str) -> str:
-    """The text up to its first period or colon, on one line."""
+def _first_sentence(text: str) -> str:
+    """The text up to its first period, colon or semicolon, on one line."""
     return re.split(r"[.:;](?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
 
 
