@@ -28,7 +28,7 @@ from launch.data.cursor import ACCEPT_DATA
 from launch.saving import resume_checks
 from launch.saving.checkpoint_names import CheckpointError, complete_steps, removable, step_name
 from launch.saving.checkpoint_records import Progress, Resumed, Saved
-from launch.saving.manifest import FORMAT, CheckpointFiles, FileSums, damage, encode, missing_file, read_manifest
+from launch.saving.manifest import FORMAT, CheckpointFiles, damage, encode, missing_file, read_manifest
 from launch.saving.ranks import Ranks, in_words
 from launch.saving.resume_checks import Settings
 from launch.saving.storage import Storage
@@ -131,7 +131,7 @@ class Checkpoints:
                 "torch": torch.__version__,
                 "files": {file: entry for sums, _ in parts for file, entry in sums.items()},
             }
-            ranks.on_first(lambda: self._complete(name, manifest, manifest["files"]))
+            ranks.on_first(lambda: self._complete(name, manifest))
         except (CheckpointException, CheckpointError) as error:
             if ranks.rank == 0:
                 self.storage.discard(name)
@@ -142,8 +142,8 @@ class Checkpoints:
             return finish(True, CheckpointError(f"checkpoint {path} is complete, but an older one stayed: {error}"))
         return finish(True, None)
 
-    def _complete(self, name: str, manifest: dict[str, Any], files: FileSums) -> None:
-        missing = missing_file(self.storage, name, files)
+    def _complete(self, name: str, manifest: dict[str, Any]) -> None:
+        missing = missing_file(self.storage, name, manifest["files"])
         if missing:
             raise OSError(missing)
         self.storage.complete(name, encode(manifest))

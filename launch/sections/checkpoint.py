@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from launch.saving.resume_checks import check_acceptable
 from launch.saving.storage import check_client
-from launch.sections.base import Section
+from launch.sections.base import ListOf, Section
 from launch.settings.rules import Job, idle, rule
 from launch.user_path import UserPath
 
@@ -34,7 +34,7 @@ class CheckpointSection(Section):
     resume: Literal["auto", "never", "required"] = "auto"
     """auto: continue from the newest checkpoint if there is one. required: fail if there is none. never: start anew,
     and fail if there is one."""
-    accept_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    accept_changes: ListOf[str] = ()
     """Keys that may differ from the checkpoint's although a resume would otherwise refuse that, such as
     optimizer.betas. data accepts other tokens. Keys that change the shape of the model's tensors cannot be accepted."""
 
