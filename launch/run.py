@@ -125,9 +125,7 @@ def _train(
         checkpoints.check_batches(resumed, batches)
     initial = load_initial_weights(job, engine) if resumed is None and job.model.init_from else None
     monitor = _monitor(job, place, device, resumed_from)
-    lines = (
-        *(f"warning: {line}" for line in job.idle_keys(place.world_size)),
-        *(f"warning: {line}" for line in ([] if place.rank else other_tokenizers(job))),
+    facts = [
         device_note,
         f"{job.mesh_shape(place.world_size)}, ZeRO-{job.parallel.zero_stage}; {job.num_parameters:,} parameters",
         f"precision {job.resolve_precision(device.type)}; {attention_note}",
@@ -135,12 +133,8 @@ def _train(
         *probed,
         *beginning(resumed, initial),
         *describe(corpora, job, cursor, resumed_from or 0),
-    )
-    for line in lines:
-        monitor.message(line)
-    monitor.text("probe", "\n".join(probed))
-    monitor.text("configuration", job.to_yaml())
-    monitor.text("layout", layout_report(job, place.world_size, device.type, device_memory(device)))
+    ]
+    _announce(monitor, job, place, device, facts, probed)
     data_log = _data_log(job, mesh, cursor, resumed_from, monitor)
     trainer = Trainer(
         job,
@@ -168,6 +162,18 @@ def _train(
             data_log.close()
         monitor.close()
     return complete
+
+
+def _announce(
+    monitor: Monitor, job: JobConfig, place: Place, device: torch.device, facts: list[str], probed: list[str]
+) -> None:
+    """Says what is about to train, and leaves it in TensorBoard. Collective."""
+    warnings = [*job.idle_keys(place.world_size), *([] if place.rank else other_tokenizers(job))]
+    for line in (*(f"warning: {line}" for line in warnings), *facts):
+        monitor.message(line)
+    monitor.text("probe", "\n".join(probed))
+    monitor.text("configuration", job.to_yaml())
+    monitor.text("layout", layout_report(job, place.world_size, device.type, device_memory(device)))
 
 
 def _validation_facts(validation: Corpus) -> dict[str, float]:
