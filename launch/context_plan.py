@@ -48,19 +48,13 @@ class ContextPlan:
     milliseconds: float
     """One layer's forward and backward, by the model of `context_cost`."""
     reason: str = "as configured"
-    spare_memory: bool = True
-    """Layers may keep what they fetched for the backward pass."""
+    keep_gathered: bool = False
+    """Fetched keys stay for the backward pass; else they are fetched again."""
 
     @property
     def balanced(self) -> bool:
         """Sequences are cut so that ranks have equal work: an exchange of keys alone can do without the zigzag."""
         return self.keys == "exchange" and self.by_heads == 1
-
-    @property
-    def keep_gathered(self) -> bool:
-        """Fetched keys stay for the backward pass: with two ranks they are at most twice a rank's own. With more, and
-        inside an exchange of heads, they are fetched again."""
-        return self.keys == "exchange" and self.by_keys == 2 and self.by_heads == 1 and self.spare_memory
 
     @property
     def mode(self) -> str:
@@ -145,7 +139,6 @@ def _plan(
     query_heads = job.model.num_attention_heads // mesh.tensor_parallel_size
     kv_heads = job.model.num_key_value_heads // mesh.tensor_parallel_size
     tokens = rows * length // mesh.context_parallel_size
-    spare_memory = job.training.offload_activations == "none"
 
     # Among the ranks that trade keys: each has `own` tokens of some heads.
     own, pair = rows * length // by_keys, 2 * kv_heads // by_heads * head_dim * width
@@ -155,9 +148,11 @@ def _plan(
     if keys is None:
         too_large = configured != "exchange" and fetched * pair > _EXCHANGE_BYTES
         keys = "ring" if configured == "ring" or too_large else "exchange"
+    # The keys of two ranks are at most twice a rank's own.
+    keep = keys == "exchange" and by_keys == 2 and by_heads == 1 and job.training.offload_activations == "none"
     calls, messages, traffic, exposed, merged = 2, 0, 0, 0, 0
     if by_keys > 1 and keys == "exchange":  # there, home again, and there once more if they were not kept
-        messages = 2 if by_keys == 2 and by_heads == 1 and spare_memory else 3
+        messages = 2 if keep else 3
         calls = 2 if joined else 2 * max(len(plan.calls) for plan in exchanges)
         traffic = exposed = messages * rows * max(plan.received_tokens for plan in exchanges) * pair
     elif by_keys > 1:  # twice P - 1 hops with keys, and P hops with their gradients in fp32: the last is exposed
@@ -186,5 +181,5 @@ def _plan(
         traffic=traffic,
         head_groups=groups,
         milliseconds=work.milliseconds,
-        spare_memory=spare_memory,
+        keep_gathered=keep,
     )

@@ -177,7 +177,9 @@ def test_a_rank_of_two_holds_what_the_printed_formulas_say(
     assert estimate("full", [heads, both, None]).context == estimate("full", both).context
     # What was received is kept: of two ranks' keys those that were fetched, of traded heads all.
     kept = estimate("none").kept
-    assert estimate("none", replace(exchange, by_keys=2)).kept - kept == 3 * amount("2 (250 - t) K D b", **letters)
+    assert estimate("none", replace(exchange, by_keys=2, keep_gathered=True)).kept - kept == 3 * amount(
+        "2 (250 - t) K D b", **letters
+    )
     traded = amount("2 t (H + K) D b", **letters)
     assert estimate("none", heads).kept - kept == 3 * traded
     assert estimate("full", heads).recomputed == block + traded and estimate("attention", heads).recomputed == block
