@@ -11,6 +11,7 @@ from tests.faults.launched import TinyJob
 pytestmark = pytest.mark.faults
 
 QUICK = ["health.minimum_step_seconds=5", "checkpoint.save_interval=6", "monitor.log_interval=1"]
+QUICK += ["health.first_step_seconds=300"]  # where the save of step 6 is still being written at that of step 12
 
 
 def stopping(rank: int) -> dict[str, object]:
