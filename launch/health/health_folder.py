@@ -2,7 +2,7 @@
 
 RUN/health/123-0/         of one start: job and restart under Slurm, else the time
     alarm                 empty, until somebody has waited too long
-    rank-3.json           what rank 3 says of itself    rank-3.stacks   Python stacks of all its threads
+    rank-3.json           what rank 3 says of itself    rank-3.stacks   Python stacks of its threads
     node-1.json           states of the ranks of node 1, from outside them (under Slurm)
     verdict-0.txt         who is missing, as rank 0 sees it
     verdict-node-1.txt    what node 1 has seen of its ranks, when none of them spoke and none came back

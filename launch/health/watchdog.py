@@ -6,7 +6,8 @@ run directory. A store would live in one of the ranks, and be silent exactly whe
 the others would need connections that nobody uses for weeks.
 
     a rank waits longer than its limit      it raises the alarm; all who hear it write down where they are
-    12 s later                              the first of those who did reports what they found, and who did not
+    7 s later                               they ask the silent ranks of their nodes for a stack, by a signal
+    12 s after the alarm                    the first of those who did reports what they found, and who did not
     health.hang_grace_seconds later         unless the step has ended meanwhile, all of them end with HUNG
 
 From the alarm on the run is asked to stop: if the missing rank comes back, the run saves and ends as after a signal. If
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +33,14 @@ from launch.health.flight_recorder import read_flight
 from launch.health.hang_report import Member, RankReport, missing_ranks, report_on_myself, verdict
 from launch.health.health_folder import HealthFolder
 from launch.health.node_watch import Pulse
-from launch.health.processes import ranks_beside
+from launch.health.processes import process_state, ranks_beside
 from launch.health.time_limits import Activity, Pace
 from launch.standard_output import say
 
 _STILL_FRESH = 120.0
 """Seconds between clocks and alarms within which a report belongs to the hang at hand."""
+_ASK = signal.SIGURG
+"""Makes a rank write its training thread's stack. One that does not listen yet ignores it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,6 @@ class Patience:
     """From the alarm to the verdict."""
     grace: float = 60.0
     """From the verdict to the end."""
-    silence: float = 8.0
-    """Without a look of the thread, until stacks are written without Python's lock: somebody holds that."""
 
 
 class Watchdog:
@@ -77,7 +79,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._handled = ""
         self._stacks = self._open()
-        self._promise_to_look()
+        faulthandler.register(_ASK, self._stacks, all_threads=False)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def _open(self) -> TextIO:
@@ -97,7 +99,6 @@ class Watchdog:
         """From now on everything may take as long as it takes."""
         self._closed.set()
         self._beat(None)
-        faulthandler.cancel_dump_traceback_later()
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
@@ -106,7 +107,6 @@ class Watchdog:
         grace = patience.grace if self._stops else None
         looked = time.monotonic()
         while not self._closed.wait(patience.tick):
-            self._promise_to_look()
             now, current = time.monotonic(), self._pace.current
             passed, looked = now - looked, now
             if current is not seen:
@@ -129,10 +129,6 @@ class Watchdog:
                 if called:
                     self._raise_voice(current)
                     looked = time.monotonic()
-
-    def _promise_to_look(self) -> None:
-        """Unless this is called again in time, the stacks are written."""
-        faulthandler.dump_traceback_later(self._patience.silence, file=self._stacks)
 
     def _called(self, current: Activity, complaint: str | None) -> bool:
         """Whether there is an alarm that this rank has not answered; with a complaint it raises one."""
@@ -157,15 +153,16 @@ class Watchdog:
             if self._stops and time.monotonic() > deadline:
                 say(f"rank {self._rank} ends: {current} has not come to its end; exit status {HUNG}", sys.stderr)
                 os._exit(HUNG)
-            self._promise_to_look()
             time.sleep(patience.tick)
 
     def _tell(self, current: Activity) -> None:
         try:
             self._answer(current)
-            time.sleep(self._patience.answer)
+            time.sleep(self._patience.answer - self._patience.hear)
+            self._ask_the_silent()
+            time.sleep(self._patience.hear)
             self._handled = self._folder.alarm()  # of two raised at once, one was overwritten
-            reports = self._reports()
+            reports = self._reports(self._members)
             first = min(reports, default=self._rank)
             if first != self._rank:
                 time.sleep(self._patience.hear)
@@ -182,9 +179,23 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks)
         self._folder.write(name, replace(report, flight=read_flight()).to_json())
 
-    def _reports(self) -> dict[int, RankReport]:
+    def _ask_the_silent(self) -> None:
+        """Makes the ranks of this node that do not answer write their stacks, without Python's lock: a call holds that.
+
+        Without the lock a stack can only be read while it stands still, or the reader crashes. So nothing is written by
+        a clock, which runs on while a process is stopped, and a stopped one is not asked: it would answer when it runs
+        again.
+        """
+        beside = [member for member in self._members if member.host == self._members[self._rank].host]
+        reports = self._reports(beside)
+        for member in beside:
+            if member.rank not in reports and process_state(member.pid).startswith(("state R", "state S", "state D")):
+                with suppress(OSError):  # gone meanwhile
+                    os.kill(member.pid, _ASK)
+
+    def _reports(self, members: Iterable[Member]) -> dict[int, RankReport]:
         found = {}
-        for member in self._members:
+        for member in members:
             with suppress(ValueError):  # half written
                 report = RankReport.from_json(self._folder.report(member.rank) or "")
                 if abs(report.time - time.time()) < _STILL_FRESH:
@@ -214,7 +225,6 @@ class Watchdog:
 
 
 def _last_dump(path: Path) -> str:
-    """The training thread's stack as faulthandler wrote it last, by itself; it lists the oldest thread last."""
+    """The training thread's stack as it was asked for last."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    _, mark, last = text.rpartition("Timeout (")
-    return last.strip().rpartition("\n\n")[2] if mark else ""
+    return "".join(text.rpartition("Stack (")[1:]).strip()
