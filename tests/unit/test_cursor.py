@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,9 +246,36 @@ def test_a_resume_onto_other_data_is_refused() -> None:
         assert late.read(33).total() == 8
         assert begun.first_sample(30) == 0 and begun.first_sample(32) == 8 == begun.offset + 32 * 4
     assert at.continued(30, replace(at, seed=1), ("job.seed",)).first_sample(30) == 0
-    for record in ({}, at.record() | {"format": 2}, {**at.record(), "more": 1}):
-        with pytest.raises(CorpusError, match="the record of what the run has read is not readable"):
-            DataCursor.from_record(record)
+    with pytest.raises(CorpusError, match="other data"):
+        at.continued(30, replace(at, corpora={"web": "another", "code": at.corpora["code"]}), ("job.seed",))
+
+
+def test_a_damaged_record_is_refused_by_what_is_wrong_with_it() -> None:
+    record = cursor({"web": 0.7, "code": 0.3}).record()
+    [segment] = record["history"]
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"format": 2}, "format 2, this program reads 1"),
+        ({"more": 1}, "more: Unexpected keyword argument"),
+        ({"seed": "0"}, "seed: Input should be a valid integer"),
+        ({"history": []}, "history: Tuple should have at least 1 item"),
+        *(
+            ({"history": [segment | change]}, rf"history\.0.*{said}")
+            for change, said in (
+                ({"step": -1}, "step: Input should be greater than or equal to 0"),
+                ({"global_batch_size": 0}, "global_batch_size: Input should be greater than or equal to 1"),
+                ({"weights": {"web": 2, "code": -1}}, "weights.code: Input should be greater than or equal to 0"),
+                ({"weights": {"web": math.inf}}, "weights.web: Input should be a finite number"),
+                ({"weights": {"web": 0}}, "weights .* leave nothing to read"),
+            )
+        ),
+        ({"history": [segment, segment | {"step": 9}, segment | {"step": 9}]}, r"\[0, 9, 9\] do not ascend"),
+        ({"history": [segment | {"step": 9}, segment]}, r"\[9, 0\] do not ascend"),
+        ({"corpora": {"code": ""}}, "the history names corpora without a fingerprint: web"),
+    ]
+    damaged: list[tuple[Any, str]] = [(record | change, said) for change, said in changes]
+    for broken, said in [*damaged, ({}, "KeyError"), ([], "AttributeError"), (record | {"seed": {1}}, "TypeError")]:
+        with pytest.raises(CorpusError, match=rf"the record of what the run has read is not readable \(.*{said}"):
+            DataCursor.from_record(broken)
 
 
 # --- steps that are left out ---
@@ -292,6 +321,7 @@ def test_steps_that_are_over_stay_read_or_skipped() -> None:
     assert at.continued(4, replace(at, skipped=())).skipped == (), "of a checkpoint before them"
     for skipped, match in [
         ((), "left out steps 5 to 8 up to step 30 and leaves out no step of them now"),
+        (((1, 1), (5, 8)), "left out steps 5 to 8 up to step 30 and leaves out steps 1, 5 to 8 of them now"),
         (((5, 9), (40, 49)), "left out steps 5 to 8 up to step 30 and leaves out steps 5 to 9 of them now"),
         (((5, 8), (30, 49)), "left out steps 5 to 8 up to step 30 and leaves out steps 5 to 8, 30 of them now"),
     ]:
