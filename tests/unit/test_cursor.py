@@ -189,6 +189,15 @@ def test_a_corpus_that_gives_nothing_is_not_among_what_is_drawn() -> None:
     assert [len(at.draws(np.array([sample]))) for sample in range(8)] == [1] * 8
 
 
+def test_the_order_is_of_the_seed() -> None:
+    at = cursor({"web": 0.7, "code": 0.3}, seed=7)
+    order = Blend(at.history[0].weights, 7).corpora(np.arange(64)).tolist()
+    drawn = at.draws(np.arange(64))
+    assert [drawn[name][0].tolist() for name in ("web", "code")] == [
+        [place for place, index in enumerate(order) if index == wanted] for wanted in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_weights_change_on_resume_and_every_token_is_seen_once_an_epoch(packing: str) -> None:
     """Other weights, a corpus added, one dropped and taken up again, another global batch size."""
