@@ -22,7 +22,8 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 
 import ringzero_row
+from free_messages import alone
 from launch.config import JobConfig
 from row_process import Results, load, results_parser, save, torchrun
 from throughput_report import comparison, table, write_document
@@ -83,6 +85,7 @@ ROWS: dict[str, Row] = {
     "torchtitan 8k, no recomputation": _titan(_NONE),
     "torchtitan 8k, selective, micro-batch 2": _titan(_SELECTIVE, _TWO),
     "torchtitan 8k, selective, not resharded": _titan(_SELECTIVE, _ZERO_2),
+    "torchtitan 8k, no recomputation, not resharded": _titan(_NONE, _ZERO_2),
     "torchtitan 64k, CP 2, full": _titan(_FULL, *_64K),
     "torchtitan 64k, CP 2, selective": _titan(_SELECTIVE, *_64K),
     "Hugging Face 8k, full": _hugging_face(_FULL),
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="regular expression on row names")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="the first two are left out")
+    parser.add_argument("--alone", type=int, default=0, metavar="RANKS", help="one rank of so many, on one GPU")
     parser.add_argument("--no-anchor", action="store_true", help="do not measure the anchor first")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="FILE")
     options = parser.parse_args()
@@ -130,11 +134,18 @@ def _measure_row(options: argparse.Namespace) -> None:
     """This process is one rank of a row; rank 0 writes what was found."""
     row = ROWS[options.row]
     job = job_of([f"model.num_hidden_layers={options.layers}", *options.set, *row.settings])
-    started = time.perf_counter()
-    found = measure(row, job, options.steps)
-    found["row_seconds"] = time.perf_counter() - started
-    if torch.distributed.get_rank() == 0:
-        _add(options, options.row, found)
+    with alone(options.alone) if options.alone else _world():
+        started = time.perf_counter()
+        found = measure(row, job, options.steps)
+        found["row_seconds"] = time.perf_counter() - started
+        if torch.distributed.get_rank() == 0:
+            _add(options, options.row, found)
+
+
+@contextmanager
+def _world() -> Iterator[None]:
+    """The processes that torchrun has started, whose group the row makes."""
+    yield
     torch.distributed.destroy_process_group()
 
 
@@ -152,10 +163,12 @@ def _drive(options: argparse.Namespace, results: Results) -> None:
 def _start(row: str, options: argparse.Namespace) -> None:
     """Starts one row; notes a failure in its place."""
     arguments = ["--row", row, "--output", str(options.output), "--layers", str(options.layers)]
-    arguments += ["--steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
+    arguments += ["--steps", str(options.steps), "--alone", str(options.alone)]
+    arguments += ["--set", *options.set] if options.set else []
     print(f"-- {row}, {options.layers} layers", flush=True)
     log, environment = options.output.with_suffix(".log"), _EXPANDABLE if ROWS[row].system != "huggingface" else None
-    reason = torchrun(__file__, arguments, torch.cuda.device_count() or 2, log, options.timeout, environment)
+    processes = 1 if options.alone else torch.cuda.device_count() or 2
+    reason = torchrun(__file__, arguments, processes, log, options.timeout, environment)
     if reason:
         kept = log.with_suffix(f".{re.sub('[^a-z0-9]+', '-', row.lower())}.log")
         log.rename(kept)

@@ -1,0 +1,159 @@
+"""One rank of a world by itself, whose messages arrive at once: each of its peers is taken to send what it sends itself.
+
+Kernels, memory and the host's work are those of a rank among its peers. So what they take together is longer by what
+their messages cost, and what fits here fits there if NCCL's own buffers do. The numbers mean nothing, but they are of
+the right size: zeros would be multiplied faster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import transport, zero, zero_shares
+
+RANKS_OF_A_HOST = 8
+
+
+@contextmanager
+def alone(ranks: int) -> Iterator[None]:
+    """This process is rank 0 of `ranks`, eight to a host. Makes and destroys the process group."""
+    dist.Backend.register_backend(
+        "free", lambda _store, rank, size, _timeout: FreeMessages(rank, size), devices=["cpu", "cuda"]
+    )
+    dist.init_process_group("free", store=dist.HashStore(), rank=0, world_size=ranks)
+    with (
+        mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}),
+        mock.patch.object(transport, "reach_each_other", lambda *_: False),
+        mock.patch.object(zero, "reach_each_other", _of_one_host),
+        mock.patch.object(zero_shares, "PeerMemory", OwnMemory),
+    ):
+        yield
+    dist.destroy_process_group()
+
+
+def _of_one_host(group: dist.ProcessGroup, device: torch.device) -> bool:
+    return device.type == "cuda" and group.size() <= RANKS_OF_A_HOST
+
+
+class OwnMemory:
+    """`PeerMemory` of which every rank's is this one's."""
+
+    def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup):
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> Tensor:
+        return self._memory.view(dtype)[start:].as_strided(shape, torch.empty(shape, device="meta").stride())
+
+
+class Done(dist.Work):
+    """A message that the current stream has been given: whoever waits comes after it."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__()
+        self._event = torch.cuda.current_stream().record_event() if any(one.is_cuda for one in tensors) else None
+        self._future: torch.futures.Future[Sequence[Tensor]] = torch.futures.Future()
+        self._future.set_result(tensors)
+
+    def wait(self, timeout: Any = None) -> bool:
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def get_future(self) -> torch.futures.Future[Sequence[Tensor]]:
+        return self._future
+
+
+class FreeMessages(dist.ProcessGroup):
+    """Every rank sends what this one does. Its copies move as many bytes within the GPU as arriving messages would."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(rank, size)
+        self._rank, self._size = rank, size
+        self._sent: list[Tensor] = []
+
+    def getBackendName(self) -> str:  # noqa: N802 - c10d's name
+        return "free"
+
+    @property
+    def group_name(self) -> str:
+        """What the world calls it: c10d itself tells only groups of its own."""
+        return dist.distributed_c10d._world.pg_names[self]
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Done:
+        for tensor in tensors:
+            self._reduce(tensor, tensor, opts)
+        return Done(tensors)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Done:
+        return Done(tensors)
+
+    def barrier(self, opts: Any = None) -> Done:
+        return Done([])
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Done:
+        for places, tensor in zip(outputs, inputs, strict=True):
+            for place in places:
+                _copy(place, tensor)
+        return Done(inputs)
+
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Done:
+        return self.allgather([list(output.view(-1).chunk(self._size))], [tensor.view(-1)])
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Done:
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, tensor)
+        return Done(inputs)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Done:
+        for output, parts in zip(outputs, inputs, strict=True):
+            self._reduce(output, parts[self._rank], opts)
+        return Done(outputs)
+
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Done:
+        return self.reduce_scatter([output.view(-1)], [list(tensor.view(-1).chunk(self._size))], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> Done:
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, tensor, opts)
+        return Done(outputs)
+
+    # Their names before torch 2.13.
+    _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
+    _reduce_scatter_base, reduce_scatter_tensor_coalesced = reduce_scatter_single, reduce_scatter_single_coalesced
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Done:
+        self._sent += tensors
+        return Done(tensors)
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Done:
+        """What was sent first and has not been received; where that is shorter, the rest is zeros."""
+        for tensor in tensors:
+            arrived = self._sent.pop(0).reshape(-1)[: tensor.numel()]
+            tensor.view(-1)[: len(arrived)].copy_(arrived)
+            tensor.view(-1)[len(arrived) :].zero_()
+        return Done(tensors)
+
+    def _reduce(self, output: Tensor, tensor: Tensor, opts: Any) -> None:
+        operation = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        if operation in (dist.ReduceOp.AVG, dist.ReduceOp.MIN, dist.ReduceOp.MAX):  # of equals
+            _copy(output, tensor)
+        else:
+            torch.mul(tensor, self._size, out=output)
+
+
+def _copy(place: Tensor, tensor: Tensor) -> None:
+    if place.data_ptr() != tensor.data_ptr():
+        place.copy_(tensor)
