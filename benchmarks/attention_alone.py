@@ -34,7 +34,8 @@ from attention_contest.contestants import Builder, Stage, our_contestants
 from attention_contest.peers import peers
 from attention_contest.rows import HEAD_DIM, ONE_GPU, RING_FLASH_ATTN, Row, bars
 from documents import markdown
-from parallel import peer_flags, transport
+from free_messages import nobody_waits
+from parallel import transport
 from parallel.transport import SymmetricTransport
 
 RANKS, ROUNDS, SECONDS_A_TURN = 2, 5, 0.12
@@ -81,17 +82,11 @@ class FreeMessages:
 @contextmanager
 def never_late() -> Iterator[None]:
     """Transports made and used inside share memory within this process, and wait for nobody."""
-    issue = peer_flags.Batch.issue
-
-    def issue_writes(batch: peer_flags.Batch, stream: torch.cuda.Stream) -> None:
-        if all(operation.writes for operation in batch.operations):
-            issue(batch, stream)
-
     group_functions = SimpleNamespace(get_rank=lambda group: group.rank, barrier=lambda group: None)
     with (
         mock.patch.object(transport, "dist", group_functions),
         mock.patch.object(transport, "PeerMemory", SharedMemory),
-        mock.patch.object(peer_flags.Batch, "issue", issue_writes),
+        nobody_waits(),
     ):
         yield
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import transport, zero, zero_shares
+from parallel import peer_flags, transport, zero, zero_shares
 
 RANKS_OF_A_HOST = 8
 
@@ -31,12 +31,27 @@ def alone(ranks: int) -> Iterator[None]:
     dist.init_process_group("free", store=dist.HashStore(), rank=0, world_size=ranks)
     with (
         mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}),
-        mock.patch.object(transport, "reach_each_other", lambda *_: False),
+        mock.patch.object(transport, "reach_each_other", _of_one_host),
         mock.patch.object(zero, "reach_each_other", _of_one_host),
+        mock.patch.object(transport, "PeerMemory", OwnMemory),
         mock.patch.object(zero_shares, "PeerMemory", OwnMemory),
+        nobody_waits(),
     ):
         yield
     dist.destroy_process_group()
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Flags in peers' memory are raised and lowered, and nobody waits for one."""
+    issue = peer_flags.Batch.issue
+
+    def issue_writes(batch: peer_flags.Batch, stream: torch.cuda.Stream) -> None:
+        if all(operation.writes for operation in batch.operations):
+            issue(batch, stream)
+
+    with mock.patch.object(peer_flags.Batch, "issue", issue_writes):
+        yield
 
 
 def _of_one_host(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -48,6 +63,8 @@ class OwnMemory:
 
     def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup):
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._flags = torch.zeros(256, dtype=torch.int32, device=device)
+        self.signal_pads = [self._flags.data_ptr()] * group.size()
 
     def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> Tensor:
         return self._memory.view(dtype)[start:].as_strided(shape, torch.empty(shape, device="meta").stride())
@@ -123,9 +140,7 @@ class FreeMessages(dist.ProcessGroup):
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Done:
         return self.reduce_scatter([output.view(-1)], [list(tensor.view(-1).chunk(self._size))], opts)
 
-    def reduce_scatter_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> Done:
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Done:
         for output, tensor in zip(outputs, inputs, strict=True):
             self.reduce_scatter_single(output, tensor, opts)
         return Done(outputs)
@@ -139,9 +154,10 @@ class FreeMessages(dist.ProcessGroup):
         return Done(tensors)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Done:
-        """What was sent first and has not been received; where that is shorter, the rest is zeros."""
+        """What was sent first and has not been received; zeros beyond it."""
         for tensor in tensors:
-            arrived = self._sent.pop(0).reshape(-1)[: tensor.numel()]
+            sent = self._sent.pop(0) if self._sent else tensor.new_empty(0)
+            arrived = sent.reshape(-1)[: tensor.numel()]
             tensor.view(-1)[: len(arrived)].copy_(arrived)
             tensor.view(-1)[len(arrived) :].zero_()
         return Done(tensors)

@@ -17,11 +17,13 @@ Results = dict[str, dict[str, Any]]
 """What a file of results holds: of each measurement, by its name, what was found or why it failed."""
 
 
-def results_parser(description: str | None, measured: str, timeout: float, document: str) -> argparse.ArgumentParser:
+def results_parser(
+    description: str | None, measured: str, timeout: float, document: str | None = None
+) -> argparse.ArgumentParser:
     """The options of what fills a file of results, one measurement after the other.
 
     `measured` is what it calls a measurement: the option of that name is for the processes that make one. `timeout`: by
-    default, in seconds. `document`: what --document takes.
+    default, in seconds. `document`: what --document takes, where there is that option, and --table.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -30,8 +32,9 @@ def results_parser(description: str | None, measured: str, timeout: float, docum
     )
     parser.add_argument("--timeout", type=float, default=timeout, help=f"seconds that one {measured} may take")
     parser.add_argument("--again", action="store_true", help=f"make each {measured} anew that the output file holds")
-    parser.add_argument("--document", type=Path, metavar=document)
-    parser.add_argument("--table", action="store_true")
+    if document:
+        parser.add_argument("--document", type=Path, metavar=document)
+        parser.add_argument("--table", action="store_true")
     parser.add_argument(f"--{measured}", help=argparse.SUPPRESS)
     return parser
 

@@ -1,4 +1,5 @@
-"""Which of configs/ is for what, as `--check` lays it out; the table of docs/choosing.md.
+"""Which of configs/ is for what, as `--check` lays it out, and what a rank by itself takes (`shipped_alone.py`); the
+table of docs/choosing.md.
 
 python benchmarks/shipped_jobs.py            # print it
 python benchmarks/shipped_jobs.py --write    # renew it in the document
@@ -8,37 +9,44 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from documents import markdown, print_or_renew
 from launch.config import JobConfig, load_job
 from launch.memory.footprint import footprint
 from launch.memory.recompute_plan import recompute_plan
 from launch.weights.stored_model import write_model
+from row_process import load
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS, DOCUMENT, MARK = ROOT / "configs", ROOT / "docs" / "choosing.md", "shipped_jobs.py"
-_SIZES = {"llama3-8b-8k": (8, 16), "llama3-8b-8k-tp2": (16,), "llama3-8b-finetune": (8,), "llama3-8b-64k": (8, 16)}
-_SIZES |= {"llama3-8b-128k": (8, 32), "llama3-8b-512k": (2,), "llama3-70b-8k": (64,)}
+MEASURED = ROOT / "docs" / "shipped_alone.json"
+SIZES = {"llama3-8b-8k": (8, 16), "llama3-8b-8k-tp2": (16,), "llama3-8b-finetune": (8,), "llama3-8b-64k": (8, 16)}
+SIZES |= {"llama3-8b-128k": (8, 32), "llama3-8b-512k": (2,), "llama3-70b-8k": (64,)}
 """GPUs for which each job of a real model is laid out."""
 
 
-def shipped(name: str, gpus: int) -> JobConfig:
+def shipped(name: str, gpus: int, *settings: str) -> JobConfig:
     """The job in configs/, on so many GPUs; one that starts from weights takes the shape of Llama-3-8B's."""
     config = CONFIGS / f"{name}.yaml"
     if "init_from:" not in config.read_text():
-        return load_job(config, world_size=gpus)
+        return load_job(config, settings, gpus)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), load_job(CONFIGS / "llama3-8b-8k.yaml").model)
-        return load_job(config, [f"model.init_from={folder}"], gpus)
+        return load_job(config, [f"model.init_from={folder}", *settings], gpus)
 
 
 def table() -> str:
     """Markdown: layout, recomputation and estimated peak of each job."""
-    heads = ["configs/", "GPUs", "tokens", "tp x cp x dp", "ZeRO", "recomputation", "GiB of a GPU"]
-    return markdown(heads, [_row(name, gpus) for name, sizes in _SIZES.items() for gpus in sizes])
+    heads = ["configs/", "GPUs", "tokens", "tp x cp x dp", "ZeRO", "recomputation", "GiB of a GPU", "measured"]
+    heads.append("tokens/s/GPU if messages were free")
+    measured = load(MEASURED)
+    return markdown(
+        heads, [_row(name, gpus, measured.get(f"{name} on {gpus}")) for name in SIZES for gpus in SIZES[name]]
+    )
 
 
-def _row(name: str, gpus: int) -> list[str]:
+def _row(name: str, gpus: int, measured: dict[str, Any] | None) -> list[str]:
     job = shipped(name, gpus)
     mesh = job.mesh_shape(gpus)
     plan = recompute_plan(job, mesh, "cuda")
@@ -53,6 +61,8 @@ def _row(name: str, gpus: int) -> list[str]:
         str(job.parallel.zero_stage),
         blocks,
         f"{needed.peak / 2**30:.1f}",
+        f"{measured['peak_gib']:.1f}" if measured else "",
+        f"{measured['tokens_per_second_per_device']:,.0f}" if measured else "",
     ]
 
 
