@@ -1,8 +1,9 @@
-"""One rank of a world by itself, whose messages arrive at once: each of its peers is taken to send what it sends itself.
+"""One rank of a world by itself, whose messages arrive at once: its peers are taken to send what it sends itself.
 
 Kernels, memory and the host's work are those of a rank among its peers. So what they take together is longer by what
 their messages cost, and what fits here fits there if NCCL's own buffers do. The numbers mean nothing, but they are of
-the right size: zeros would be multiplied faster.
+the right size: zeros would be multiplied faster. Compiled blocks cannot hold such a group, so tensor parallelism needs
+`training.compile=false` here.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class OwnMemory:
 
     def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup):
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        # What a peer would write here is plausible: it may not be zeros, nor what was last in this memory.
+        self._memory[: size // 2 * 2].view(torch.bfloat16).normal_(std=1e-3)
         self._flags = torch.zeros(256, dtype=torch.int32, device=device)
         self.signal_pads = [self._flags.data_ptr()] * group.size()
 
