@@ -5,8 +5,8 @@ memory beside the check's estimate, and what the rate of a GPU would be if messa
     python benchmarks/shipped_jobs.py --write    # the table that shows them
 
 Two micro-batches a step, on random tokens. Recomputation is what fits GPUs of 80 GB. Left out: jobs with tensor
-parallelism, whose blocks cannot be compiled so; that of 524,288 tokens, which takes too long; and that which starts from
-weights, as another has its shape and layout.
+parallelism, whose blocks cannot be compiled so; that of 524,288 tokens, which takes too long; and that which starts
+from weights, as another has its shape and layout.
 """
 
 from __future__ import annotations

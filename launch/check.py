@@ -12,12 +12,12 @@ from launch.memory.formulas import (
     EXCHANGE_FORMULA,
     HEAD_FORMULA,
     HEADS_FORMULA,
-    KEPT_FORMULAS,
     RING_FORMULA,
     Activations,
     States,
     block_formula,
     host_copies,
+    kept_formula,
 )
 from launch.memory.parameters import count_parameters
 from launch.memory.recompute_plan import RecomputePlan, recompute_plan
@@ -130,7 +130,7 @@ def _memory(job: JobConfig, mesh: MeshShape, device: str, plan: RecomputePlan) -
     if states.host:
         rows.append(("offloaded", states.host, "what of these is in host memory, not part of the peak"))
     peak = whole.peak
-    rows += _activation_rows(job, activations, plan, context_plan(job, mesh, BYTES[precision]))
+    rows += _activation_rows(job, device, activations, plan, context_plan(job, mesh, BYTES[precision]))
     copies, on_gpus = host_copies(local, stage, zero_size) * job.checkpoint.asynchronous, device != "cpu"
     saving = ("host copies", copies, _copies_note(stage, zero_size))
     if copies and not on_gpus:
@@ -169,10 +169,13 @@ def _state_rows(job: JobConfig, states: States, zero_size: int) -> list[tuple[st
 
 
 def _activation_rows(
-    job: JobConfig, activations: Activations, plan: RecomputePlan, context: ContextPlan | None
+    job: JobConfig, device: str, activations: Activations, plan: RecomputePlan, context: ContextPlan | None
 ) -> list[tuple[str, int, str]]:
-    block = block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0)
-    by_policy = [KEPT_FORMULAS.get(policy, block) for policy in dict.fromkeys(plan.policies)]
+    compiled = job.compiles(device)
+    block = block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0, compiled)
+    by_policy = [
+        block if policy == "none" else kept_formula(policy, compiled) for policy in dict.fromkeys(plan.policies)
+    ]
     kept = f"{counted(job.model.num_hidden_layers, 'block')}, each {' or '.join(by_policy)}"
     if job.training.offload_activations == "none":
         rows = [("activations", activations.kept, kept)]

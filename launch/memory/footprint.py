@@ -51,6 +51,7 @@ def footprint(job: JobConfig, mesh: MeshShape, device: str, policies: Sequence[R
         precision=precision,
         autocast=stage == 0 and precision == "bf16",
         recompute=policies,
+        compiled=job.compiles(device),
         mlp_tile_tokens=job.training.mlp_tile_tokens,
         offload=job.training.offload_activations != "none",
     )

@@ -123,22 +123,39 @@ class Activations:
         return self.kept + max(self.head, work, self.recomputed + work - self.freed)
 
 
-def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool) -> str:
+def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool, compiled: bool) -> str:
     """Block input and its norm's output, and the same before the feed-forward layer; q, k, v and the attention output
-    (QK-norm keeps its inputs too); gate, its silu, up and their product; fp32 log-sum-exp. Under sequence parallelism a
-    rank has a part of the inputs, and gathers the norms' outputs; a tiled feed-forward layer keeps nothing inside."""
+    (QK-norm keeps its inputs too); gate, up, their product and, unless it is compiled, gate's silu; fp32 log-sum-exp.
+    Under sequence parallelism a rank has a part of the inputs, and gathers the norms' outputs; a tiled feed-forward
+    layer keeps nothing inside."""
     inputs = "(2 + 2 / tp) E b" if sequence_parallel else "4 E b"
     heads = "3 (H + K)" if qk_norm else "2 (H + K)"
-    return f"t ({inputs} + {heads} D b + {'' if tiled else '4 F b + '}4 H)"
+    inside = "" if tiled else f"{_inside(compiled)} F b + "
+    return f"t ({inputs} + {heads} D b + {inside}4 H)"
 
 
-KEPT_FORMULAS: dict[Recompute, str] = {
-    "selective": "t ((2 H + 2 K) D b + (3 E + 2 F) b + 4 H)",
-    "attention": "t (E b + H D b + 4 H)",
-    "full": "t E b",
-}
-"""What a block keeps under each policy of activation checkpointing: its input; attention's output and log-sum-exp; q,
-k, v, gate, up, and the outputs of both sublayers. Under sequence parallelism a rank has a part of the input."""
+def kept_formula(policy: Recompute, compiled: bool) -> str:
+    """What a block keeps that computes again by `policy`: its input; attention's output and log-sum-exp; q, k, v, gate,
+    up, and the outputs of both sublayers, of which a compiled block leaves out the last. Under sequence parallelism a
+    rank has a part of the input."""
+    formulas: dict[Recompute, str] = {
+        "selective": f"t ((2 H + 2 K) D b + ({1 + _outputs(compiled)} E + 2 F) b + 4 H)",
+        "attention": "t (E b + H D b + 4 H)",
+        "full": "t E b",
+    }
+    return formulas[policy]
+
+
+def _inside(compiled: bool) -> int:
+    """Tensors of t F numbers that a feed-forward layer keeps. A compiler computes silu again as it reads its input."""
+    return 3 if compiled else 4
+
+
+def _outputs(compiled: bool) -> int:
+    """Sublayers whose outputs a selective checkpoint keeps. A compiler sees that no gradient needs the second."""
+    return 1 if compiled else 2
+
+
 HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
 """Head: the gradients of the weight, in fp32, and of the hidden states; with them 8 bytes for each logit of a chunk of
 c tokens, later both gradients once more, as the backward pass hands them on."""
@@ -162,14 +179,16 @@ def estimate_activations(
     precision: Precision,
     autocast: bool,
     recompute: Sequence[Recompute],
+    compiled: bool,
     mlp_tile_tokens: int | None = None,
     offload: bool = False,
 ) -> Activations:
     """Activations of `tokens` tokens (one micro-batch on one rank).
 
     `autocast`: bf16 over fp32 parameters (stage 0), where the residual stream and the norms' inputs are fp32.
-    `context` and `recompute`: a plan and a policy for each block. `offload`: blocks keep in host memory what is as
-    large as their input; on the device are those of two blocks, of which one is on its way.
+    `context` and `recompute`: a plan and a policy for each block. `compiled`: the blocks are, so that whatever the
+    policy some of what is cheap is computed again. `offload`: blocks keep in host memory what is as large as their
+    input; on the device are those of two blocks, of which one is on its way.
     """
     b, size = BYTES[precision], tensor_parallel_size
     t, E, D, F = tokens, model.hidden_size, model.head_dim, model.intermediate_size // size
@@ -181,10 +200,10 @@ def estimate_activations(
     statistics = 4 * t * H
     attended = t * H * D * b + statistics
     heads = (3 if model.qk_norm else 2) * (H + K)
-    block = 2 * residual + t * (2 * E + heads * D + (0 if tile else 4 * F)) * b + statistics
+    block = 2 * residual + t * (2 * E + heads * D + (0 if tile else _inside(compiled) * F)) * b + statistics
     kept: dict[Recompute, int] = {
         "none": block,
-        "selective": residual + attended + t * ((H + 2 * K) * D + 2 * E + 2 * F) * b,
+        "selective": residual + attended + t * ((H + 2 * K) * D + _outputs(compiled) * E + 2 * F) * b,
         "attention": residual + attended,
         "full": residual,
     }

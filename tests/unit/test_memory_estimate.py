@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from launch.memory.recompute_plan import planned_footprint
 from launch.precision import BYTES, Precision
 from model.attention import kernel_attention
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.gpt import GPT, Block
 from model.head import Head
 from model.kernels import linear_cross_entropy, select_kernel
 from model.recompute import Recompute
@@ -34,6 +35,7 @@ from parallel.zero_config import LIVE_PARAMETERS
 from workload import job_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_RECOMPUTING: tuple[Recompute, ...] = ("selective", "attention", "full")
 
 
 # 1000 elements over 4 ranks: 250 each.
@@ -111,9 +113,9 @@ def amount(formula: str, **letters: float) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("tokens", "tile"), [(96, None), (96, 32), (16, None)])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("qk_norm", "compiled"), [(False, False), (True, True)])
 def test_a_rank_of_two_holds_what_the_printed_formulas_say(
-    qk_norm: bool, sequence_parallel: bool, tokens: int, tile: int | None, precision: Precision
+    qk_norm: bool, compiled: bool, sequence_parallel: bool, tokens: int, tile: int | None, precision: Precision
 ) -> None:
     """With 16 tokens the weight's gradients outweigh a chunk of logits."""
     config = shape(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=24, qk_norm=qk_norm)
@@ -145,11 +147,12 @@ def test_a_rank_of_two_holds_what_the_printed_formulas_say(
             precision=precision,
             autocast=autocast,
             recompute=recompute if isinstance(recompute, list) else [recompute] * 3,
+            compiled=compiled,
             mlp_tile_tokens=tile,
             offload=offload,
         )
 
-    block = amount(formulas.block_formula(qk_norm, sequence_parallel, tile is not None), **letters)
+    block = amount(formulas.block_formula(qk_norm, sequence_parallel, tile is not None, compiled), **letters)
     state = amount("t E b", **letters) / (2 if sequence_parallel else 1)
     found = estimate("none")
     assert found.kept == 3 * block + state and found.recomputed == found.context == 0
@@ -159,8 +162,8 @@ def test_a_rank_of_two_holds_what_the_printed_formulas_say(
     assert found.head == amount(formulas.HEAD_FORMULA, **letters)
     assert found.tile == (amount("4 F b", **letters) * tile if tile else 0)
     if not sequence_parallel:
-        for policy, formula in formulas.KEPT_FORMULAS.items():
-            found = estimate(policy)
+        for policy in _RECOMPUTING:
+            found, formula = estimate(policy), formulas.kept_formula(policy, compiled)
             assert found.kept == 3 * amount(formula, **letters) + state and found.recomputed == block
     ring = ContextPlan(1, 3, "ring", 0, 0, 0, 1, 0.0)
     exchange = ContextPlan(1, 3, "exchange", 250, 0, 0, 1, 0.0)
@@ -212,6 +215,7 @@ def on_one_rank(
     precision: Precision = "fp32",
     recompute: Recompute = "none",
     mlp_tile_tokens: int | None = None,
+    compiled: bool = False,
 ) -> Activations:
     return estimate_activations(
         config,
@@ -222,6 +226,7 @@ def on_one_rank(
         precision=precision,
         autocast=False,
         recompute=[recompute] * config.num_hidden_layers,
+        compiled=compiled,
         mlp_tile_tokens=mlp_tile_tokens,
     )
 
@@ -269,19 +274,9 @@ def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, rec
     model = build(config, "cpu", recompute, tile)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     positions = torch.arange(128).expand(2, -1)
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = model(input_ids, positions, labels=input_ids)
+    kept, loss = bytes_kept(lambda: model(input_ids, positions, labels=input_ids)[0], model.parameters())
     head_gradients = 4 * (256 + config.vocab_size) * config.hidden_size
     estimate = on_one_rank(config, recompute=recompute, mlp_tile_tokens=tile)
     # torch has no fused RMSNorm on CPUs: there each norm keeps its normalised input too.
@@ -290,7 +285,42 @@ def test_activations_are_those_of_the_model(qk_norm: bool, tile: int | None, rec
         normalised += config.num_hidden_layers * 6 * config.head_dim
     expected = estimate.kept + 4 * 256 * normalised
     assert loss.requires_grad
-    assert sum(kept.values()) - head_gradients == pytest.approx(expected, rel=0.03)
+    assert kept - head_gradients == pytest.approx(expected, rel=0.03)
+
+
+def bytes_kept(forward: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Bytes of numbers that autograd keeps of a forward pass, `besides` apart; and its result."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()
+    return sum(kept.values()), result
+
+
+@pytest.mark.parametrize("recompute", ["none", *_RECOMPUTING])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_compiled_block_keeps_what_is_estimated(qk_norm: bool, recompute: Recompute) -> None:
+    """The bytes that the compiler's partitioner, the same for all devices, lets a block of bf16 numbers keep."""
+    torch._dynamo.reset()
+    config = shape(hidden_size=64, intermediate_size=160, num_hidden_layers=1, qk_norm=qk_norm)
+    model = build(config, "cpu", recompute).to(torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    (layer,) = model.layers
+    layer.run = torch.compile(Block.under_policy, fullgraph=True, backend="aot_eager_decomp_partition")
+    hidden = torch.randn(2, 128, 64, dtype=torch.bfloat16, requires_grad=True)
+    rotary = rotary_tables(torch.arange(128).expand(2, -1), config, torch.bfloat16)
+    kept, _ = bytes_kept(lambda: layer(hidden, rotary, None), [*model.parameters(), *rotary])
+    statistics = 4 * 256 * (2 + (6 if qk_norm else 0)) if recompute == "none" else 0  # one number for each norm
+    estimate = on_one_rank(config, precision="bf16", recompute=recompute, compiled=True)
+    assert kept == estimate.kept - hidden.nbytes + statistics  # the last norm's input is not the block's
 
 
 class Results(TorchDispatchMode):
