@@ -37,7 +37,7 @@ def check_table(machine: Machine, measured: dict[str, dict[str, Any]]) -> str:
     """Markdown: predicted beside measured, every row of ours that the model covers."""
     rows = []
     for row in measured.values():
-        if "failed" in row or row["system"] != "ringzero" or row["gpus"] < 2:
+        if "failed" in row or row["system"] != "ringzero" or row["gpus"] < 2 or row.get("alone"):
             continue
         job = job_of([f"model.num_hidden_layers={row['layers']}", *row["settings"]])
         if job.parallel.tensor_parallel_size > 1 or job.training.compile is False:

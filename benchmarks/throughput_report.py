@@ -38,13 +38,14 @@ def comparison(results: Results) -> str:
 
 
 def _anchored_alike(results: Results) -> list[list[Row]]:
-    """Rows that can be compared, deepest models first: those of one run, and of runs whose anchors have the same name
-    and settings."""
+    """Rows that can be compared: those of one run, and of runs whose anchors have the same name and settings. Deepest
+    models first, ranks alone last."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.values():
         if over_anchor(results, row) is not None:
             anchor = anchor_of(results, row)
-            groups.setdefault((row["layers"], anchor["row"], *anchor["settings"]), []).append(row)
+            key = (-row.get("alone", 0), row["layers"], anchor["row"], *anchor["settings"])
+            groups.setdefault(key, []).append(row)
     return [rows for _, rows in sorted(groups.items(), reverse=True)]
 
 
@@ -88,10 +89,14 @@ def table(results: Results) -> str:
     parts = []
     for run in dict.fromkeys(row["run"] for row in results.values()):
         rows = [row for row in results.values() if row["run"] == run]
-        gpu = next((f"{row['gpus']} x {row['gpu']}, torch {row['torch']}, " for row in rows if "gpu" in row), "")
+        gpu = next((f"{_whose(row)} {row['gpu']}, torch {row['torch']}, " for row in rows if "gpu" in row), "")
         parts.append(f"Run {run}: {gpu}{rows[0]['measured'][:10]}")
         parts.append(markdown(_COLUMNS, [_cells(results, row) for row in sorted(rows, key=lambda row: -row["layers"])]))
     return "\n\n".join(parts)
+
+
+def _whose(row: Row) -> str:
+    return f"one rank of {row['gpus']} on an" if row.get("alone") else f"{row['gpus']} x"
 
 
 def _cells(results: Results, row: Row) -> list[str]:
@@ -149,7 +154,7 @@ def panels(results: Results) -> dict[str, list[tuple[str, float, str]]]:
     groups = _anchored_alike(results)
     found: dict[str, list[tuple[str, float, str]]] = {}
     for rows in groups:
-        if rows[0]["layers"] < groups[0][0]["layers"]:
+        if rows[0]["layers"] < groups[0][0]["layers"] or rows[0].get("alone"):
             continue
         for length in sorted({row["sequence_length"] for row in rows}):
             of_length = [row for row in rows if row["sequence_length"] == length]

@@ -11,7 +11,8 @@ their packages can be imported.
 Rows start one after the other through torchrun; a row that the output holds is left out, so an interrupted run goes on
 where it stopped. GPUs differ between machines by several percent, so each machine's rows are a run of their own, its
 first row is the anchor, and rows are compared by their ratio to the anchor of their run. `--layers` and `--set` change
-the job, for tuning; without GPUs rows run in two processes on the CPU. `--merge` adds other files' rows, `--document`
+the job, for tuning; without GPUs rows run in two processes on the CPU. `--alone 2` runs rank 0 of two by itself, with
+messages that cost nothing (`free_messages.py`): what fits, and what a system would reach at most. `--merge` adds other files' rows, `--document`
 writes the table and the plot into that folder, and neither measures anything.
 """
 
@@ -63,7 +64,7 @@ _NONE = "training.activation_checkpointing=none"
 _SELECTIVE = "training.activation_checkpointing=selective"
 _ATTENTION = "training.activation_checkpointing=attention"
 _FULL = "training.activation_checkpointing=full"
-_AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=134")
+_AUTO = ("training.activation_checkpointing=auto", "training.memory_budget_gib=128")
 _TWO = "training.micro_batch_size=2"
 _ZERO_2 = "parallel.zero_stage=2"
 _64K = ("training.sequence_length=65536", "parallel.context_parallel_size=2")
@@ -178,18 +179,19 @@ def _start(row: str, options: argparse.Namespace) -> None:
 
 def _add(options: argparse.Namespace, row: str, found: dict[str, Any]) -> None:
     """Writes a row into the output file."""
-    about = {"row": row, "run": _run_id(), "system": ROWS[row].system, "settings": [*options.set, *ROWS[row].settings]}
+    about = {"row": row, "run": _run_id(options), "alone": options.alone, "system": ROWS[row].system, "settings": [*options.set, *ROWS[row].settings]}
     about["measured"] = datetime.now(UTC).isoformat(timespec="seconds")
     save(load(options.output) | {_key(options, row): about | found}, options.output)
 
 
 def _key(options: argparse.Namespace, row: str) -> str:
-    return f"{_run_id()} / {row} / {options.layers}"
+    return f"{_run_id(options)} / {row} / {options.layers}"
 
 
-def _run_id() -> str:
-    """One start of one machine: its GPUs and their clocks do not change within it."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+def _run_id(options: argparse.Namespace) -> str:
+    """One start of one machine: its GPUs and their clocks do not change within it. Ranks alone are compared with each
+    other."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8] + (", alone" if options.alone else "")
 
 
 if __name__ == "__main__":
