@@ -12,8 +12,8 @@ Rows start one after the other through torchrun; a row that the output holds is 
 where it stopped. GPUs differ between machines by several percent, so each machine's rows are a run of their own, its
 first row is the anchor, and rows are compared by their ratio to the anchor of their run. `--layers` and `--set` change
 the job, for tuning; without GPUs rows run in two processes on the CPU. `--alone 2` runs rank 0 of two by itself, with
-messages that cost nothing (`free_messages.py`): what fits, and what a system would reach at most. `--merge` adds other files' rows, `--document`
-writes the table and the plot into that folder, and neither measures anything.
+messages that cost nothing (`free_messages.py`): what fits, and what a system would reach at most. `--merge` adds other
+files' rows, `--document` writes the table and the plot into that folder, and neither measures anything.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _world() -> Iterator[None]:
 
 def _drive(options: argparse.Namespace, results: Results) -> None:
     """Measures the rows that are asked for and not held yet, the run's anchor first."""
-    held = {row["row"] for row in results.values() if row["layers"] == options.layers}
+    alike = [row for row in results.values() if row.get("alone", 0) == options.alone]
+    held = {row["row"] for row in alike if row["layers"] == options.layers}
     wanted = [row for row in ROWS if re.search(options.rows, row) and (options.again or row not in held)]
     anchored = options.no_anchor or _key(options, ANCHOR) in results
     if wanted and not anchored:
@@ -179,7 +180,8 @@ def _start(row: str, options: argparse.Namespace) -> None:
 
 def _add(options: argparse.Namespace, row: str, found: dict[str, Any]) -> None:
     """Writes a row into the output file."""
-    about = {"row": row, "run": _run_id(options), "alone": options.alone, "system": ROWS[row].system, "settings": [*options.set, *ROWS[row].settings]}
+    about = {"row": row, "run": _run_id(options), "alone": options.alone, "system": ROWS[row].system}
+    about["settings"] = [*options.set, *ROWS[row].settings]
     about["measured"] = datetime.now(UTC).isoformat(timespec="seconds")
     save(load(options.output) | {_key(options, row): about | found}, options.output)
 

@@ -30,13 +30,16 @@ TINY = [
 ]
 
 
-def test_peers_do_the_same_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [0, 2])
+def test_peers_do_the_same_work(alone: int, tmp_path: Path) -> None:
     """From the same weights on the same tokens transformers' Llama has our losses and gradient norms: nothing is left
-    out, and nothing is scaled otherwise."""
+    out, and nothing is scaled otherwise. So it is where a rank of two hears only itself: that stands in for its peer in
+    the same way, whoever trains."""
     rows = {"ours": "8k, ZeRO-3, selective", "theirs": "Hugging Face 8k, full"}
     processes = {}
     for name, row in rows.items():
         command = [sys.executable, "benchmarks/train_throughput.py", "--row", row, "--layers", "2", "--steps", "3"]
+        command += ["--alone", str(alone)]
         command += ["--output", str(tmp_path / f"{name}.json"), "--set", *TINY]
         world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         environment = os.environ | world | {"MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
@@ -78,7 +81,7 @@ def test_an_interrupted_run_goes_on_and_every_machine_begins_with_the_anchor(
 
         started.clear()
         monkeypatch.setattr(train_throughput, "torchrun", measured)
-        monkeypatch.setattr(train_throughput, "_run_id", lambda: machine)
+        monkeypatch.setattr(train_throughput, "_run_id", lambda _options: machine)
         monkeypatch.setattr(sys, "argv", ["train_throughput.py", "--output", str(output), "--rows", rows])
         with suppress(KeyboardInterrupt):
             train_throughput.main()
