@@ -8,6 +8,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from launch.environment import Place
+from launch.health.processes import Child
+from launch.stopping import StopRequests
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,6 +37,8 @@ def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither(
             os.read(ready, 1)
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # of some library
+        os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)  # in which it would be heard
         assert not stop()
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -79,3 +87,21 @@ def test_a_run_in_the_background_hears_no_interrupt_and_one_that_is_cleared_up_e
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == f"7 {128 + signal.SIGTERM}\n", ended.stderr
+
+
+def test_a_rank_is_gone_where_its_launcher_has_fewer_living_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper that the launcher has started beside them is none."""
+
+    def gone(local_size: int, *of_launcher: Child) -> bool:
+        monkeypatch.setattr("launch.stopping.children", lambda pid: iter(of_launcher))
+        stop = object.__new__(StopRequests)  # without the signals, which are this process's
+        stop._place = Place(0, 0, local_size, local_size)
+        return stop._a_rank_of_this_node_is_gone()
+
+    here, there, dead = (
+        Child(5, alive, 0, {"LOCAL_RANK": rank}) for alive, rank in ((True, "0"), (True, "1"), (False, "1"))
+    )
+    helper = Child(6, True, 0, {})
+    assert not gone(2, here, there) and not gone(2, here, there, helper)
+    assert gone(2, here) and gone(2, here, helper) and gone(2, here, dead)
+    assert not gone(1), "a rank alone has no launcher to clear up after it"
