@@ -2,8 +2,7 @@
 
 Kernels, memory and the host's work are those of a rank among its peers. So what they take together is longer by what
 their messages cost, and what fits here fits there if NCCL's own buffers do. The numbers mean nothing, but they are of
-the right size: zeros would be multiplied faster. Compiled blocks cannot hold such a group, so tensor parallelism needs
-`training.compile=false` here.
+the right size: zeros would be multiplied faster.
 """
 
 from __future__ import annotations
@@ -37,9 +36,32 @@ def alone(ranks: int) -> Iterator[None]:
         mock.patch.object(transport, "PeerMemory", OwnMemory),
         mock.patch.object(zero_shares, "PeerMemory", OwnMemory),
         nobody_waits(),
+        _seen_by_the_compiler(),
     ):
         yield
     dist.destroy_process_group()
+
+
+@contextmanager
+def _seen_by_the_compiler() -> Iterator[None]:
+    """Compiled code takes a group's size for a constant. Torch's compiler does so for groups of torch's own class only;
+    here for these."""
+    from torch._dynamo.variables import distributed
+
+    if hasattr(distributed, "ProcessGroupVariable"):  # before torch 2.13
+        with mock.patch.object(
+            distributed.ProcessGroupVariable, "is_process_group", lambda value: isinstance(value, FreeMessages)
+        ):
+            yield
+    else:
+        from torch._library import opaque_object
+        from torch.distributed import device_mesh
+
+        device_mesh._register_distributed_opaque_types()
+        known = opaque_object._OPAQUE_TYPES
+        if FreeMessages not in known:
+            opaque_object.register_opaque_type(FreeMessages, typ="reference", members=known[dist.ProcessGroup].members)
+        yield
 
 
 @contextmanager

@@ -4,9 +4,8 @@ memory beside the check's estimate, and what the rate of a GPU would be if messa
     python benchmarks/shipped_alone.py --output docs/shipped_alone.json [--jobs REGEX]
     python benchmarks/shipped_jobs.py --write    # the table that shows them
 
-Two micro-batches a step, on random tokens. Recomputation is what fits GPUs of 80 GB. Left out: jobs with tensor
-parallelism, whose blocks cannot be compiled so; that of 524,288 tokens, which takes too long; and that which starts
-from weights, as another has its shape and layout.
+Two micro-batches a step, on random tokens. Recomputation is what fits GPUs of 80 GB. Left out: the job of 524,288
+tokens, which takes too long, and the one that starts from weights, as another has its shape and layout.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from shipped_jobs import SIZES, shipped
 from workload import device_of
 
 MICRO_BATCHES, STEPS = 2, 6
-LEFT_OUT = ("llama3-8b-8k-tp2", "llama3-70b-8k", "llama3-8b-512k", "llama3-8b-finetune")
+LEFT_OUT = ("llama3-8b-512k", "llama3-8b-finetune")
 JOBS = {f"{name} on {gpus}": (name, gpus) for name in SIZES if name not in LEFT_OUT for gpus in SIZES[name]}
 
 
