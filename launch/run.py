@@ -9,6 +9,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
+from launch.agreement import raised_on_all_ranks
 from launch.build import build_engine, device_memory
 from launch.check import layout_report
 from launch.config import JobConfig
@@ -88,16 +89,8 @@ def _resolved(job: JobConfig) -> JobConfig:
 
 def _lock(job: JobConfig, place: Place) -> BinaryIO | None:
     """The run directory's lock, held by rank 0. Raises RunDirectoryError on every rank."""
-    lock, fault = None, [""]
-    if place.rank == 0:
-        try:
-            lock = lock_run(job.run_path)
-        except RunDirectoryError as error:
-            fault = [str(error)]
-    dist.broadcast_object_list(fault, src=0)
-    if fault[0]:
-        raise RunDirectoryError(fault[0])
-    return lock
+    with raised_on_all_ranks(RunDirectoryError):
+        return lock_run(job.run_path) if place.rank == 0 else None
 
 
 def _train(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from launch.agreement import raised_on_all_ranks
 from launch.config import JobConfig
 from launch.data.batches import Batches, SampleSource, SequenceSampler
 from launch.data.corpus import Corpus, CorpusError
@@ -76,22 +77,16 @@ def split(corpus: Corpus, job: JobConfig) -> tuple[Corpus, Corpus | None]:
 
 def corpora_on_all_ranks(job: JobConfig) -> Corpora:
     """The job's corpora, the same on every rank. Raises CorpusError on every rank where any has cause."""
-    failure, corpora = None, None
-    try:
+    with raised_on_all_ranks(CorpusError):
         corpora = load_corpora(job)
-    except CorpusError as error:
-        failure = str(error)
-    seen: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(seen, (failure, corpora.fingerprint if corpora else None))
-    for rank, (said, fingerprint) in enumerate(seen):
-        if said:
-            raise CorpusError(said)
-        if fingerprint != seen[0][1]:
+    seen = [corpora.fingerprint] * dist.get_world_size()
+    dist.all_gather_object(seen, corpora.fingerprint)
+    for rank, fingerprint in enumerate(seen):
+        if fingerprint != seen[0]:
             raise CorpusError(
-                f"rank {rank} reads another corpus than rank 0 (fingerprints {str(fingerprint)[:12]} and "
-                f"{str(seen[0][1])[:12]}); give every node the same files, and for python_stdlib the same Python"
+                f"rank {rank} reads another corpus than rank 0 (fingerprints {fingerprint[:12]} and {seen[0][:12]}); "
+                "give every node the same files, and for python_stdlib the same Python"
             )
-    assert corpora is not None
     return corpora
 
 

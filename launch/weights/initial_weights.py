@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from launch.agreement import raised_on_all_ranks
 from launch.config import JobConfig
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, WeightsError
@@ -42,19 +43,13 @@ def read_weights(
     every rank if any rank fails.
     """
     parts = [part for fragment in fragments for part in _parts(fragment, shards[fragment.name])]
-    failure, origin = None, ""
-    try:
-        weights = open_weights(folder, step)
-        origin = weights.origin
-        weights.read(parts)
-    except (WeightsError, OSError) as error:
-        failure = str(error)
-    failures = [failure] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for rank, said in enumerate(failures):
-        if said:
-            raise WeightsError(f"rank {rank}: {said}")
-    return origin
+    with raised_on_all_ranks(WeightsError):
+        try:
+            weights = open_weights(folder, step)
+            weights.read(parts)
+        except (WeightsError, OSError) as error:
+            raise WeightsError(f"rank {dist.get_rank()}: {error}") from error
+    return weights.origin
 
 
 def _parts(fragment: StateFragment, shard: TensorShard) -> list[Part]:
