@@ -35,7 +35,7 @@ class StopRequests:
         self._signals, sender = socket.socketpair()
         sender.setblocking(False)
         self._sender = sender  # kept open
-        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(sender.fileno())
         for number in SIGNALS:
             # A job in the background does not hear Ctrl-C; the others are ignored by what starts a rank, not for it.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
@@ -89,7 +89,7 @@ class StopVote:
         """`requested` is this rank's own view. Collective: makes a process group."""
         self._requested = requested
         self._group = dist.new_group(backend="gloo", group_desc="stopping")
-        self._flag = torch.zeros((), dtype=torch.int32)
+        self._flag = torch.tensor(0)
         self._travelling: dist.Work | None = None
 
     def __call__(self) -> bool:
@@ -97,6 +97,6 @@ class StopVote:
         if self._travelling is not None:
             self._travelling.wait()
         stop = bool(self._flag)
-        self._flag = torch.tensor(int(self._requested()), dtype=torch.int32)
+        self._flag = torch.tensor(int(self._requested()))
         self._travelling = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
