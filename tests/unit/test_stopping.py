@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,21 +22,22 @@ def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither(
     code = """
         import os, signal, time
         from launch.environment import Place
-        from launch.stopping import StopRequests
+        from launch.stopping import SIGNALS, StopRequests
         signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may be in the background, too
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # both as a rank under Slurm inherits it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         stop = StopRequests(Place(0, 0, 1, 1))
         ready, tell = os.pipe()
-        for own, status in ((None, -signal.SIGTERM), (lambda *_: os._exit(7), 7)):
+        children = [(number, None, -number) for number in SIGNALS]
+        for number, own, status in (*children, (signal.SIGTERM, lambda *_: os._exit(7), 7)):
             child = os.fork()
             if not child:
                 if own is not None:
-                    signal.signal(signal.SIGTERM, own)
+                    signal.signal(number, own)
                 os.write(tell, b"x")
                 time.sleep(600)
             os.read(ready, 1)
-            os.kill(child, signal.SIGTERM)
+            os.kill(child, number)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
         signal.signal(signal.SIGUSR1, lambda *_: None)  # of some library
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -56,8 +58,8 @@ def test_a_signal_asks_a_second_interrupt_ends_and_a_forked_child_hears_neither(
     assert ended.stdout.splitlines() == ["asked", once] and ended.returncode == 128 + signal.SIGINT, ended.stderr
 
 
-def test_a_run_in_the_background_hears_no_interrupt_and_one_that_is_cleared_up_ends_at_once() -> None:
-    """What a shell has told it to ignore, and what its launcher sends once another rank is gone."""
+def test_each_signal_asks_but_what_a_shell_has_told_to_ignore_and_what_a_launcher_clears_up_with() -> None:
+    """A launcher sends SIGTERM once another rank is gone. A process that listens can end by itself."""
     code = """
         import os, signal, time
         from launch.environment import Place
@@ -67,10 +69,19 @@ def test_a_run_in_the_background_hears_no_interrupt_and_one_that_is_cleared_up_e
             child = os.fork()
             if not child:
                 try:
-                    action(StopRequests(Place(0, 0, 1, 1)))
+                    action(StopRequests(Place(1, 0, 2, 1)))  # rank 0 of another node says what there is to say
                 finally:
                     os._exit(1)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        def asked_by(number):
+            def action(stop):
+                os.kill(os.getpid(), number)
+                deadline = time.monotonic() + 60
+                while not stop() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                os._exit(7 if stop() else 1)
+            return action
 
         def ignores(stop):
             os.kill(os.getpid(), signal.SIGINT)
@@ -82,20 +93,24 @@ def test_a_run_in_the_background_hears_no_interrupt_and_one_that_is_cleared_up_e
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked = [ended(asked_by(number)) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(ended(ignores), ended(cleared_up))
+        print(*asked, ended(ignores), ended(cleared_up))
+        StopRequests(Place(0, 0, 1, 1))
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
-    assert ended.stdout == f"7 {128 + signal.SIGTERM}\n", ended.stderr
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.stdout == f"7 7 7 7 {128 + signal.SIGTERM}\n" and not ended.returncode, ended.stderr
 
 
 def test_a_rank_is_gone_where_its_launcher_has_fewer_living_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A helper that the launcher has started beside them is none."""
 
     def gone(local_size: int, *of_launcher: Child) -> bool:
-        monkeypatch.setattr("launch.stopping.children", lambda pid: iter(of_launcher))
+        monkeypatch.setattr("launch.stopping.children", lambda pid: iter(of_launcher if pid == os.getppid() else ()))
         stop = object.__new__(StopRequests)  # without the signals, which are this process's
-        stop._place = Place(0, 0, local_size, local_size)
+        stop._place = Place(0, 0, 4, local_size)
         return stop._a_rank_of_this_node_is_gone()
 
     here, there, dead = (
