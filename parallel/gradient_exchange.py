@@ -1,4 +1,4 @@
-"""Averages stage 3's gradients over ranks of one host: sent in their own type, added in the type that accumulates.
+"""Averages gradients over ranks of one host: sent in their own type, added in the type that accumulates.
 
 Shapes: P ranks of dp x cp, N elements of a parameter, C = ceil(N / P) elements of each rank's part; the last one may be
 shorter, and some may be empty.
@@ -24,8 +24,17 @@ def parts_of_all(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> list[
 
     The current stream waits for the messages, not the host.
     """
+    return exchange_parts([_parts(gradient, group.size()) for gradient in gradients], group)
+
+
+def exchange_parts(all_parts: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> list[Tensor]:
+    """For each gradient's parts, one [n] for each rank, what all ranks have for this one: [P, n], its own among them.
+
+    The current stream waits for the messages, not the host.
+    """
     rank, size = group.rank(), group.size()
-    all_parts = [_parts(gradient, size) for gradient in gradients]
+    if size == 1:
+        return [parts[0][None] for parts in all_parts]
     received = [parts[rank].new_empty((size, len(parts[rank]))) for parts in all_parts]
     messages = []
     for peer in range(size):

@@ -23,11 +23,12 @@ from deepspeed.utils import groups as _deepspeed_groups
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
+from parallel import zero_stage2
 from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
 from parallel.peer_memory import reach_each_other
 from parallel.tensor import TensorShard
-from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, deepspeed_config
+from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, bucket_of_unit, deepspeed_config
 from parallel.zero_shares import SharesInReach
 from parallel.zero_stage3 import (
     accumulate_together,
@@ -124,6 +125,8 @@ class ZeroEngine:
         self._shares: SharesInReach | None = None
         if settings.stage == 3:
             self._tune_stage3(sizes)
+        elif settings.stage == 2 and settings.offload_optimizer == "none":
+            self._tune_stage2(sizes)
         self._state = ZeroState(model, mesh, settings.stage, self.engine.optimizer, self.optimizer)
         self._host_copies = HostCopies(device)
         self._grad_norm = torch.zeros((), device=device)
@@ -201,6 +204,15 @@ class ZeroEngine:
                 setattr(scaler, key, value)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _tune_stage2(self, sizes: ModelSizes) -> None:
+        optimizer, group = self.engine.optimizer, self.mesh.zero_group
+        zero_stage2.measure_norm_once(optimizer)
+        if self.device.type == "cuda":  # where AdamW is fused
+            zero_stage2.clip_as_adamw_reads(optimizer)
+        few = group.size() <= zero_stage2.MOST_RANKS
+        if few and (group.size() == 1 or reach_each_other(group, self.device)):
+            zero_stage2.exchange_and_accumulate(optimizer, bucket_of_unit(sizes))
 
     def _tune_stage3(self, sizes: ModelSizes) -> None:
         if sizes.matrices_of_unit:

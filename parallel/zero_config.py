@@ -81,19 +81,23 @@ def live_parameters(largest_unit: int) -> int:
     return max(LIVE_PARAMETERS, 2 * largest_unit)
 
 
-def _bucket(stage: int, sizes: ModelSizes) -> int:
-    """Elements of the buffer in which gradients are reduced together.
+def bucket_of_unit(sizes: ModelSizes) -> int:
+    """Elements whose gradients are reduced together.
 
     A compiled unit's gradients come all at once. Where they fill several buckets, computing waits for the first ones to
     be reduced; in one bucket with the unit's vectors they have until the next unit's come.
     """
-    unit = min(max(_BUCKET, sizes.largest_unit + 16 * sizes.largest_vector), _LARGEST_BUCKET)
+    return max(1, min(max(_BUCKET, sizes.largest_unit + 16 * sizes.largest_vector), _LARGEST_BUCKET, sizes.total))
+
+
+def _bucket(stage: int, sizes: ModelSizes) -> int:
+    """Elements of DeepSpeed's buffer for them."""
     if stage < 3:
         # A gradient larger than the buffer is reduced where it lies, beside the computing, and DeepSpeed frees it
         # without telling the allocator of that stream: at 8B the embedding's memory was in use again too early, and the
         # gradient norm 28 times what it is.
-        unit = max(unit, sizes.largest_parameter)
-    return max(1, min(unit, sizes.total))
+        return max(bucket_of_unit(sizes), sizes.largest_parameter)
+    return bucket_of_unit(sizes)
 
 
 def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -> dict[str, Any]:  # noqa: B008 (frozen)

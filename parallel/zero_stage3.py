@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from parallel.gradient_exchange import add_mean, parts_of_all
+from parallel.zero_replacing import clip_in_update, grad_norm, replace
 
 
 def gather_without_copies(model: nn.Module) -> None:
@@ -95,7 +95,7 @@ def reduce_without_interleaving(optimizer: Any) -> None:
     Needs `contiguous_gradients` off: the first of these copies comes before the method that is replaced.
     """
     assert not optimizer.contiguous_gradients
-    _replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", partial(_average_and_scatter, optimizer))
+    replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", partial(_average_and_scatter, optimizer))
 
 
 def _average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
@@ -120,7 +120,7 @@ def _average_and_scatter(optimizer: Any, parameters: Sequence[Any], dtype: torch
 def accumulate_together(optimizer: Any) -> None:
     """Adds a unit's reduced gradients to those of earlier micro-batches in one pass, instead of one for each."""
     assert not optimizer.offload_optimizer
-    _replace(optimizer, "partition_grads", partial(_accumulate, optimizer))
+    replace(optimizer, "partition_grads", partial(_accumulate, optimizer))
 
 
 def _accumulate(optimizer: Any, parameters: Sequence[Any], parts: list[Tensor]) -> None:
@@ -141,8 +141,8 @@ def exchange_and_accumulate(optimizer: Any) -> None:
     For gradients that are narrower than what accumulates them, and ranks of one host.
     """
     assert not optimizer.offload_optimizer and not optimizer.contiguous_gradients
-    _replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", _exchange)
-    _replace(optimizer, "partition_grads", partial(_accumulate_means, optimizer))
+    replace(optimizer, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", _exchange)
+    replace(optimizer, "partition_grads", partial(_accumulate_means, optimizer))
 
 
 def _exchange(parameters: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
@@ -194,22 +194,7 @@ def keep_host_ahead(optimizer: Any) -> None:
 
 def measure_norm_once(optimizer: Any) -> None:
     """The norm of the gradients by one pass: DeepSpeed copies them to fp64 first."""
-    _replace(optimizer, "get_grad_norm_direct", partial(_grad_norm, optimizer))
-
-
-def _grad_norm(optimizer: Any, gradients: Sequence[Tensor], parameters: Sequence[Any], norm_type: int = 2) -> Tensor:
-    """2-norm over dp x cp and tp, in fp64; -1 if it is not finite."""
-    assert norm_type == 2
-    counted = [
-        gradient
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-        if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
-    ]
-    norms = torch._foreach_norm(counted) if counted else [gradients[0].new_zeros(())]
-    square = torch.stack(norms).double().square().sum()
-    dist.all_reduce(square, group=parameters[0].ds_process_group)
-    optimizer._model_parallel_all_reduce(tensor=square, op=dist.ReduceOp.SUM)
-    return torch.where(square.isfinite(), square.sqrt(), -1.0)
+    replace(optimizer, "get_grad_norm_direct", partial(grad_norm, optimizer))
 
 
 def update_in_one_pass(optimizer: Any) -> None:
@@ -219,8 +204,8 @@ def update_in_one_pass(optimizer: Any) -> None:
     which divides by `grad_scale`.
     """
     assert not optimizer.offload_optimizer
-    _replace(optimizer, "_prepare_fp32_grad_for_sub_group", partial(_lend_gradients, optimizer))
-    _replace(optimizer, "unscale_and_clip_grads", partial(_clip_in_update, optimizer))
+    replace(optimizer, "_prepare_fp32_grad_for_sub_group", partial(_lend_gradients, optimizer))
+    replace(optimizer, "unscale_and_clip_grads", partial(clip_in_update, optimizer))
 
 
 def _lend_gradients(optimizer: Any, sub_group: int) -> None:
@@ -232,17 +217,3 @@ def _lend_gradients(optimizer: Any, sub_group: int) -> None:
     assert end - start == len(master) and gradients[-1].data_ptr() == flat[end - len(gradients[-1])].data_ptr()
     master.grad = flat[start:end]
     optimizer.averaged_gradients[sub_group] = None
-
-
-def _clip_in_update(optimizer: Any, sub_group: int, scaled_norm: Tensor) -> None:
-    # Filled on the device: a number copied there would let the host wait.
-    scale = torch.full((), float(optimizer.loss_scale), device=scaled_norm.device)
-    if optimizer.clip_grad > 0:
-        excess = (scaled_norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad
-        scale = (scale * excess.clamp(min=1.0)).float()
-    optimizer.optimizer.grad_scale = scale
-
-
-def _replace(owner: Any, name: str, method: Any) -> None:
-    assert hasattr(owner, name), f"DeepSpeed names {name} otherwise now"
-    setattr(owner, name, method)
