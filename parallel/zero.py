@@ -23,22 +23,13 @@ from deepspeed.utils import groups as _deepspeed_groups
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
-from parallel import zero_stage2
+from parallel import zero_stage2, zero_stage3
 from parallel.host_copies import HostCopies
 from parallel.mesh import ParallelMesh
 from parallel.peer_memory import reach_each_other
 from parallel.tensor import TensorShard
 from parallel.zero_config import ModelParallelUnit, ModelSizes, ZeroSettings, bucket_of_unit, deepspeed_config
 from parallel.zero_shares import SharesInReach
-from parallel.zero_stage3 import (
-    accumulate_together,
-    exchange_and_accumulate,
-    gather_without_copies,
-    keep_host_ahead,
-    measure_norm_once,
-    reduce_without_interleaving,
-    update_in_one_pass,
-)
 from parallel.zero_state import Snapshot, StateFragment, ZeroState
 
 _UNITS_AHEAD = 2
@@ -218,15 +209,15 @@ class ZeroEngine:
         if sizes.matrices_of_unit:
             self._fetch_ahead(_UNITS_AHEAD * sizes.matrices_of_unit)
         if self.device.type == "cuda":  # ranks on CPUs were seen to die of a damaged heap; docs/log.md
-            gather_without_copies(self.model)
-            reduce_without_interleaving(self.engine.optimizer)
+            zero_stage3.gather_without_copies(self.model)
+            zero_stage3.reduce_without_interleaving(self.engine.optimizer)
         if self.settings.offload_optimizer == "none":
-            accumulate_together(self.engine.optimizer)
+            zero_stage3.accumulate_together(self.engine.optimizer)
             if self.settings.overlap:  # else there is no stream but the one that computes
-                keep_host_ahead(self.engine.optimizer)
-            measure_norm_once(self.engine.optimizer)
+                zero_stage3.keep_host_ahead(self.engine.optimizer)
+            zero_stage3.measure_norm_once(self.engine.optimizer)
             if self.device.type == "cuda":  # where AdamW is fused
-                update_in_one_pass(self.engine.optimizer)
+                zero_stage3.update_in_one_pass(self.engine.optimizer)
             undivided = self.settings.secondary_partition_size == 1
             if undivided and self.mesh.zero_size > 1 and reach_each_other(self.mesh.zero_group, self.device):
                 self._let_ranks_reach_each_other()
@@ -234,7 +225,7 @@ class ZeroEngine:
     def _let_ranks_reach_each_other(self) -> None:
         """On one host's GPUs: parameters are read where they lie, gradients sent as they are."""
         self._shares = SharesInReach(self.model, self.engine.optimizer, self.mesh.zero_group)
-        exchange_and_accumulate(self.engine.optimizer)
+        zero_stage3.exchange_and_accumulate(self.engine.optimizer)
 
     def _changing_shares(self) -> AbstractContextManager[None]:
         return nullcontext() if self._shares is None else self._shares.changing()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 
@@ -26,7 +25,7 @@ def grad_norm(optimizer: Any, gradients: Sequence[Tensor], parameters: Sequence[
     counted = [
         gradient
         for gradient, parameter in zip(gradients, parameters, strict=bool(parameters))
-        if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
+        if getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
     ]
     norms = torch._foreach_norm(counted) if counted else [gradients[0].new_zeros(())]
     square = torch.stack(norms).double().square().sum()
