@@ -8,6 +8,7 @@ the right size: zeros would be multiplied faster.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +123,7 @@ class FreeMessages(dist.ProcessGroup):
     def __init__(self, rank: int, size: int):
         super().__init__(rank, size)  # type: ignore[call-arg] # without a store, as groups of Python are made
         self._rank, self._size = rank, size
-        self._sent: list[Tensor] = []
+        self._sent: list[weakref.ref[Tensor]] = []
 
     def getBackendName(self) -> str:  # noqa: N802 - c10d's name
         return "free"
@@ -175,13 +176,16 @@ class FreeMessages(dist.ProcessGroup):
     _reduce_scatter_base, reduce_scatter_tensor_coalesced = reduce_scatter_single, reduce_scatter_single_coalesced
 
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Done:
-        self._sent += tensors
+        self._sent += map(weakref.ref, tensors)  # to keep them would take memory that peers would not
         return Done(tensors)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Done:
-        """What was sent first and has not been received; zeros beyond it."""
+        """What was sent first, has not been received and is still held by its sender; zeros beyond it."""
         for tensor in tensors:
-            sent = self._sent.pop(0) if self._sent else tensor.new_empty(0)
+            sent = None
+            while sent is None and self._sent:
+                sent = self._sent.pop(0)()
+            sent = tensor.new_empty(0) if sent is None else sent
             arrived = sent.reshape(-1)[: tensor.numel()]
             tensor.view(-1)[: len(arrived)].copy_(arrived)
             tensor.view(-1)[len(arrived) :].zero_()

@@ -111,7 +111,7 @@ def deepspeed_config(settings: ZeroSettings, sizes: ModelSizes = ModelSizes()) -
         "zero_optimization": {
             "stage": settings.stage,
             "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
+            "allgather_bucket_size": bucket + bucket % 2,  # DeepSpeed refuses odd ones
             # At stage 3 gradients are made contiguous where they are reduced (`parallel.zero_stage3`).
             "contiguous_gradients": settings.stage < 3,
             "overlap_comm": settings.overlap,

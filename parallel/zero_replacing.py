@@ -22,12 +22,14 @@ def grad_norm(optimizer: Any, gradients: Sequence[Tensor], parameters: Sequence[
     `gradients` without padding, or that alone where this rank keeps a part of no parameter.
     """
     assert norm_type == 2
-    counted = [
-        gradient
-        for gradient, parameter in zip(gradients, parameters, strict=bool(parameters))
-        if getattr(parameter, "tensor_model_parallel", False) or optimizer.model_parallel_rank == 0
+    norms = torch._foreach_norm(list(gradients))
+    of_first_rank = [  # of tp: its gradients of what is not split are the same, and it counts them
+        norm
+        for norm, parameter in zip(norms, parameters, strict=bool(parameters))
+        if optimizer.model_parallel_rank > 0 and not getattr(parameter, "tensor_model_parallel", False)
     ]
-    norms = torch._foreach_norm(counted) if counted else [gradients[0].new_zeros(())]
+    if of_first_rank:
+        torch._foreach_mul_(of_first_rank, 0.0)  # unless one is not finite here: then no rank may update
     square = torch.stack(norms).double().square().sum()
     dist.all_reduce(square, group=optimizer.dp_process_group)
     optimizer._model_parallel_all_reduce(tensor=square, op=dist.ReduceOp.SUM)

@@ -4,7 +4,7 @@ DeepSpeed copies gradients into a buffer, divides them there, copies them togeth
 are all-reduced, and adds this rank's part to its sums: some 30 bytes of memory traffic a gradient. It also lets the
 host wait between micro-batches. Here each rank sends each part of its gradients, as they are, to the rank that keeps
 that part (`parallel.gradient_exchange`): about 10 bytes. Each function replaces methods of one optimizer by others of
-the same name; the numbers do not change.
+the same name; the numbers change by rounding only.
 
 Shapes: P ranks of dp x cp. Parameters lie one behind the other in a flat tensor, of which each rank keeps one P-th. So
 a parameter is kept by one rank or by a few neighbours.
@@ -26,7 +26,7 @@ from parallel.zero_replacing import clip_in_update, grad_norm, replace
 
 MOST_RANKS = 4
 """A bucket's gradients mostly go to one rank. Beyond so many ranks that one receives more bytes than an all-reduce in
-fp32 would move: 2 (P - 1) a gradient instead of 8 (P - 1) / P."""
+fp32 would move: 2 (P - 1) a gradient of 2 bytes instead of 8 (P - 1) / P."""
 
 
 def exchange_and_accumulate(optimizer: Any, bucket_size: int) -> None:
@@ -84,7 +84,7 @@ class _Exchange:
         group = optimizer.dp_process_group
         with self._beside.reading(gradients):
             parts = [
-                [gradient[place] for place in self._places(kind, number, len(gradient))]
+                [gradient[place] for place in self._places(kind, number)]
                 for gradient, (kind, _, number) in zip(gradients, bucket, strict=True)
             ]
             for (kind, _, number), received in zip(bucket, exchange_parts(parts, group), strict=True):
@@ -94,14 +94,14 @@ class _Exchange:
                     add_mean(total, received, first=number not in self._summed)
         self._summed.update(number for _, _, number in bucket)
 
-    def _places(self, kind: int, number: int, length: int) -> list[slice]:
-        """Which elements of a parameter each rank keeps."""
+    def _places(self, kind: int, number: int) -> list[slice]:
+        """Which elements of a parameter each rank keeps; the last one's may end beyond it."""
         optimizer = self._optimizer
         places = [slice(0, 0)] * optimizer.dp_process_group.size()
         for rank in optimizer.param_to_partition_ids[kind][number]:
             start = optimizer.grad_start_offset[kind][rank][number]
             room = optimizer.partition_size[kind] - optimizer.grad_partition_insertion_offset[kind][rank][number]
-            places[rank] = slice(start, min(start + room, length))
+            places[rank] = slice(start, start + room)
         return places
 
 
@@ -114,7 +114,7 @@ class _Beside:
 
     @contextmanager
     def reading(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Around what reads `tensors`, which the current stream made.
+        """Around what reads `tensors`, which the current stream made: all gradients are made on the one that computes.
 
         They are kept until the current stream has waited for that. So their memory is given away in its order, and no
         more than `_IN_FLIGHT` of them take memory, however far ahead the host is.
@@ -150,9 +150,9 @@ def measure_norm_once(optimizer: Any) -> None:
 
 
 def _norm_without_padding(optimizer: Any, gradients: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
-    marked = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-    counted = marked[: len(parameters)]  # padding at the end is not always marked
-    return grad_norm(optimizer, counted or gradients, parameters)
+    unmarked = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    counted = unmarked[: len(parameters)]  # padding at the end is not always marked
+    return grad_norm(optimizer, counted or gradients, parameters)  # padding alone where no parameter is kept
 
 
 def clip_as_adamw_reads(optimizer: Any) -> None:
