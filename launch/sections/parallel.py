@@ -38,8 +38,8 @@ class ParallelSection(Section):
     """What DeepSpeed shards over dp x cp: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters
     too."""
     gradient_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type in which gradients are summed over dp x cp. bf16 halves that traffic and rounds each sum. At stage 3, GPUs
-    of one host send gradients in their own type and sum in fp32 either way."""
+    """Type in which gradients are summed over dp x cp. bf16 halves that traffic and rounds each sum. At stage 3, and
+    on up to four ranks at stage 2, GPUs of one host send gradients in their own type and sum in fp32 either way."""
     overlap_communication: bool = True
     """Reduce gradients, and at stage 3 fetch parameters, while computing."""
     offload_optimizer: Literal["none", "cpu"] = "none"
