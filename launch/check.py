@@ -173,8 +173,9 @@ def _activation_rows(
 ) -> list[tuple[str, int, str]]:
     compiled = job.compiles(device)
     block = block_formula(job.model.qk_norm, job.sequence_parallel, activations.tile > 0, compiled)
+    tp = job.parallel.tensor_parallel_size
     by_policy = [
-        block if policy == "none" else kept_formula(policy, compiled) for policy in dict.fromkeys(plan.policies)
+        block if policy == "none" else kept_formula(policy, compiled, tp > 1) for policy in dict.fromkeys(plan.policies)
     ]
     kept = f"{counted(job.model.num_hidden_layers, 'block')}, each {' or '.join(by_policy)}"
     if job.training.offload_activations == "none":
@@ -184,7 +185,6 @@ def _activation_rows(
         rows.append(("activations", activations.kept, "of two of these blocks"))
     if activations.recomputed:
         rows.append(("recomputation", activations.recomputed, f"one block, {block}"))
-    tp = job.parallel.tensor_parallel_size
     chunk = chunk_tokens(padded_vocabulary(job.model.vocab_size, tp) // tp)
     rows.append(("head", activations.head, f"{HEAD_FORMULA}, c = min(t, {chunk:,})"))
     if activations.tile:

@@ -134,12 +134,12 @@ def block_formula(qk_norm: bool, sequence_parallel: bool, tiled: bool, compiled:
     return f"t ({inputs} + {heads} D b + {inside}4 H)"
 
 
-def kept_formula(policy: Recompute, compiled: bool) -> str:
+def kept_formula(policy: Recompute, compiled: bool, tensor_parallel: bool) -> str:
     """What a block keeps that computes again by `policy`: its input; attention's output and log-sum-exp; q, k, v, gate,
-    up, and the outputs of both sublayers, of which a compiled block leaves out the last. Under sequence parallelism a
-    rank has a part of the input."""
+    up, and the outputs of both sublayers, whole partial sums under tensor parallelism; without it a compiled block
+    leaves out the last. Under sequence parallelism a rank has a part of the input."""
     formulas: dict[Recompute, str] = {
-        "selective": f"t ((2 H + 2 K) D b + ({1 + _outputs(compiled)} E + 2 F) b + 4 H)",
+        "selective": f"t ((2 H + 2 K) D b + ({1 + _outputs(compiled, tensor_parallel)} E + 2 F) b + 4 H)",
         "attention": "t (E b + H D b + 4 H)",
         "full": "t E b",
     }
@@ -151,9 +151,10 @@ def _inside(compiled: bool) -> int:
     return 3 if compiled else 4
 
 
-def _outputs(compiled: bool) -> int:
-    """Sublayers whose outputs a selective checkpoint keeps. A compiler sees that no gradient needs the second."""
-    return 1 if compiled else 2
+def _outputs(compiled: bool, tensor_parallel: bool) -> int:
+    """Sublayers whose outputs a selective checkpoint keeps. No gradient needs the second: a compiler sees that, but not
+    where the ranks add it up, as torch's partitioner keeps what a collective would be computed again from."""
+    return 1 if compiled and not tensor_parallel else 2
 
 
 HEAD_FORMULA = "4 E V + t E b + max(8 c V, E V b + t E b)"
@@ -203,7 +204,7 @@ def estimate_activations(
     block = 2 * residual + t * (2 * E + heads * D + (0 if tile else _inside(compiled) * F)) * b + statistics
     kept: dict[Recompute, int] = {
         "none": block,
-        "selective": residual + attended + t * ((H + 2 * K) * D + _outputs(compiled) * E + 2 * F) * b,
+        "selective": residual + attended + t * ((H + 2 * K) * D + _outputs(compiled, size > 1) * E + 2 * F) * b,
         "attention": residual + attended,
         "full": residual,
     }

@@ -24,7 +24,7 @@ def test_the_exchange_moves_what_its_plan_says() -> None:
 
 def test_the_page_holds_the_formulas_that_a_check_prints() -> None:
     block = formulas.block_formula(qk_norm=False, sequence_parallel=False, tiled=False, compiled=False)
-    kept = [formulas.kept_formula(policy, compiled=False) for policy in ("selective", "attention", "full")]
+    kept = [formulas.kept_formula(policy, False, False) for policy in ("selective", "attention", "full")]
     work = (formulas.HEAD_FORMULA, formulas.EXCHANGE_FORMULA, formulas.RING_FORMULA, formulas.HEADS_FORMULA)
     page = DOCUMENT.read_text()
     assert not [formula for formula in (block, *kept, *work) if f"| {formula} |" not in page]

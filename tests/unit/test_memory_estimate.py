@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from free_messages import alone
 from launch.config import load_job
 from launch.context_plan import ContextPlan
 from launch.memory import formulas
@@ -29,6 +31,7 @@ from model.kernels import linear_cross_entropy, select_kernel
 from model.recompute import Recompute
 from model.rope import rotary_tables
 from parallel.mesh import MeshShape
+from parallel.tensor import apply_tensor_parallel
 from parallel.zero_config import LIVE_PARAMETERS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -160,7 +163,7 @@ def test_a_rank_of_two_holds_what_the_printed_formulas_say(
     assert found.tile == (amount("4 F b", **letters) * tile if tile else 0)
     if not sequence_parallel:
         for policy in _RECOMPUTING:
-            found, formula = estimate(policy), formulas.kept_formula(policy, compiled)
+            found, formula = estimate(policy), formulas.kept_formula(policy, compiled, True)
             assert found.kept == 3 * amount(formula, **letters) + state and found.recomputed == block
     ring = ContextPlan(1, 3, "ring", 0, 0, 0, 1, 0.0)
     exchange = ContextPlan(1, 3, "exchange", 250, 0, 0, 1, 0.0)
@@ -317,6 +320,43 @@ def test_a_compiled_block_keeps_what_is_estimated(qk_norm: bool, recompute: Reco
     kept, _ = bytes_kept(lambda: layer(hidden, rotary, None), [*model.parameters(), *rotary])
     statistics = 4 * 256 * (2 + (6 if qk_norm else 0)) if recompute == "none" else 0  # one number for each norm
     estimate = on_one_rank(config, precision="bf16", recompute=recompute, compiled=True)
+    assert kept == estimate.kept - hidden.nbytes + statistics  # the last norm's input is not the block's
+
+
+@pytest.mark.parametrize("recompute", ["none", *_RECOMPUTING])
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(2, False), (4, True)])
+def test_a_compiled_block_of_a_tensor_parallel_rank_keeps_what_is_estimated(
+    ranks: int, sequence_parallel: bool, recompute: Recompute
+) -> None:
+    torch._dynamo.reset()
+    config = shape(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4
+    )
+    with alone(ranks):
+        model = build(config, "meta", recompute)
+        group = dist.distributed_c10d._get_default_group()
+        apply_tensor_parallel(model, model.tensor_parallel_plan, group, sequence_parallel=sequence_parallel)
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        (layer,) = model.layers
+        layer.run = torch.compile(Block.under_policy, fullgraph=True, backend="aot_eager_decomp_partition")
+        tokens = 256 // ranks if sequence_parallel else 256  # between regions
+        hidden = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+        rotary = rotary_tables(torch.arange(256)[None], config, torch.bfloat16)
+        kept, _ = bytes_kept(lambda: layer(hidden, rotary, None), [*model.parameters(), *rotary])
+    statistics = 4 * 2 * tokens if recompute == "none" else 0  # one number for each norm
+    estimate = estimate_activations(
+        config,
+        tokens=256,
+        tensor_parallel_size=ranks,
+        sequence_parallel=sequence_parallel,
+        context=[None],
+        precision="bf16",
+        autocast=False,
+        recompute=[recompute],
+        compiled=True,
+    )
     assert kept == estimate.kept - hidden.nbytes + statistics  # the last norm's input is not the block's
 
 
