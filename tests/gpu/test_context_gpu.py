@@ -27,8 +27,10 @@ MASKS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "documents": ((0, 100, 1000, 1700, S), None),
     "window": ((), 700),
 }
-TOLERANCE = 1.3
-"""Times the error of the same kernel on one GPU."""
+TOLERANCE = 1.42
+"""Times the error of the same kernel on one GPU. One call rounds its result once. Of several, each rounds its part of
+it, and their sum is rounded: twice the square of the error, so the root of 2, if nothing else erred. Sums over four
+ranks in bf16 would err 1.6 times as much."""
 
 
 def operators(backend: str, window: int | None) -> dict[str, AttentionOperator]:
