@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from launch.agreement import raised_on_all_ranks
 from launch.config import JobConfig
+from launch.run_lock import RunDirectoryError, writing_into
 from launch.weights.reader import Part, open_weights
 from launch.weights.stored_model import COMPANION_FOLDER, WeightsError
 from launch.weights.suitability import notes_on
@@ -23,15 +24,25 @@ from parallel.zero_state import StateFragment
 def load_initial_weights(job: JobConfig, engine: ZeroEngine) -> str:
     """Fills `engine` with the weights that model.init_from names; returns a line for the log. Collective.
 
-    The tokenizer files beside the weights are copied into the run directory. Raises WeightsError on every rank.
+    The tokenizer files beside the weights are copied into the run directory. Raises WeightsError and RunDirectoryError,
+    each on every rank.
     """
     assert job.model.init_from is not None
     folder = Path(job.model.init_from)
     origin = read_weights(engine.fragments(), engine.shards, folder)
     engine.adopt_state(step_count=0)
-    if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
-        shutil.copytree(folder / COMPANION_FOLDER, job.run_path / COMPANION_FOLDER, dirs_exist_ok=True)
+    with raised_on_all_ranks(RunDirectoryError):
+        if dist.get_rank() == 0 and (folder / COMPANION_FOLDER).is_dir():
+            _copy_companions(folder / COMPANION_FOLDER, job.run_path)
     return f"weights of {origin}{notes_on(job, folder)}"
+
+
+def _copy_companions(folder: Path, run: Path) -> None:
+    """Contents only: read-only copies could not be replaced by a second start. Raises RunDirectoryError."""
+    with writing_into(run):
+        (run / COMPANION_FOLDER).mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            shutil.copyfile(file, run / COMPANION_FOLDER / file.name)
 
 
 def read_weights(

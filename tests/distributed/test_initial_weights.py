@@ -18,6 +18,7 @@ from launch.config import JobConfig, load_job
 from launch.convert import to_hf
 from launch.data.batches import Batches, SequenceSampler
 from launch.data.corpus import Corpus
+from launch.run_lock import RunDirectoryError
 from launch.saving.checkpoint import Checkpoints
 from launch.saving.checkpoint_records import Progress
 from launch.saving.resume_checks import settings
@@ -192,10 +193,21 @@ def check_slices(run: Path, weights: dict[str, Tensor]) -> None:
 
 
 def refuse(root: Path) -> str:
-    """What every rank says where one rank cannot read."""
+    """What every rank says where one rank cannot write, then where one cannot read."""
     job = job_for(root, 2, 1, 1, "fp32")
     mesh = ParallelMesh.create(job.mesh_shape(4))
     engine, _ = build_engine(job, mesh, torch.device("cpu"))
+    kept = job.run_path / "hugging_face" / "tokenizer.json"
+    kept.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(RunDirectoryError, match=f"{job.run_path} cannot be written .*Is a directory.* mend that"):
+        load_initial_weights(job, engine)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        kept.rmdir()
+    dist.barrier()
+    load_initial_weights(job, engine)
+    assert kept.read_text() == "{}" and kept.stat().st_mode & 0o200, "a second start can replace it"
+    dist.barrier()
     if dist.get_rank() == 0:
         shutil.move(root / "weights" / "model.yaml", root / "elsewhere")
     dist.barrier()
@@ -206,6 +218,10 @@ def refuse(root: Path) -> str:
 
 def test_all_ranks_stop_together(tmp_path: Path) -> None:
     write_weights(tmp_path / "weights")
+    tokenizer = tmp_path / "weights" / "hugging_face" / "tokenizer.json"
+    tokenizer.parent.mkdir()
+    tokenizer.write_text("{}")
+    tokenizer.chmod(0o444)
     said: list[Any] = run_distributed(refuse, 4, tmp_path)
     assert len(set(said)) == 1 and said[0].startswith("rank 0: "), said
     assert "is neither a run" in said[0]
