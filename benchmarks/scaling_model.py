@@ -18,7 +18,7 @@ from attention_contest.results import finished, load, runs_of, share_of_ideal
 from attention_contest.rows import ONE_GPU, Row
 from documents import markdown, print_or_renew
 from launch.config import load_job
-from step_time import Machine, Step, head_flops, product_flops, step_of
+from step_time import Machine, Step, head_flops, measured_policies, product_flops, step_of
 from workload import CONFIG, job_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -42,7 +42,7 @@ def check_table(machine: Machine, measured: dict[str, dict[str, Any]]) -> str:
         job = job_of([f"model.num_hidden_layers={row['layers']}", *row["settings"]])
         if job.parallel.tensor_parallel_size > 1 or job.training.compile is False:
             continue
-        predicted = step_of(job, machine, row["gpus"]).total
+        predicted = step_of(job, machine, row["gpus"], measured_policies(job, row)).total
         figures = (predicted, row["seconds"], predicted / row["seconds"])
         rows.append([row["run"], row["row"], str(row["layers"]), *(f"{figure:.3f}" for figure in figures)])
     return markdown(["run", "row", "layers", "predicted s", "measured s", "predicted / measured"], rows)

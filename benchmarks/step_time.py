@@ -6,6 +6,8 @@ hidden_size, F intermediate_size, K key/value heads, D head_dim, z ranks of dp x
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +94,13 @@ class Computed:
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
 
-def step_of(job: JobConfig, machine: Machine, gpus: int) -> Step:
-    """A step of `job` at ZeRO stage 2 or 3, without tensor parallelism, on `gpus`."""
+def step_of(job: JobConfig, machine: Machine, gpus: int, policies: Sequence[Recompute] | None = None) -> Step:
+    """A step of `job` at ZeRO stage 2 or 3, without tensor parallelism, on `gpus`. `policies`: of each block, where
+    they are not what the job would choose now."""
     assert job.parallel.tensor_parallel_size == 1 and job.parallel.zero_stage in (2, 3)
     accumulation, share = job.accumulation_steps(gpus), local_tokens(job) / machine.figures["tokens"]
-    plan = recompute_plan(job, job.mesh_shape(gpus), "cuda")
-    blocks = [computed(job, machine, policy) for policy in plan.policies]
+    policies = policies or recompute_plan(job, job.mesh_shape(gpus), "cuda").policies
+    blocks = [computed(job, machine, policy) for policy in policies]
     exposed = sum(communication(job, machine, gpus, block.passes) for block in blocks)
     return Step(
         products=accumulation * sum(sum(block.products) for block in blocks),
@@ -109,6 +112,18 @@ def step_of(job: JobConfig, machine: Machine, gpus: int) -> Step:
         + once_a_step(job, machine, gpus),
         optimizer=optimizer_seconds(job.model, machine, gpus),
     )
+
+
+def measured_policies(job: JobConfig, row: dict[str, Any]) -> list[Recompute]:
+    """As configured, or as a measured row notes what `auto` chose then: by today's estimate it may choose others."""
+    configured = job.training.activation_checkpointing
+    if configured != "auto":
+        return [configured] * job.model.num_hidden_layers
+    note = row["attention"].split("recomputation: ")[1]
+    runs = re.findall(r"(\w+) in (?:the first|the other|all) (\d+)(?: blocks)?", note)
+    policies = [policy for policy, count in runs for _ in range(int(count))]
+    assert len(policies) == job.model.num_hidden_layers, note
+    return policies
 
 
 def local_tokens(job: JobConfig) -> int:

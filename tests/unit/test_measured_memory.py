@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 
 from launch.config import JobConfig
 from launch.memory.footprint import footprint
-from model.recompute import Recompute
 from shipped_alone import JOBS, short
+from step_time import measured_policies
 from workload import job_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -40,21 +39,10 @@ def measured_job(page: str, name: str, row: dict[str, Any]) -> JobConfig:
     return job_of(settings)
 
 
-def measured_policies(job: JobConfig, row: dict[str, Any]) -> list[Recompute]:
-    """As configured, or as the row notes what `auto` chose then."""
-    configured = job.training.activation_checkpointing
-    if configured != "auto":
-        return [configured] * job.model.num_hidden_layers
-    note = row["attention"].split("recomputation: ")[1]
-    runs = re.findall(r"(\w+) in (?:the first|the other|all) (\d+)(?: blocks)?", note)
-    return [policy for policy, count in runs for _ in range(int(count))]
-
-
 @pytest.mark.parametrize(("page", "name", "row", "peak"), measured_rows())
 def test_the_estimate_is_that_of_measured_rows(page: str, name: str, row: dict[str, Any], peak: float) -> None:
     """What torch's allocator gave out on H200s, under the policies of that time and today's formulas."""
     job = measured_job(page, name, row)
     policies = measured_policies(job, row)
-    assert len(policies) == job.model.num_hidden_layers
     estimate = footprint(job, job.mesh_shape(row["gpus"]), "cuda", policies).peak / 2**30
     assert 0.97 * peak <= estimate <= 1.04 * peak, estimate / peak

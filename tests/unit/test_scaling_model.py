@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launch.memory.parameters import count_parameters
-from step_time import Machine, block_parameters, elementwise_bytes, step_of
+from step_time import Machine, block_parameters, elementwise_bytes, measured_policies, step_of
 from workload import job_of
 
 FIGURES = {
@@ -69,6 +69,19 @@ def test_a_plan_of_two_policies_costs_what_its_blocks_cost() -> None:
         for policy, more in policies.items()
     )
     assert none.total < auto.total < selective.total
+
+
+def test_a_measured_row_is_predicted_with_the_policies_it_had() -> None:
+    """And not with those that `auto` would choose by today's estimate of memory."""
+    jobs = {
+        policy: job_of(["training.micro_batch_size=2", f"training.activation_checkpointing={policy}"])
+        for policy in ("auto", "none", "selective")
+    }
+    note = "attention kernel x: y; recomputation: selective in the first 24 blocks, none in the other 8: estimated peak z"
+    policies = measured_policies(jobs["auto"], {"attention": note})
+    row = step_of(jobs["auto"], MACHINE, 2, policies).total
+    none, selective = (step_of(jobs[policy], MACHINE, 2).total for policy in ("none", "selective"))
+    assert row == pytest.approx((24 * selective + 8 * none) / 32)
 
 
 def test_recomputation_costs_what_it_computes() -> None:
