@@ -77,7 +77,9 @@ def test_a_measured_row_is_predicted_with_the_policies_it_had() -> None:
         policy: job_of(["training.micro_batch_size=2", f"training.activation_checkpointing={policy}"])
         for policy in ("auto", "none", "selective")
     }
-    note = "attention kernel x: y; recomputation: selective in the first 24 blocks, none in the other 8: estimated peak z"
+    note = (
+        "attention kernel x: y; recomputation: selective in the first 24 blocks, none in the other 8: estimated peak z"
+    )
     policies = measured_policies(jobs["auto"], {"attention": note})
     row = step_of(jobs["auto"], MACHINE, 2, policies).total
     none, selective = (step_of(jobs[policy], MACHINE, 2).total for policy in ("none", "selective"))
