@@ -14,6 +14,7 @@ asks that what was written can be read and listed at once: S3, GCS and Azure giv
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -175,13 +176,16 @@ def storage_at(location: str) -> Storage:
 def check_client(location: str) -> None:
     """Looks for the client that reads `location`, without reaching for it.
 
-    Raises ValueError for a protocol that fsspec does not know, ImportError where its package is missing.
+    Raises ValueError for a protocol that fsspec does not know, or one with a single slash, which would be a local
+    folder; ImportError where its package is missing.
     """
     from fsspec import get_filesystem_class
 
     protocol, separator, _ = location.partition("://")
     if separator:
         get_filesystem_class(protocol)
+    elif mistyped := re.match(r"(\w+):/", location):
+        raise ValueError(f"a URL begins with {mistyped[1]}://, with two slashes")
 
 
 def _sync_directory(path: Path) -> None:

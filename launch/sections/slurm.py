@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Annotated
 
@@ -15,6 +16,10 @@ Word = Annotated[str, Field(pattern=r"^\S+$")]
 """What stands on one `#SBATCH` line without blanks."""
 
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
+
+SbatchOption = Annotated[str, Field(pattern=r"^-[^\n]+$")]
+SrunOption = Annotated[str, Field(pattern=r"^-[^\s=]+(=[^\n]*)?$")]
+"""One argument: srun would take what follows a blank, or a word without dashes, for the command to run."""
 
 
 def _in_minutes(value: object) -> object:
@@ -66,9 +71,9 @@ class SlurmSection(Section):
     container: Line | None = None
     """Words before the command of each node, such as apptainer exec --nv image.sif. Options of srun itself go into
     srun_options."""
-    sbatch_options: ListOf[Line] = ()
+    sbatch_options: ListOf[SbatchOption] = ()
     """More `#SBATCH` lines, such as --mail-type=END."""
-    srun_options: ListOf[Line] = ()
+    srun_options: ListOf[SrunOption] = ()
     """More options of srun, one each, such as --container-image=image.sqsh."""
     template: UserPath | None = None
     """File to render in place of the built-in job script; it holds {directives}, {setup} and {command}."""
@@ -83,6 +88,28 @@ class SlurmSection(Section):
     def processes(self) -> int:
         """Those of the whole job."""
         return self.nodes * self.gpus_per_node
+
+    @field_validator("sbatch_options")
+    @classmethod
+    def _nodes_have_a_key(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if re.match(r"(-N|-n|--nodes\b|--ntasks)", option):
+                raise ValueError(
+                    f"{option} is another size than the one that the job is checked on; set slurm.nodes and "
+                    "slurm.gpus_per_node instead"
+                )
+        return options
+
+    @field_validator("gres")
+    @classmethod
+    def _gpus_have_a_key(cls, value: str | None) -> str | None:
+        counted = re.fullmatch(r"(.+):(\d{1,2})", value or "")
+        if counted:
+            raise ValueError(
+                f"{value} has a number already, and gpus_per_node is put after it; give {counted[1]}, and set "
+                f"slurm.gpus_per_node={counted[2]}"
+            )
+        return value
 
     @field_validator("container")
     @classmethod

@@ -6,12 +6,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from launch.plurals import counted
-from launch.settings.field_text import describe_default, describe_field, nested_model, yaml_scalar
+from launch.settings.field_text import describe_default, describe_field, describe_type, nested_model, yaml_scalar
 from launch.settings.yaml_strict import KeyPath
 
 _UNSET = object()
@@ -77,7 +78,8 @@ def section_violations(
     name: str, section: type[BaseModel], error: ValidationError, sections: Mapping[str, type[BaseModel]]
 ) -> list[Violation]:
     """Pydantic's errors for one section, in the words of this project."""
-    return [_violation(name, section, dict(detail), sections) for detail in error.errors(include_url=False)]
+    found = [_violation(name, section, dict(detail), sections) for detail in error.errors(include_url=False)]
+    return list({(fault.path, fault.message): fault for fault in found}.values())  # of a union each part complains
 
 
 def unknown_section(name: str, sections: Mapping[str, type[BaseModel]]) -> str:
@@ -111,6 +113,10 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
         found = detail["input"].get(mentioned[0], _UNSET) if isinstance(detail["input"], dict) else _UNSET
         related = tuple((*path, key) for key in mentioned[1:])
         return Violation((*path, mentioned[0]), message, found, related=related)
+    group = section.model_fields.get(str(location[0])) if len(location) > 1 else None
+    if group is not None and get_origin(group.annotation) is dict:
+        value = _UNSET if location[-1] == "[key]" else detail["input"]
+        return Violation((name, *location[:2]), _unusable_entry(group, location, detail), value)
     info = _field(section, location)
     if kind == "dict_type" and info is not None:
         return Violation(path, f"must be a {describe_field(info)}", detail["input"])
@@ -134,6 +140,15 @@ def _violation(name: str, section: type[BaseModel], detail: dict, sections: Mapp
     if kind == "string_type" and isinstance(detail["input"], int | float | Mapping):
         problem += "; in quotes it is one"
     return Violation(path, problem + takes, detail["input"])
+
+
+def _unusable_entry(group: FieldInfo, location: KeyPath, detail: dict) -> str:
+    """Message for the name or the value of one entry of a group with free names."""
+    purpose = f" ({' '.join((group.description or '').split()).rstrip('.')})"
+    if location[-1] == "[key]":
+        return f"this name {detail['msg'].replace('String should', 'must')}{purpose}"
+    quote = "" if detail["input"] is None or isinstance(detail["input"], list | dict) else "; in quotes it is text"
+    return f"must be {describe_type(get_args(group.annotation)[1])}{quote}{purpose}"
 
 
 def _first_sentence(text: str) -> str:

@@ -132,6 +132,9 @@ def _build_mapping(loader: _Loader, node: yaml.MappingNode, path: KeyPath, docum
         if not isinstance(key_node, yaml.ScalarNode):
             document.problems.append(YamlProblem(line, path, "a key must be a plain word"))
             continue
+        if key_node.value == "<<":
+            document.problems.append(YamlProblem(line, path, "<< (a merge) is not read; write the keys out"))
+            continue
         key = str(key_node.value)
         key_path = (*path, key)
         if key in mapping:

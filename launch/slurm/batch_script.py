@@ -53,7 +53,7 @@ def directives(job: JobConfig, folder: Path, working_directory: Path) -> list[st
         "exclude": slurm.exclude,
         "signal": f"B:USR2@{slurm.stop_seconds}",
         "chdir": working_directory,
-        "output": folder / "job-%j.log",
+        "output": f"{str(folder).replace('%', '%%')}/job-%j.log",
         "open-mode": "append",
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
@@ -81,6 +81,8 @@ def _read(path: str) -> str:
         template = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"slurm.template {path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"slurm.template {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     missing = [place for place in _PLACES if f"{{{place}}}" not in template]
     if missing:
         raise ValueError(

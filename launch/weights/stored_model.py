@@ -38,7 +38,7 @@ def stored_keys(folder: Path) -> dict[str, Any]:
     for name in (MODEL_FILE, RUN_FILE):
         try:
             text = (folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise WeightsError(f"{folder / name} cannot be read ({error.strerror})") from error

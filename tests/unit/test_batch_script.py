@@ -81,6 +81,15 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     template.write_text("{directives}\n{command}\n")
     with pytest.raises(ValueError, match="lacks {setup}; it needs all of"):
         script(LONG, f"slurm.template={template}", "slurm.nodes=4")
+    template.write_bytes(b"#!/bin/bash \xff")
+    with pytest.raises(ValueError, match=r"slurm.template .*site.sh is not UTF-8 text \(byte 12\); save it as UTF-8"):
+        script(LONG, f"slurm.template={template}", "slurm.nodes=4")
+
+
+def test_a_percent_sign_in_a_folder_is_none_of_sbatchs_patterns() -> None:
+    job = load_job(LONG, ["slurm.nodes=4"])
+    lines = directives(render(job, folder=Path("/runs/at%j"), working_directory=Path("/"), command=["run"]))
+    assert "--output=/runs/at%%j/job-%j.log" in lines
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_weights_of_another_model_are_refused_with_the_keys(tmp_path: Path) -> N
 def test_initial_weights_that_are_none(tmp_path: Path, file: str | None, complaint: str) -> None:
     if file:
         (tmp_path / file).write_text("{}")
+        assert "x is neither a run" in report(tmp_path, text=BARE.replace("FOLDER", f"{tmp_path}/{file}/x"))
     said = report(tmp_path, "training.max_steps=0", text=BARE.replace("FOLDER", str(tmp_path)))
     assert "2 errors" in said and complaint in said and "missing" not in said
 
@@ -195,6 +196,13 @@ def test_all_faults_in_one_report(tmp_path: Path) -> None:
         ("data.blend=[{path: x}]", "data.blend = [{path: x}]", "blend is given but source (python_stdlib)"),
         ("slurm.container=apptainer exec 'x", "slurm.container", "no closing quotation; quote words as in a shell"),
         ("slurm.environment=[]", "slurm.environment = []", "must be a group of names, each with text or integer"),
+        ("slurm.environment={A: true}", "slurm.environment.A = true", "must be text or integer; in quotes it is text"),
+        ("slurm.environment={A-B: 1}", "slurm.environment.A-B\n", "this name must match pattern"),
+        ("slurm.gres=gpu:h100:8", "slurm.gres", "has a number already, and gpus_per_node is put after it; give gpu:h100,"),
+        ("slurm.sbatch_options=[-N 2]", "slurm.sbatch_options = [-N 2]", "set slurm.nodes and slurm.gpus_per_node"),
+        ("slurm.sbatch_options=[mail-type=END]", "slurm.sbatch_options[0] = mail-type=END", "must match pattern"),
+        ("slurm.srun_options=[--mpi none]", "slurm.srun_options[0] = --mpi none", "must match pattern"),
+        ("slurm.srun_options=[label]", "slurm.srun_options[0] = label", "must match pattern"),
         ("training.precision=half", "training.precision = half", "is none of these; give one of auto, fp32, bf16"),
         ("model.rope_theta=.inf", "model.rope_theta = inf", "must be a finite number"),
         ("model.rope_scaling={factor: .inf}", "model.rope_scaling.factor = inf", "must be a finite number"),
@@ -244,6 +252,7 @@ def test_an_override_mends_the_file(tmp_path: Path) -> None:
         ("job: &a {name: x}\nslurm: *a\n", "job.yaml:2\n      not valid YAML: aliases are not read"),
         ("a: 1\n--- \nb: 2\n", "not valid YAML: expected a single document"),
         ("job: \x01\n", "job.yaml:1\n      not valid YAML"),
+        ("job: {name: x}\nslurm: {<<: {nodes: 1}}\n", "job.yaml:2: slurm\n      << (a merge) is not read; write the keys"),
         ("- job\n", "job.yaml:1\n      must be sections of keys: job, model"),
         ("job: 3\n", "job.yaml:1: job = 3\n      must be a group of keys: name, run_directory"),
         ("? [a]\n: 1\n", "a key must be a plain word"),

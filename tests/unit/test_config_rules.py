@@ -140,6 +140,7 @@ def test_the_head_rule_in_full(tmp_path: Path) -> None:
         (["checkpoint.keep_every=70"], "a multiple of save_interval (0), or no checkpoint would be at its steps"),
         (["checkpoint.keep_every=-1"], "must be greater than or equal to 0"),
         (["checkpoint.directory=nosuch://a/{name}"], "nothing here reads nosuch://a/{name} (Protocol not known"),
+        (["checkpoint.directory=s3:/a/{name}"], "(a URL begins with s3://, with two slashes); give a path"),
         (["checkpoint.directory=''"], "must have at least 1 character"),
         (
             ["checkpoint.accept_changes=[data, optimizer.learning_rate]"],
