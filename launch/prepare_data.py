@@ -201,8 +201,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record, instead of listing it")
     options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers ({options.workers}) must be at least 1")
+    most = max(64, 4 * len(os.sched_getaffinity(0)))
+    if not 1 <= options.workers <= most:
+        parser.error(f"--workers ({options.workers}) must be at least 1 and, on this machine, at most {most}")
+    if not options.output.name:
+        parser.error(f"--output ({options.output}) is a folder; add the name that the corpus's .bin and .idx get")
     return options
 
 

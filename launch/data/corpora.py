@@ -106,6 +106,8 @@ def open_corpus(path: str, vocab_size: int | None = None, *, key: str = "data.bl
 
 def prefixes_of(path: str, key: str) -> list[Path]:
     """The shards of the corpus at `path`: that prefix, or those of a glob by name. Raises CorpusError."""
+    if not Path(path).name:
+        raise CorpusError(f"{key}: {path!r} is a folder; add the name of a corpus in it, of its .bin and .idx")
     if not glob.has_magic(path) or os.path.exists(path + ".idx"):
         return [Path(path)]
     found = glob.glob(path + ".bin") + glob.glob(path + ".idx")

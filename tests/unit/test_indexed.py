@@ -213,6 +213,7 @@ def test_missing_files(tmp_path: Path, sound: Path) -> None:
     refused(tmp_path / "bare.npy", r"neither is there.*docs/data.md says how a file of bare tokens becomes a corpus")
     sound.with_suffix(".bin").unlink()
     refused(sound, r"web.bin missing \(the other is there\)")
+    refused(Path("/"), r"data.blend: '/' is a folder; add the name of a corpus in it")
     refused(tmp_path / "no*", r"data.blend: no .bin or .idx matches '.*no\*'")
 
 

@@ -131,3 +131,22 @@ def test_what_is_complete_is_left_alone_and_what_differs_is_refused(
     ):
         assert prepare_data.main([*arguments, "--tokenizer", str(tokenizer), "--output", f"{tmp_path}/new"]) == 1
         assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--output", "", "--output (.) is a folder; add the name"),
+        ("--output", "/", "--output (/) is a folder; add the name"),
+        ("--workers", "0", "--workers (0) must be at least 1"),
+        ("--workers", "100000", "--workers (100000) must be at least 1 and, on this machine, at most "),
+    ],
+)
+def test_commands_that_would_end_badly_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, complaint: str
+) -> None:
+    (tmp_path / "in.txt").write_text("text")
+    command = ["--input", str(tmp_path / "in.txt"), "--tokenizer", "bytes", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        prepare_data.main([*command, option, value])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
