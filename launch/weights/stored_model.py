@@ -42,6 +42,8 @@ def stored_keys(folder: Path) -> dict[str, Any]:
             continue
         except OSError as error:
             raise WeightsError(f"{folder / name} cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise WeightsError(f"{folder / name} is not UTF-8 text (byte {error.start}); restore it") from error
         document = read_yaml(text).value
         section = document.get("model") if isinstance(document, dict) else None
         if not isinstance(section, dict):

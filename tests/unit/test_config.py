@@ -54,12 +54,15 @@ def test_weights_of_another_model_are_refused_with_the_keys(tmp_path: Path) -> N
         (None, "is neither a run (config.yaml) nor a converted model (model.yaml); check the path"),
         ("config.json", "is a Hugging Face folder; convert it once: python launch/convert.py from-hf"),
         ("model.yaml", "has no model section"),
+        ("model.yaml", "model.yaml is not UTF-8 text (byte 7); restore it"),
     ],
 )
 def test_initial_weights_that_are_none(tmp_path: Path, file: str | None, complaint: str) -> None:
     if file:
         (tmp_path / file).write_text("{}")
         assert "x is neither a run" in report(tmp_path, text=BARE.replace("FOLDER", f"{tmp_path}/{file}/x"))
+    if complaint.endswith("restore it"):
+        (tmp_path / "model.yaml").write_bytes(b"model: \xff")
     said = report(tmp_path, "training.max_steps=0", text=BARE.replace("FOLDER", str(tmp_path)))
     assert "2 errors" in said and complaint in said and "missing" not in said
 
