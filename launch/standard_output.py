@@ -19,7 +19,8 @@ def output_matters(command: Callable[_P, int]) -> Callable[_P, int]:
     """For a function whose purpose is what it prints, and that returns an exit status. Main thread only.
 
     A pipe that nobody reads any more ends the process without a word, as it ends other commands. Any other failure of
-    standard output is one line on standard error, and OUTPUT_LOST is returned.
+    standard output is one line on standard error, and OUTPUT_LOST is returned. Ctrl-C, too, ends the process without a
+    word, once what was begun has been cleared up.
     """
 
     @wraps(command)
@@ -36,6 +37,10 @@ def output_matters(command: Callable[_P, int]) -> Callable[_P, int]:
                     raise
                 sys.stdout.flush()
                 return status
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise
         except _OutputLost as lost:
             _discard(stream)
             if isinstance(lost.why, BrokenPipeError):

@@ -55,6 +55,22 @@ def test_a_full_disk_under_what_a_command_prints_is_one_line_and_a_status(
     assert said.err.startswith(LOST) and said.err.count("\n") == 1 and said.out == ""
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback_once_it_has_cleared_up() -> None:
+    code = """
+import os, signal
+from launch.standard_output import output_matters
+@output_matters
+def command():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.write(1, b"cleared up")
+command()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "cleared up", "")
+
+
 def test_what_a_command_reads_itself_may_fail_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)  # closed from the start
 
