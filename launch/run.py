@@ -72,12 +72,25 @@ def run(job: JobConfig, place: Place, device: torch.device, device_note: str, st
     except _TOLD as error:
         report_failure(f"error: {error}", place)
         return 1
+    except RuntimeError as error:
+        if not _of_compiler(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        report_failure(f"error: torch.compile failed: {reason}; mend that, or set training.compile: false", place)
+        if place.local_rank:
+            raise  # only this rank knows, or it would have ended with its node
+        return 1
     dist.barrier()
     health.watchdog.close()
     if lock is not None:
         lock.close()
     dist.destroy_process_group()
     return 0 if complete else STOPPED
+
+
+def _of_compiler(error: RuntimeError) -> bool:
+    """Whether what torch.compile calls cannot build code. By name: to import the class takes two seconds."""
+    return any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__)
 
 
 def _resolved(job: JobConfig) -> JobConfig:

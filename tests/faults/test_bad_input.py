@@ -129,3 +129,11 @@ def test_a_checkpoint_that_was_cut_is_refused_by_all_who_read_it(tmp_path: Path)
     os.truncate(data, 100)
     with pytest.raises(WeightsError, match=r"is damaged: __0_0.distcp has 100 bytes instead of \d+; give --step"):
         open_weights(tiny.run)
+
+
+def test_a_node_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled before"))
+    said = refused(TinyJob(tmp_path), "training.compile=true")
+    assert "error: torch.compile failed: " in said and "C++ compiler" in said
+    assert said.rstrip().endswith("; mend that, or set training.compile: false")
